@@ -1,0 +1,171 @@
+"""What every script needs and no equation lives in: commands, run folders, exact resume, seeds, device."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from model import EFM, load_model
+
+
+class UserError(Exception):
+    """Wrong input: `cli` prints it as one line on standard error and exits with code 2."""
+
+
+def cli(config: type, main: Callable[[Any], Any]) -> None:
+    """Parse `config` from the command line (tyro) and run `main` with it; wrong input is one line and exit code 2."""
+    name = Path(sys.argv[0]).name
+    try:
+        errors = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors):
+                cfg = tyro.cli(config, description=sys.modules["__main__"].__doc__, config=(tyro.conf.FlagConversionOff,)[:0])
+        except SystemExit as e:
+            if e.code:
+                text = re.sub(r"[^\x20-\x7e]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", errors.getvalue()))
+                raise UserError(" ".join(re.sub(r"-{4,}", " ", text).split()) or "wrong arguments") from None
+            raise
+        main(cfg)
+    except UserError as e:
+        print(f"{name}: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(path: Path) -> EFM:
+    """`model.load_model` onto the device; a missing or damaged file is a UserError."""
+    try:
+        return load_model(path).to(device())
+    except ValueError as e:
+        raise UserError(e) from None
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write to a neighbour and rename: a reader, or a run killed here, sees the old file or the new one, never half."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: dict) -> None:
+    write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        return value
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; name the folder of a finished run") from None
+    except (ValueError, OSError) as e:
+        raise UserError(f"{path}: damaged ({e}); delete the run and train it again") from None
+
+
+def run_folder(domain: str, obs: str, default_obs: str, stage: str, seed: int) -> Path:
+    """runs/{domain}-{stage}-s{seed}; a run that is not on the domain's default observations says so in its name."""
+    return Path("runs") / f"{domain}{'' if obs == default_obs else '-' + obs}-{stage}-s{seed}"
+
+
+def newest_run(stage: str) -> Path:
+    """The folder of the newest finished run of a stage, by the time of its summary."""
+    done = sorted(Path("runs").glob(f"*-{stage}-s*/summary.json"), key=lambda p: p.stat().st_mtime_ns)
+    if not done:
+        raise UserError(f"runs/: no finished {stage} run; run `python {stage}.py` first or name a run's folder")
+    return done[-1].parent
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % Wilson score interval of a proportion; (0, 1) without observations."""
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+class Run:
+    """A run's folder: config.json, metrics.csv, TensorBoard events, checkpoints, summary.json.
+
+    A folder that exists is never written to unless `resume` is set and the configuration is the same. Everything a run
+    continues from is in one file, resume.pt, replaced atomically; metrics.csv is cut back to what that file knows.
+    """
+
+    def __init__(self, folder: Path, cfg: Any, resume: bool):
+        self.folder, self.start, self.state = folder, time.time(), None
+        config = {k: v for k, v in asdict(cfg).items() if k not in ("resume", "out")}
+        config = json.loads(json.dumps(config, default=str))
+        if folder.exists() and not resume:
+            raise UserError(f"{folder}: this run exists; continue it with --resume, or choose another --out")
+        if (folder / "config.json").exists() and read_json(folder / "config.json") != config:
+            different = [k for k, v in read_json(folder / "config.json").items() if config.get(k) != v] or ["config.json"]
+            raise UserError(f"{folder}: was started with another --{different[0]}; resume with the same flags or choose another --out")
+        if (folder / "resume.pt").exists():
+            try:
+                self.state = torch.load(folder / "resume.pt", weights_only=False)
+            except Exception as e:  # unpickling a damaged file can raise nearly anything
+                raise UserError(f"{folder}/resume.pt: damaged ({type(e).__name__}); delete the folder and start again") from None
+        self.done = (folder / "summary.json").exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", config)
+        self.seconds_before = self.state["seconds"] if self.state else 0.0
+        offset = self.state["metrics_bytes"] if self.state else 0
+        self.metrics = open(folder / "metrics.csv", "a+b")  # noqa: SIM115 - open as long as the run
+        self.metrics.truncate(offset)
+        self.tensorboard = None
+
+    def seconds(self) -> float:
+        return self.seconds_before + time.time() - self.start
+
+    def log(self, step: int, row: dict[str, float]) -> None:
+        """Append a row to metrics.csv and to TensorBoard."""
+        if self.tensorboard is None:  # a slow import, and only a run needs it
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(self.folder, purge_step=step)
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        if self.metrics.tell() == 0:
+            writer.writerow(row)
+        writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row.values())
+        self.metrics.write(text.getvalue().encode())
+        self.metrics.flush()
+        for key, value in row.items():
+            self.tensorboard.add_scalar(key, value, step)
+
+    def checkpoint(self, **state: Any) -> None:
+        """Replace resume.pt: what `resume` continues from, exactly."""
+        state |= {"metrics_bytes": self.metrics.tell(), "seconds": self.seconds()}
+        write_atomically(self.folder / "resume.pt", lambda p: torch.save(state, p))
+
+    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Write summary.json: the mark of a finished run."""
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                                cwd=Path(__file__).parent, check=False).stdout.strip()  # fmt: skip
+        summary |= {"seconds": round(self.seconds(), 1), "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+                    "commit": commit or "unknown"}  # fmt: skip
+        write_json(self.folder / "summary.json", summary)
+        self.metrics.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        return summary

@@ -1,0 +1,71 @@
+"""The domains. Importing this package registers their Gymnasium ids.
+
+    gym.make("nanoEFM/Pointmass-v0", obs="state")                        # one simulation
+    gym.make_vec("nanoEFM/Pointmass-v0", num_envs=64, obs="images")      # many at a time
+
+A domain is a `gymnasium.vector.VectorEnv` (autoreset disabled; `reset(options={"reset_mask": mask})` resets some) with
+
+    name, default_obs        "pointmass", "state"
+    horizon                  steps until truncation
+    steps_cap, steps_bins    the steps-to-go tokens: bins of steps_cap / steps_bins steps
+    action_tokens            arguments of `model.action_tokenizer`
+    state_shape, image_size  what obs="state" and obs="images" hand to the model
+    instructions()           every text of its grammar
+    demonstrate(...)         the expert's actions
+
+Ground truth is in `info["is_success"]`, on every step and reset, and nowhere in an observation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import VectorEnv
+
+
+class SingleView(gym.Env):
+    """The `gymnasium.Env` of a domain: a view of a batch of one. Subclasses name their `vector_class`."""
+
+    vector_class: type[VectorEnv]
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, render_mode: str | None = None, **kwargs: Any):
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode {render_mode!r}: only 'rgb_array' exists here")
+        self.batch = self.vector_class(num_envs=1, **kwargs)
+        self.render_mode = render_mode
+        self.observation_space, self.action_space = self.batch.single_observation_space, self.batch.single_action_space
+        self._max_episode_steps = self.batch.horizon
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        super().reset(seed=seed)
+        obs, info = self.batch.reset(seed=seed, options=options)
+        return {k: v[0] for k, v in obs.items()}, {k: v[0] for k, v in info.items()}
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        obs, reward, terminated, truncated, info = self.batch.step(np.asarray(action)[None])
+        first = {k: v[0] for k, v in obs.items()}, float(reward[0]), bool(terminated[0]), bool(truncated[0])
+        return *first, {k: v[0] for k, v in info.items()}
+
+    def render(self) -> np.ndarray:
+        return self.batch.render()[0]
+
+    def close(self) -> None:
+        self.batch.close()
+
+
+gym.register(
+    "nanoEFM/Pointmass-v0",
+    entry_point="envs.pointmass:PointmassEnv",
+    vector_entry_point="envs.pointmass:PointmassVectorEnv",
+)
+DOMAINS = {"pointmass": "nanoEFM/Pointmass-v0"}
+
+
+def make_vec(domain: str, num_envs: int, **kwargs: Any) -> VectorEnv:
+    """The domain's vector environment, unwrapped. Raises ValueError for an unknown domain."""
+    if domain not in DOMAINS:
+        raise ValueError(f"--domain {domain}: unknown; choose one of {', '.join(DOMAINS)}")
+    return gym.make_vec(DOMAINS[domain], num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)

@@ -1,0 +1,183 @@
+"""Pointmass-v0: three coloured goals on a table; the instruction says to which of them the point must go.
+
+Description
+    The paper's toy task (Appendix E) for the foundation model: dynamics and PD expert of `pointmass.py`, made a domain
+    by three goals, language, a speed limit that walls impose, and actions that are tokens.
+Action space
+    Box(-A, A, (2,), float32), the acceleration added at each of 10 substeps [length / substep²], A = 3e-4.
+Observation space (Dict)
+    instruction  text, e.g. "move to the red goal"
+    obs="state"  state float32 (10,): position, velocity [0.01 length / substep], red, green, blue goal; x then y
+    obs="images" images uint8 (2, size, size, 3): the previous and the current frame, 2.8 x 2.8 lengths, y up
+Rewards
+    1 on success, else 0. Stage 2 never reads it.
+Starting state
+    position ~ U[-1, 1]², at rest, at least 0.3 from every goal; goals ~ U[-0.9, 0.9]², at least 0.45 apart.
+Episode end
+    terminated: within 0.15 (`pointmass.GOAL_RADIUS`) of the goal named in the instruction; truncated: 140 steps.
+Arguments
+    obs "state" | "images"; size, the frame's pixels (32).
+Version history
+    v0: first version. Against `pointmass.py`: walls at ±1.4 (the point stops there), bounded actions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+import pointmass
+from envs import SingleView
+
+COLOURS = ("red", "green", "blue")
+VERBS, NOUNS = ("move", "go", "drive", "steer"), ("goal", "target", "spot")
+WALL = 1.4  # half the side of the table, and of the frame
+POINT_RADIUS = 0.12
+ACTION_LIMIT = 3e-4  # the expert's own accelerations stay below 5e-4, 99 % of them below this
+
+
+def instruction(colour: int, rng: np.random.Generator) -> str:
+    return f"{VERBS[rng.integers(4)]} to the {COLOURS[colour]} {NOUNS[rng.integers(3)]}"
+
+
+def instructions() -> list[str]:
+    """Every instruction of the grammar: 4 verbs x 3 colours x 3 nouns."""
+    return [f"{v} to the {c} {n}" for v, c, n in itertools.product(VERBS, COLOURS, NOUNS)]
+
+
+def draw(pos: np.ndarray, goals: np.ndarray, size: int) -> np.ndarray:
+    """Frames uint8 (N, size, size, 3) of pos (N, 2) and goals (N, 3, 2): anti-aliased discs, the point in white on top.
+
+    Each goal has a colour channel to itself, so a whole batch is one distance computation.
+    """
+    pixel = 2 * WALL / size
+    axis = (torch.arange(size) + 0.5) * pixel - WALL
+    centres = torch.as_tensor(np.concatenate([goals, pos[:, None]], 1), dtype=torch.float32)  # (N, 4, 2)
+    dx2, dy2 = (axis - centres[..., :1]) ** 2, (axis.flip(0) - centres[..., 1:]) ** 2  # (N, 4, size): row 0 is y = +WALL
+    radius = torch.tensor([pointmass.GOAL_RADIUS] * 3 + [POINT_RADIUS])[:, None]
+    # coverage of a pixel ~ (r² - dist²) / (2 r pixel) + 1/2: linear in the squared distance, which is separable
+    scale = 255 / (2 * radius * pixel)
+    rows, columns = (radius**2 - dy2) * scale + 127.5, dx2 * scale  # (N, 4, size)
+    discs = (rows[..., :, None] - columns[..., None, :]).clamp_(0, 255)  # (N, 4, size, size)
+    frames = torch.maximum(discs[:, :3], discs[:, 3:]).to(torch.uint8)
+    return frames.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+class PointmassVectorEnv(VectorEnv):
+    """N pointmasses at once. See the module's docstring for spaces, success and episode end."""
+
+    name, default_obs = "pointmass", "state"
+    horizon = pointmass.HORIZON
+    steps_cap, steps_bins = 140, 70
+    action_tokens = {"kind": "uniform", "bins": 21, "low": -ACTION_LIMIT, "high": ACTION_LIMIT, "dims": 2}
+    state_shape = (5, 2)
+    metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 10}
+    instructions = staticmethod(instructions)
+
+    def __init__(self, num_envs: int = 1, obs: str = "state", size: int = 32, render_mode: str | None = None):
+        if obs not in ("state", "images"):
+            raise ValueError(f"--obs {obs}: choose state or images")
+        self.num_envs, self.obs, self.size, self.render_mode = num_envs, obs, size, render_mode
+        limit = np.float32(ACTION_LIMIT)
+        self.single_action_space = gym.spaces.Box(-limit, limit, (2,), np.float32)
+        charset = frozenset("abcdefghijklmnopqrstuvwxyz ")
+        spaces = {"instruction": gym.spaces.Text(40, charset=charset)}
+        if obs == "state":
+            spaces["state"] = gym.spaces.Box(-np.inf, np.inf, (10,), np.float32)
+        else:
+            spaces["images"] = gym.spaces.Box(0, 255, (2, size, size, 3), np.uint8)
+        self.single_observation_space = gym.spaces.Dict(spaces)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(num_envs)]
+        self.pos, self.vel = np.zeros((num_envs, 2)), np.zeros((num_envs, 2))
+        self.goals = np.zeros((num_envs, 3, 2))
+        self.waypoints = np.zeros((num_envs, pointmass.N_WAYPOINTS, 2))
+        self.colour, self.waypoint = np.zeros(num_envs, int), np.zeros(num_envs, int)
+        self.t = np.zeros(num_envs, int)
+        self.texts = [""] * num_envs
+        self.frames = np.zeros((num_envs, 2, size, size, 3), np.uint8)
+
+    def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        """Reset all simulations, or those of options["reset_mask"] (bool (N,)). Simulation i gets seed + i."""
+        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
+        if seed is not None:
+            seeds = range(seed, seed + self.num_envs) if isinstance(seed, int | np.integer) else seed
+            self.rngs = [np.random.default_rng(s) for s in seeds]
+        for i in np.flatnonzero(mask):
+            rng = self.rngs[i]
+            while True:
+                pos, goals = rng.uniform(-pointmass.START, pointmass.START, 2), rng.uniform(-pointmass.GOAL, pointmass.GOAL, (3, 2))
+                apart = np.linalg.norm(goals - np.roll(goals, 1, 0), axis=1).min()
+                if apart >= 0.45 and np.linalg.norm(goals - pos, axis=1).min() >= 0.3:
+                    break
+            self.pos[i], self.vel[i], self.goals[i] = pos, 0, goals
+            self.colour[i] = rng.integers(3)
+            self.texts[i] = instruction(self.colour[i], rng)
+            self.waypoints[i] = rng.uniform(-pointmass.GOAL, pointmass.GOAL, (pointmass.N_WAYPOINTS, 2))
+        self.t[mask], self.waypoint[mask] = 0, 0
+        self._draw(mask, first=True)
+        return self._observe(), {"is_success": self._success()}
+
+    def step(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
+        """One step of every simulation; actions float (N, 2), clipped to the action space."""
+        actions = np.clip(np.asarray(actions, float), -ACTION_LIMIT, ACTION_LIMIT)
+        pos, vel = pointmass.step(self.pos, self.vel, actions)
+        self.vel = np.where(np.abs(pos) > WALL, 0.0, vel)
+        self.pos = np.clip(pos, -WALL, WALL)
+        target = self._target()
+        passed = np.linalg.norm(self.pos - target, axis=1) < pointmass.GOAL_RADIUS
+        self.waypoint = np.minimum(self.waypoint + passed, pointmass.N_WAYPOINTS)
+        self.t += 1
+        self._draw(np.ones(self.num_envs, bool))
+        success = self._success()
+        return self._observe(), success.astype(float), success.copy(), self.t >= self.horizon, {"is_success": success}
+
+    def demonstrate(self) -> np.ndarray:
+        """The demonstrator's actions, float (N, 2): the PD expert by way of five random waypoints, then the goal."""
+        return np.clip(pointmass.expert(self.pos, self.vel, self._target()), -ACTION_LIMIT, ACTION_LIMIT)
+
+    def expert(self) -> np.ndarray:
+        """The PD expert's actions straight to the goal, float (N, 2): the yardstick."""
+        return np.clip(pointmass.expert(self.pos, self.vel, self._goal()), -ACTION_LIMIT, ACTION_LIMIT)
+
+    def render(self) -> tuple[np.ndarray, ...]:
+        return tuple(draw(self.pos, self.goals, 256))
+
+    def _goal(self) -> np.ndarray:
+        return self.goals[np.arange(self.num_envs), self.colour]
+
+    def _target(self) -> np.ndarray:
+        every = np.concatenate([self.waypoints, self._goal()[:, None]], 1)  # (N, 6, 2)
+        return every[np.arange(self.num_envs), self.waypoint]
+
+    def _success(self) -> np.ndarray:
+        return np.linalg.norm(self.pos - self._goal(), axis=1) < pointmass.GOAL_RADIUS
+
+    def _draw(self, mask: np.ndarray, first: bool = False) -> None:
+        if self.obs == "images":
+            now = draw(self.pos[mask], self.goals[mask], self.size)
+            self.frames = self.frames.copy()  # observations handed out before stay as they were
+            self.frames[mask, 0] = now if first else self.frames[mask, 1]
+            self.frames[mask, 1] = now
+
+    def _observe(self) -> dict[str, Any]:
+        obs: dict[str, Any] = {"instruction": tuple(self.texts)}
+        if self.obs == "images":
+            obs["images"] = self.frames
+        else:
+            quantities = [self.pos[:, None], self.vel[:, None] * 100, self.goals]
+            obs["state"] = np.concatenate(quantities, 1).reshape(self.num_envs, 10).astype(np.float32)
+        return obs
+
+
+class PointmassEnv(SingleView):
+    """One pointmass, as a `gymnasium.Env`."""
+
+    vector_class = PointmassVectorEnv

@@ -1,0 +1,409 @@
+"""EFM, a compact embodied foundation model: a ViT and a prefix-LM transformer that answers questions in tokens.
+
+The layout is PaliGemma's at every size, so that `paligemma-3b` is a preset and not another file: a SigLIP vision tower
+(Zhai et al., 2023), one linear projection, and a Gemma decoder (Gemma Team, 2024) used as a prefix LM. A question is
+
+    <image 1> <image 2> [state or joints] <bos> What robot action to move to the red goal \\n   -> <loc0007> <loc0012>
+    <image 1> <image 2> [state or joints] <bos> How many steps to move to the red goal \\n      -> <loc0031>
+
+and the attention mask lets the prefix (P) see itself and each answer token (A) see the prefix and what came before it:
+
+         P P P A A        Symbols in the shape comments: B batch, T tokens, D width, H query heads, G key/value heads,
+       P 1 1 1 0 0        C head width, K number tokens allowed at a position, L answer tokens, N image tokens.
+       P 1 1 1 0 0
+       P 1 1 1 0 0
+       A 1 1 1 1 0
+       A 1 1 1 1 1
+
+Numbers are tokens `<loc0000>` ... `<loc1023>` (they exist in PaliGemma's vocabulary): actions, joints, steps to go.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import tokenizers
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+N_LOC = 1024  # number tokens in PaliGemma's vocabulary
+QUESTION_ACTION = "What robot action to {}"  # Question_action(g), Section 3.1
+QUESTION_STEPS = "How many steps to {}"  # Question_steps_to_go(g), Section 3.1
+
+
+@dataclass(frozen=True)
+class EFMConfig:
+    """Sizes of the model; names as in the SigLIP and Gemma papers."""
+
+    # transformer (Gemma layout)
+    width: int = 128
+    depth: int = 3
+    heads: int = 4
+    kv_heads: int = 1
+    head_dim: int = 32
+    mlp_dim: int = 256
+    vocab_size: int = 0  # set from the tokenizer
+    rope_theta: float = 10_000.0
+    # vision tower (SigLIP layout); image_size 0: no images, the model reads states
+    image_size: int = 0
+    patch_size: int = 16
+    vit_width: int = 128
+    vit_depth: int = 2
+    vit_heads: int = 4
+    vit_mlp_dim: int = 512
+    # state: so many quantities of so many numbers, one linear projection and one token each; (0, 0): none
+    state_shape: tuple[int, int] = (0, 0)
+
+
+PRESETS = {
+    "nano": EFMConfig(),
+    "small": EFMConfig(width=512, depth=8, heads=8, kv_heads=2, head_dim=64, mlp_dim=2048,
+                       vit_width=384, vit_depth=12, vit_heads=6, vit_mlp_dim=1536),
+    "paligemma-3b": EFMConfig(width=2048, depth=18, heads=8, kv_heads=1, head_dim=256, mlp_dim=16_384,
+                              vocab_size=257_216, image_size=224, patch_size=14,
+                              vit_width=1152, vit_depth=27, vit_heads=16, vit_mlp_dim=4304),
+}  # fmt: skip
+
+
+# --- numbers as tokens (Appendix A) ---------------------------------------------------------------------------------
+class UniformBins:
+    """Each action dimension in `bins` equal bins over [low, high], one token each (Aloha: 256 bins, Appendix A.2)."""
+
+    def __init__(self, bins: int, low: float | list[float], high: float | list[float], dims: int):
+        self.bins, self.dims = bins, dims
+        self.low, self.high = (torch.as_tensor(x, dtype=torch.float32).expand(dims) for x in (low, high))
+        self.ranges = [(0, bins)] * dims  # number tokens allowed at each position: [first, last + 1)
+
+    def encode(self, action: Tensor) -> Tensor:
+        """float (..., dims) -> long (..., dims); values outside [low, high] go to the outermost bins."""
+        unit = (action - self.low) / (self.high - self.low)
+        return (unit * self.bins).floor().long().clamp(0, self.bins - 1)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """long (..., dims) -> float (..., dims), the centres of the bins."""
+        return self.low + (tokens + 0.5) / self.bins * (self.high - self.low)
+
+
+class SignMagnitude:
+    """Each dimension as a sign and a magnitude 0-10, two tokens (LanguageTable, Appendix A.1). Zero is +0."""
+
+    PLUS = 11  # the sign tokens follow the eleven magnitudes: 11 is +, 12 is -
+
+    def __init__(self, limit: float, dims: int):
+        self.limit, self.dims = limit, dims
+        self.ranges = [(self.PLUS, self.PLUS + 2), (0, 11)] * dims
+
+    def encode(self, action: Tensor) -> Tensor:
+        """float (..., dims) in [-limit, limit] -> long (..., 2 dims)."""
+        magnitude = (action.abs() / self.limit * 10).round().clamp(max=10).long()
+        sign = self.PLUS + ((action < 0) & (magnitude > 0)).long()
+        return torch.stack([sign, magnitude], -1).flatten(-2)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """long (..., 2 dims) -> float (..., dims)."""
+        sign, magnitude = tokens.unflatten(-1, (self.dims, 2)).unbind(-1)
+        return torch.where(sign == self.PLUS, 1.0, -1.0) * magnitude / 10 * self.limit
+
+
+def action_tokenizer(kind: str, **settings) -> UniformBins | SignMagnitude:
+    """The tokeniser a domain asks for: kind "uniform" or "sign-magnitude" (`envs/*.py`, `action_tokens`)."""
+    return {"uniform": UniformBins, "sign-magnitude": SignMagnitude}[kind](**settings)
+
+
+class StepsToGo:
+    """Steps to go, capped at `cap`, in `bins` equal bins, one token; a bin's value is its left edge, so d can be 0."""
+
+    def __init__(self, cap: int, bins: int):
+        self.width = cap / bins
+        self.ranges = [(0, bins)]
+        self.edges = torch.arange(bins) * self.width  # (K,)
+
+    def encode(self, steps: Tensor) -> Tensor:
+        """long (...) -> long (..., 1)."""
+        return (steps / self.width).long().clamp(max=len(self.edges) - 1)[..., None]
+
+
+# --- words as tokens ------------------------------------------------------------------------------------------------
+class Tokenizer:
+    """Prompts to ids, by a `tokenizers` tokenizer that has <pad>, <bos>, <eos> and the number tokens in order."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        self.tokenizer, self._ids = tokenizer, {}
+        self.pad, self.bos, self.eos, self.loc = (tokenizer.token_to_id(t) for t in ("<pad>", "<bos>", "<eos>", "<loc0000>"))
+        if None in (self.pad, self.bos, self.eos, self.loc) or tokenizer.token_to_id("<loc1023>") != self.loc + N_LOC - 1:
+            raise ValueError("the tokenizer lacks <pad>, <bos>, <eos> or the number tokens <loc0000> ... <loc1023>")
+
+    @classmethod
+    def train(cls, texts: list[str]) -> Tokenizer:
+        """A word-level tokenizer on a domain's instructions: the vocabulary of the nano models."""
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("\n", "isolated")
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+            [tokenizer.pre_tokenizer, tokenizers.pre_tokenizers.Split(tokenizers.Regex(r" +|(?<=\w)(?=,)"), "removed")])  # fmt: skip
+        special = ["<pad>", "<bos>", "<eos>", "<unk>"] + [f"<loc{i:04d}>" for i in range(N_LOC)]
+        trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=special, vocab_size=10**6)
+        tokenizer.train_from_iterator([q.format(t) + "\n" for t in texts for q in (QUESTION_ACTION, QUESTION_STEPS)], trainer)
+        return cls(tokenizer)
+
+    def prompts(self, texts: list[str] | tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """Padded on the left, so that the last token is every prompt's newline: ids long (B, T), valid bool (B, T)."""
+        for text in set(texts) - self._ids.keys():
+            self._ids[text] = [self.bos] + self.tokenizer.encode(text + "\n", add_special_tokens=False).ids
+        ids = [self._ids[t] for t in texts]
+        longest = max(map(len, ids))
+        ids = torch.tensor([[self.pad] * (longest - len(i)) + i for i in ids])
+        return ids, ids != self.pad
+
+
+# --- vision tower (SigLIP layout) -----------------------------------------------------------------------------------
+class ViTBlock(nn.Module):
+    def __init__(self, cfg: EFMConfig):
+        super().__init__()
+        self.heads, D = cfg.vit_heads, cfg.vit_width
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
+        self.fc1, self.fc2 = nn.Linear(D, cfg.vit_mlp_dim), nn.Linear(cfg.vit_mlp_dim, D)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
+        h = self.layer_norm1(x)
+        q, k, v = (p(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, D)
+        x = x + self.out_proj(h)
+        return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
+
+
+class ViT(nn.Module):
+    """Patch embedding with bias, learned positions, pre-LayerNorm blocks, no class token."""
+
+    def __init__(self, cfg: EFMConfig):
+        super().__init__()
+        D, n = cfg.vit_width, (cfg.image_size // cfg.patch_size) ** 2
+        self.patch_embedding = nn.Conv2d(3, D, cfg.patch_size, cfg.patch_size)
+        self.position_embedding = nn.Embedding(n, D)
+        self.layers = nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.vit_depth))
+        self.post_layernorm = nn.LayerNorm(D, eps=1e-6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) -> float (B, N, D)."""
+        x = images.permute(0, 3, 1, 2).to(self.patch_embedding.weight.dtype) / 127.5 - 1
+        x = self.patch_embedding(x).flatten(2).transpose(1, 2) + self.position_embedding.weight  # (B, N, D)
+        for layer in self.layers:
+            x = layer(x)
+        return self.post_layernorm(x)
+
+
+# --- transformer (Gemma layout) -------------------------------------------------------------------------------------
+class RMSNorm(nn.Module):
+    def __init__(self, D: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(D))
+
+    def forward(self, x: Tensor) -> Tensor:  # in float32, and multiplied by 1 + weight: Gemma's convention
+        return F.rms_norm(x.float(), (x.shape[-1],), 1 + self.weight.float(), 1e-6).to(x.dtype)
+
+
+def rotary(cfg: EFMConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos, sin float (B, 1, T, C) of rotary positions (Su et al., 2021), halves not interleaved, as in Gemma."""
+    frequency = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2, device=positions.device) / cfg.head_dim)  # (C/2,)
+    angle = (positions[..., None].float() * frequency).repeat(1, 1, 2)[:, None]  # (B, 1, T, C)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+
+
+class GemmaBlock(nn.Module):
+    def __init__(self, cfg: EFMConfig):
+        super().__init__()
+        D, self.C = cfg.width, cfg.head_dim
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(D), RMSNorm(D)
+        self.q_proj = nn.Linear(D, cfg.heads * self.C, bias=False)
+        self.k_proj, self.v_proj = (nn.Linear(D, cfg.kv_heads * self.C, bias=False) for _ in range(2))
+        self.o_proj = nn.Linear(cfg.heads * self.C, D, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(D, cfg.mlp_dim, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(cfg.mlp_dim, D, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: list[Tensor] | None) -> Tensor:
+        """x float (B, T, D), mask bool (B, 1, T, keys); a cache [keys, values] is read and extended in place."""
+        h = self.input_layernorm(x)
+        q, k, v = (p(h).unflatten(-1, (-1, self.C)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, *rope), rotate(k, *rope)  # (B, H, T, C), (B, G, T, C)
+        if cache is not None:
+            cache[:] = [torch.cat([old, new], 2) for old, new in zip(cache, (k, v), strict=True)] if cache else [k, v]
+            k, v = cache
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        x = x + self.o_proj(h.transpose(1, 2).flatten(2))  # (B, T, D)
+        h = self.post_attention_layernorm(x)
+        return x + self.down_proj(F.gelu(self.gate_proj(h), approximate="tanh") * self.up_proj(h))
+
+
+class Gemma(nn.Module):
+    """The decoder's blocks, between embeddings that its caller makes and a final norm."""
+
+    def __init__(self, cfg: EFMConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.width)
+        self.layers = nn.ModuleList(GemmaBlock(cfg) for _ in range(cfg.depth))
+        self.norm = RMSNorm(cfg.width)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.embed_tokens(ids) * math.sqrt(self.cfg.width)  # (B, T, D)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, caches: list[list[Tensor]] | None = None) -> Tensor:
+        rope = rotary(self.cfg, positions)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, mask, None if caches is None else caches[i])
+        return self.norm(x)
+
+
+def prefix_mask(valid: Tensor, answers: int) -> Tensor:
+    """The mask of the module's docstring: valid bool (B, P) of the prefix -> bool (B, 1, P + answers, P + answers)."""
+    B, P = valid.shape
+    mask = torch.ones(P + answers, P + answers, dtype=torch.bool, device=valid.device).tril()
+    mask[:P, :P] = True
+    keys = torch.cat([valid, valid.new_ones(B, answers)], 1)
+    mask = mask & keys[:, None]  # (B, T, T)
+    return (mask | torch.eye(P + answers, dtype=torch.bool, device=valid.device))[:, None]  # a padding row sees itself: no NaN
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+class EFM(nn.Module):
+    """p(answer | observation, question). One module is policy and steps-to-go predictor: the question tells which.
+
+    An observation is a dict of tensors: `images` uint8 (B, 2, H, W, 3) or, already encoded, `features` float
+    (B, 2, N, Dv); `state` float (B, S, d); any of them may be missing. A goal is known only through the prompt's text.
+    """
+
+    def __init__(self, cfg: EFMConfig, tokenizer: Tokenizer):
+        super().__init__()
+        self.cfg = cfg = replace(cfg, vocab_size=cfg.vocab_size or tokenizer.tokenizer.get_vocab_size())
+        self.tokenizer = tokenizer
+        self.language_model = Gemma(cfg)
+        if cfg.image_size:
+            self.vision_tower = ViT(cfg)
+            self.multi_modal_projector = nn.Linear(cfg.vit_width, cfg.width)
+        if cfg.state_shape[0]:
+            S, d = cfg.state_shape
+            self.state_weight = nn.Parameter(torch.randn(S, d, cfg.width) / math.sqrt(d))
+            self.state_bias = nn.Parameter(torch.randn(S, cfg.width))
+        self.apply(self._init)
+        for name, p in self.named_parameters():  # residual branches start small (GPT-2)
+            if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
+                p.data /= math.sqrt(2 * (cfg.depth if "language" in name else cfg.vit_depth))
+
+    def _init(self, m: nn.Module) -> None:
+        if isinstance(m, nn.Linear | nn.Conv2d):
+            nn.init.normal_(m.weight, std=m.weight[0].numel() ** -0.5)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.Embedding):  # tied: inputs are scaled by sqrt(D), outputs are not
+            nn.init.normal_(m.weight, std=m.embedding_dim**-0.5 if m.num_embeddings == self.cfg.vocab_size else 0.02)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """uint8 (B, 2, H, W, 3) -> float (B, 2, N, Dv). Each image on its own, so that features can be kept."""
+        return self.vision_tower(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+    def prefix(self, obs: dict[str, Tensor], prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings float (B, P, D) and valid bool (B, P): images, then state, then the prompt."""
+        device = self.language_model.embed_tokens.weight.device
+        ids, valid = (x.to(device) for x in self.tokenizer.prompts(prompts))
+        parts = [self.language_model.embed(ids)]
+        if "state" in obs:
+            parts.insert(0, torch.einsum("bsd,sdw->bsw", obs["state"], self.state_weight) + self.state_bias)
+        if "features" in obs or "images" in obs:
+            features = obs["features"] if "features" in obs else self.encode_images(obs["images"])  # (B, 2, N, Dv)
+            parts.insert(0, self.multi_modal_projector(features).flatten(1, 2))  # (B, 2 N, D)
+        x = torch.cat(parts, 1)
+        return x, torch.cat([valid.new_ones(len(x), x.shape[1] - valid.shape[1]), valid], 1)
+
+    def logits(self, hidden: Tensor, ids: Tensor | None) -> Tensor:
+        """Scores of the tokens `ids` (of all of them if None), by the tied embeddings: (B, L, D) -> (B, L, K)."""
+        table = self.language_model.embed_tokens.weight
+        return hidden @ (table if ids is None else table[ids]).T
+
+    def number_ids(self, allowed: tuple[int, int]) -> Tensor:
+        first, end = allowed
+        return torch.arange(first, end, device=self.language_model.embed_tokens.weight.device) + self.tokenizer.loc
+
+    def log_probs(self, obs: dict[str, Tensor], prompts: list[str], answer: Tensor, ranges: list[tuple[int, int]]) -> list[Tensor]:
+        """log p of every allowed number at every answer position, given the answer before it: L x float (B, K)."""
+        x, valid = self.prefix(obs, prompts)
+        P, L = x.shape[1], answer.shape[1]
+        x = torch.cat([x, self.language_model.embed(answer[:, :-1] + self.tokenizer.loc)], 1)  # (B, P + L - 1, D)
+        valid = torch.cat([valid, valid.new_ones(len(x), L - 1)], 1)
+        positions = valid.cumsum(1) - 1  # padding takes no position
+        hidden = self.language_model(x, positions, prefix_mask(valid[:, :P], L - 1))[:, P - 1 :]  # (B, L, D)
+        return [self.logits(hidden[:, i], self.number_ids(r)).float().log_softmax(-1) for i, r in enumerate(ranges)]
+
+    def log_prob(self, obs: dict[str, Tensor], prompts: list[str], answer: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
+        """log p(answer | o, question): the sum over the answer's tokens, float (B,).
+
+        answer: number tokens long (B, L); ranges: the numbers allowed at each position, over which p is normalised,
+        so that this is the probability with which `sample` draws the answer.
+        """
+        log_probs = self.log_probs(obs, prompts, answer, ranges)
+        return sum(lp.gather(1, (answer[:, i] - r[0])[:, None])[:, 0] for i, (lp, r) in enumerate(zip(log_probs, ranges, strict=True)))
+
+    @torch.no_grad()
+    def sample(self, obs: dict[str, Tensor], prompts: list[str], ranges: list[tuple[int, int]],
+               generator: torch.Generator | None = None, greedy: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Draw an answer token by token, only from the allowed numbers; the prefix is computed once (KV cache).
+
+        Returns number tokens long (B, L) and the entropy in nats of each position's distribution, float (B, L).
+        """
+        x, valid = self.prefix(obs, prompts)
+        positions, mask = valid.cumsum(1) - 1, prefix_mask(valid, 0)
+        caches, tokens, entropies = [[] for _ in self.language_model.layers], [], []
+        for allowed in ranges:
+            hidden = self.language_model(x, positions, mask, caches)[:, -1]  # (B, D)
+            log_p = self.logits(hidden, self.number_ids(allowed)).float().log_softmax(-1)  # (B, K)
+            entropies.append(-(log_p.exp() * log_p).sum(-1))
+            # inverse-CDF sampling from one uniform number a row: the same draw on every device
+            u = torch.rand(len(x), 1, generator=generator).to(log_p.device)
+            token = log_p.argmax(-1) if greedy else (log_p.exp().cumsum(-1) < u).sum(-1).clamp(max=log_p.shape[-1] - 1)
+            tokens.append(token + allowed[0])
+            x = self.language_model.embed(tokens[-1][:, None] + self.tokenizer.loc)
+            valid = torch.cat([valid, valid.new_ones(len(x), 1)], 1)
+            positions, mask = valid.sum(1, keepdim=True) - 1, valid[:, None, None]
+        return torch.stack(tokens, 1), torch.stack(entropies, 1)
+
+    def steps_to_go(self, obs: dict[str, Tensor], goals: list[str], steps: StepsToGo) -> Tensor:
+        """d(o, g) = E_p(steps to go | o, Question_steps_to_go(g)) [steps to go], over the steps tokens only, float (B,)."""
+        prompts = [QUESTION_STEPS.format(g) for g in goals]
+        answer = torch.zeros(len(goals), 1, dtype=torch.long, device=self.language_model.embed_tokens.weight.device)
+        p = self.log_probs(obs, prompts, answer, steps.ranges)[0].exp()  # (B, K)
+        return p @ steps.edges.to(p)  # [Eq. 1]
+
+
+# --- weights in and out ---------------------------------------------------------------------------------------------
+def save_model(model: EFM, path: Path) -> None:
+    """Weights, sizes and vocabulary in one safetensors file."""
+    meta = {"config": json.dumps(asdict(model.cfg)), "tokenizer": model.tokenizer.tokenizer.to_str()}
+    safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path, meta)
+
+
+def load_model(path: Path) -> EFM:
+    """The model that `save_model` wrote. Raises ValueError naming the file if it is missing, damaged or misshapen."""
+    try:
+        with safetensors.safe_open(path, "pt") as f:
+            meta, weights = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+        config = json.loads(meta["config"])
+        config["state_shape"] = tuple(config["state_shape"])
+        model = EFM(EFMConfig(**config), Tokenizer(tokenizers.Tokenizer.from_str(meta["tokenizer"])))
+        model.load_state_dict(weights)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint; run stage1.py first or name another run") from None
+    except (OSError, KeyError, TypeError, RuntimeError, json.JSONDecodeError, safetensors.SafetensorError) as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ValueError(f"{path}: not a nanoEFM checkpoint, or a damaged one ({reason}); train it again") from None
+    return model

@@ -1,0 +1,263 @@
+# %% [markdown]
+# # Self-improvement on one page: the paper's pointmass (Appendix E, Figure 9)
+# A point starts at rest and must reach a goal. The demonstrations wander through five random waypoints first.
+# **Stage 1** clones them and learns to predict the steps left. **Stage 2** lets the policy practise alone: it is rewarded
+# when *its own* prediction of the steps left goes down, and ends up faster than every demonstration it has seen.
+#
+#     python pointmass.py                       # about a minute on two CPU cores; writes runs/pointmass-toy-s0
+#     python pointmass.py --gamma 0             # one of the README's ablations
+#     python pointmass.py --success ground-truth --seed 1
+#
+# Task, expert, networks and losses follow the authors' public notebook; the README lists where we deviate and why.
+# The equations are those of "Self-Improving Embodied Foundation Models" (NeurIPS 2025, arXiv 2509.15155).
+
+# %% Setup
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HORIZON = 140  # environment steps until an episode times out; also the cap of the steps-to-go labels
+GOAL_RADIUS = 0.15  # success: distance to the goal below this, after an environment step
+START, GOAL = 1.0, 0.9  # starts ~ U[-1, 1]^2 at rest, goals and waypoints ~ U[-0.9, 0.9]^2
+KP, KD = 2e-4, 0.0125  # gains of the PD expert
+N_WAYPOINTS = 5
+
+
+@dataclass
+class Config:
+    """The paper on one page: both stages on the toy pointmass."""
+
+    seed: int = 0  # fixes everything: data, weights, rollouts, evaluation
+    episodes: int = 10_000  # demonstrations for Stage 1
+    bins: int = 50  # classes of the steps-to-go prediction
+    gamma: float = 0.9  # discount of the Monte Carlo returns
+    c: float = 1 / HORIZON  # scale of the REINFORCE loss, as in the notebook (the paper's large models: 0.05)
+    success: Literal["detector", "ground-truth"] = "detector"  # what ends a practice episode
+    success_threshold: float = 3.0  # s: the detector fires when d(o, g) <= s
+    freeze_reward: bool = True  # False: d keeps learning from the practice episodes, so the reward moves
+    keep_optimizer: bool = True  # Stage 2 goes on with Stage 1's Adam state; False: a fresh Adam
+    label_bug: bool = False  # the notebook's bug: raw step counts as class indices, none above `bins` learns
+    stage1_updates: int = 10_000  # minibatches of 256
+    stage2_steps: int = 65_536  # environment steps of practice, at 32 updates of 64 per 2,048 steps
+
+
+# %% The task: ten substeps of `vel += action; pos += vel`, the action held
+def step(pos: Tensor, vel: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    """One environment step in closed form; pos, vel (per substep), action: float (B, 2). Sum 1..10 = 55."""
+    return pos + 10 * vel + 55 * action, vel + 10 * action
+
+
+def reached(pos: Tensor, goal: Tensor) -> Tensor:
+    """bool (B,): the point is within GOAL_RADIUS of the goal."""
+    return (pos - goal).norm(dim=-1) < GOAL_RADIUS
+
+
+def expert(pos: Tensor, vel: Tensor, target: Tensor) -> Tensor:
+    """PD controller, float (B, 2). Straight to the goal it needs 12.5 steps: the yardstick for Stage 2."""
+    return KP * (target - pos) - KD * vel
+
+
+def uniform(n: int, half_width: float, rng: torch.Generator) -> Tensor:
+    return (torch.rand(n, 2, generator=rng) * 2 - 1) * half_width
+
+
+# %% Demonstrations: through the waypoints, then to the goal; all episodes are simulated at once
+def demonstrate(episodes: int, rng: torch.Generator) -> dict[str, Tensor]:
+    """Suboptimal demonstrations as flat tuples, the final observation included with 0 steps to go.
+
+    Returns pos, vel, goal, action float (M, 2); steps_to_go, episode long (M,). Episodes under 10 tuples are dropped.
+    """
+    pos, goal = uniform(episodes, START, rng), uniform(episodes, GOAL, rng)
+    vel, k = torch.zeros_like(pos), torch.zeros(episodes, dtype=torch.long)
+    targets = torch.stack([uniform(episodes, GOAL, rng) for _ in range(N_WAYPOINTS)] + [goal], 1)  # (E, 6, 2)
+    alive, frames = torch.ones(episodes, dtype=torch.bool), []
+    while alive.any():
+        action = expert(pos, vel, targets[torch.arange(episodes), k])
+        frames.append((pos, vel, action, alive))
+        arrived = reached(pos, goal) & (len(frames) > 1)  # checked after a step: also on the way to a waypoint
+        alive = alive & ~arrived
+        pos, vel = step(pos, vel, action)
+        k = (k + reached(pos, targets[torch.arange(episodes), k])).clamp(max=N_WAYPOINTS)
+    pos, vel, action, alive = (torch.stack(x, 1) for x in zip(*frames, strict=True))  # (E, T, ...)
+    length = alive.sum(1, keepdim=True)  # (E, 1) tuples, final state included
+    steps_to_go = length - 1 - torch.arange(alive.shape[1])  # (E, T)
+    keep = alive & (length >= 10)
+    episode = torch.arange(episodes)[:, None].expand_as(keep)
+    return {"pos": pos[keep], "vel": vel[keep], "goal": goal[:, None].expand_as(pos)[keep], "action": action[keep],
+            "steps_to_go": steps_to_go[keep], "episode": episode[keep]}  # fmt: skip
+
+
+# %% Two networks: a Gaussian policy and a categorical steps-to-go predictor
+def mlp(n_out: int) -> nn.Sequential:
+    sizes = [6, 256, 256, 256]
+    layers = [m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(256, n_out))
+
+
+class Agent(nn.Module):
+    """Policy and distance network on z-scored inputs (position, velocity, goal)."""
+
+    def __init__(self, data: dict[str, Tensor], bins: int):
+        super().__init__()
+        self.policy, self.distance, self.width = mlp(4), mlp(bins), HORIZON / bins
+        for name in ("pos", "vel", "action"):  # the goal is normalised with the position's statistics
+            self.register_buffer(f"{name}_mean", data[name].mean(0))
+            self.register_buffer(f"{name}_std", data[name].std(0))
+        self.register_buffer("edges", torch.arange(bins) * self.width)  # (K,) left edges: d can reach 0
+
+    def observe(self, pos: Tensor, vel: Tensor, goal: Tensor) -> Tensor:
+        pos, goal = ((x - self.pos_mean) / self.pos_std for x in (pos, goal))
+        return torch.cat([pos, (vel - self.vel_mean) / self.vel_std, goal], -1)  # (B, 6)
+
+    def action_distribution(self, obs: Tensor) -> torch.distributions.Normal:
+        mean, raw_scale = self.policy(obs).chunk(2, -1)
+        return torch.distributions.Normal(mean, F.softplus(raw_scale) + 0.01, validate_args=False)
+
+    def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
+        """log p(a | o, g) of a z-scored action, float (B,)."""
+        return self.action_distribution(obs).log_prob(action).sum(-1)
+
+    def steps_to_go_loss(self, obs: Tensor, steps: Tensor, label_bug: bool = False) -> Tensor:
+        """-log p(steps to go | o, g), float (B,). The authors' notebook computes the bin, then forgets to use it."""
+        bins = len(self.edges)
+        label = steps.clamp(max=HORIZON - 1) // self.width if not label_bug else steps
+        loss = F.cross_entropy(self.distance(obs), label.long().clamp(max=bins - 1), reduction="none")
+        return loss * (label < bins)  # a label outside the classes gives no gradient
+
+    def d(self, obs: Tensor) -> Tensor:
+        """d(o, g) = Σ_k p(k | o, g) · edge_k: expected steps to go, float (B,)."""
+        return self.distance(obs).softmax(-1) @ self.edges  # [Eq. 1]
+
+
+# %% Stage 1: supervised fine-tuning (Section 3.1)
+def stage1_loss(agent: Agent, obs: Tensor, action: Tensor, steps: Tensor, label_bug: bool) -> tuple[Tensor, Tensor]:
+    """L_BC and L_steps_to_go, the two objectives of Section 3.1."""
+    bc = -agent.log_prob(obs, action).mean()  # [L_BC]
+    return bc, agent.steps_to_go_loss(obs, steps, label_bug).mean()  # [L_steps_to_go]
+
+
+def stage1(agent: Agent, data: dict[str, Tensor], cfg: Config, rng: torch.Generator) -> torch.optim.Optimizer:
+    """Train both networks on minibatches of 256; 90 % of the episodes train, 10 % validate. Returns the optimiser."""
+    obs = agent.observe(data["pos"], data["vel"], data["goal"])
+    action = (data["action"] - agent.action_mean) / agent.action_std
+    held_out = data["episode"] % 10 == 0
+    train, valid = torch.where(~held_out)[0], torch.where(held_out)[0][:20_000]
+    optimizer = torch.optim.Adam(agent.parameters(), lr=3e-4, fused=True)
+    for update in range(cfg.stage1_updates):
+        i = train[torch.randint(len(train), (256,), generator=rng)]
+        bc, steps = stage1_loss(agent, obs[i], action[i], data["steps_to_go"][i], cfg.label_bug)
+        optimizer.zero_grad()
+        (bc + steps).backward()
+        optimizer.step()
+        if (update + 1) % 2000 == 0:
+            with torch.no_grad():
+                bc, steps = stage1_loss(agent, obs[valid], action[valid], data["steps_to_go"][valid], cfg.label_bug)
+            print(f"stage 1  update {update + 1:6d}  validation: bc {bc:.3f}  steps to go {steps:.3f}")
+    return optimizer
+
+
+# %% Rolling out, on a batch of episodes at once
+@torch.no_grad()
+def rollout(agent: Agent, reward_model: Agent, n: int, rng: torch.Generator, end: str, s: float) -> dict[str, Tensor]:
+    """n episodes with sampled actions until `end` ("detector" or "ground-truth") or HORIZON.
+
+    Returns obs (n, T, 6), action (n, T, 2), reward (n, T), valid bool (n, T), pos (n, T+1, 2), goal (n, 2);
+    truth, detected bool (n,): the episode ended in the goal; ended in d <= s. Invalid entries have reward 0.
+    """
+    pos, goal = uniform(n, START, rng), uniform(n, GOAL, rng)
+    vel, alive = torch.zeros_like(pos), torch.ones(n, dtype=torch.bool)
+    obs = agent.observe(pos, vel, goal)
+    d, out, path = reward_model.d(obs), [], [pos]
+    truth, detected = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
+    for _ in range(HORIZON):
+        policy = agent.action_distribution(obs)
+        action = policy.mean + policy.stddev * torch.randn(n, 2, generator=rng)
+        next_pos, next_vel = step(pos, vel, action * agent.action_std + agent.action_mean)
+        pos, vel = (torch.where(alive[:, None], new, old) for new, old in ((next_pos, pos), (next_vel, vel)))
+        next_obs = agent.observe(pos, vel, goal)
+        d_next = reward_model.d(next_obs)
+        reward = torch.where(alive, d - d_next, 0.0)  # [Eq. 2], on the last step too
+        out.append((obs, action, reward, alive))
+        path.append(pos)
+        truth, detected = reached(pos, goal), d_next <= s  # success(o, g) = 1[d(o, g) <= s]
+        obs, d, alive = next_obs, d_next, alive & ~(detected if end == "detector" else truth)
+        if not alive.any():
+            break
+    obs, action, reward, valid = (torch.stack(x, 1) for x in zip(*out, strict=True))
+    return {"obs": obs, "action": action, "reward": reward, "valid": valid, "pos": torch.stack(path, 1), "goal": goal,
+            "truth": truth, "detected": detected}  # fmt: skip
+
+
+def monte_carlo_returns(reward: Tensor, gamma: float) -> Tensor:
+    """R_t = Σ_{i>=t} γ^(i-t) r_i along the last axis, float (n, T)."""
+    returns, running = torch.zeros_like(reward), torch.zeros_like(reward[..., 0])
+    for t in reversed(range(reward.shape[-1])):
+        running = reward[..., t] + gamma * running
+        returns[..., t] = running
+    return returns
+
+
+# %% Stage 2: online self-improvement (Section 3.2, Algorithm 1)
+def stage2(agent: Agent, optimizer: torch.optim.Optimizer, cfg: Config, rng: torch.Generator) -> list[dict]:
+    """Practise for cfg.stage2_steps environment steps; returns one row of metrics per iteration."""
+    reward_model = copy.deepcopy(agent).requires_grad_(False) if cfg.freeze_reward else agent
+    if not cfg.keep_optimizer:
+        optimizer = torch.optim.Adam(agent.parameters(), lr=3e-4, fused=True)
+    rows, env_steps, episodes, start = [], 0, 0, time.time()
+    while env_steps + 2048 <= cfg.stage2_steps:  # [Alg. 1, line 1]
+        batch, tuples, n = [], [], 0
+        while n < 2048:  # whole episodes, enough for N = 32 updates of B = 64  [Alg. 1, line 2]
+            b = rollout(agent, reward_model, 32, rng, cfg.success, cfg.success_threshold)
+            returns, valid = monte_carlo_returns(b["reward"], cfg.gamma), b["valid"]  # [Alg. 1, line 4]
+            steps = valid.flip(1).cumsum(1).flip(1)  # (n, T) until the end of the episode; for freeze_reward=False
+            ended = b["detected" if cfg.success == "detector" else "truth"][:, None].expand_as(valid)
+            tuples.append((b["obs"][valid], b["action"][valid], returns[valid], steps[valid], ended[valid]))
+            batch.append(b)  # [Alg. 1, line 5]
+            n += len(tuples[-1][0])
+        obs, action, returns, steps, ended = (torch.cat(x) for x in zip(*tuples, strict=True))
+        for i in torch.randperm(n, generator=rng)[:2048].split(64):  # [Alg. 1, line 7]; leftovers are dropped [line 8]
+            loss = -(cfg.c * returns[i] * agent.log_prob(obs[i], action[i])).mean()
+            if not cfg.freeze_reward:
+                loss = loss + (agent.steps_to_go_loss(obs[i], steps[i]) * ended[i]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        env_steps, episodes = env_steps + n, episodes + 32 * len(batch)
+        truth, detected = (torch.cat([b[k] for b in batch]).float() for k in ("truth", "detected"))
+        rows.append({"iteration": len(rows) + 1, "env_steps": env_steps, "episodes": episodes,
+                     "success": truth.mean().item(), "detected": detected.mean().item(),
+                     "false_positives": (detected * (1 - truth)).sum().item(), "positives": detected.sum().item(),
+                     "mean_steps": n / (32 * len(batch)), "return_mean": returns.mean().item(),
+                     "return_std": returns.std().item(), "return_negative": (returns < 0).float().mean().item(),
+                     "seconds": time.time() - start})  # fmt: skip
+        print("stage 2  " + "  ".join(f"{k} {rows[-1][k]:.2f}" for k in ("env_steps", "success", "detected", "mean_steps")))
+        if not math.isfinite(loss.item()):
+            print("stage 2  diverged: the loss is not finite")
+            break
+    return rows
+
+
+# %% Evaluation and figures
+def evaluate(agent: Agent, rng: torch.Generator, n: int = 1000) -> dict[str, float]:
+    """True success and mean steps of n episodes with sampled actions; a failed episode counts HORIZON steps."""
+    b = rollout(agent, agent, n, rng, "ground-truth", 0.0)
+    p, z = b["truth"].double().mean().item(), 1.96  # 95 % Wilson interval
+    centre, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
+    return {"success": p, "success_low": (centre - half) / (1 + z * z / n), "success_high": (centre + half) / (1 + z * z / n),
+            "mean_steps": b["valid"].sum().item() / n, "eval_episodes": n}  # fmt: skip

@@ -1,0 +1,248 @@
+"""Stage 1, supervised fine-tuning (Section 3.1): clone the demonstrations and predict the steps left.
+
+One model learns two questions about (observation, goal) pairs from demonstrations,
+
+    L_BC          = -E log p(a_t          | o_t, "What robot action to {g}")
+    L_steps_to_go = -E log p(length(τ) - t | o_t, "How many steps to {g}")
+
+and two checkpoints are kept: the best at cloning on held-out episodes becomes Stage 2's policy, the best at steps to
+go its reward model and success detector. They need not be the same moment of training.
+
+    python stage1.py                          # pointmass from states, 3 minutes on two CPU cores
+    python stage1.py --obs images --seed 1    # the same from 32 x 32 frames
+    python stage1.py --resume                 # continue an interrupted run, exactly
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import common
+import envs
+import model as models
+from common import Run, UserError
+from model import EFM, QUESTION_ACTION, QUESTION_STEPS, StepsToGo, Tokenizer, action_tokenizer
+
+
+@dataclass
+class Config:
+    domain: str = "pointmass"  # one of envs.DOMAINS
+    obs: str = ""  # state or images; empty: the domain's default
+    model: str = "nano"  # a preset of model.PRESETS
+    seed: int = 0  # weights, demonstrations, batches
+    episodes: int = 5000  # demonstrations to record with the domain's expert
+    dataset: str = ""  # or the id of a Minari dataset with the domain's spaces
+    updates: int = 5000  # optimiser steps
+    batch: int = 128  # samples per update, split evenly over the objectives
+    lr: float = 1e-3  # AdamW, after a linear warm-up of 100 updates decaying to a tenth (cosine)
+    eval_every: int = 250  # updates between two looks at the held-out episodes
+    eval_episodes: int = 500  # rollouts of the final policy, for summary.json
+    out: str = ""  # the run's folder; empty: runs/{domain}-stage1-s{seed}
+    resume: bool = False  # continue an interrupted run
+
+
+# --- demonstrations ---------------------------------------------------------------------------------------------------
+def record(domain: str, obs: str, episodes: int, seed: int) -> dict[str, np.ndarray]:
+    """Successful demonstrations by the domain's expert, the final observation included, as flat arrays of M tuples.
+
+    Returns frames uint8 (M, H, W, 3) or state float32 (M, S); action float32 (M, A), zero on final observations;
+    start, length int (episodes,), where length counts observations; instruction str (episodes,).
+    """
+    n = min(episodes, 256)
+    env = envs.make_vec(domain, n, obs=obs)
+    key, kept, bar = ("state" if obs == "state" else "images"), [], tqdm(total=episodes, desc="demonstrations", leave=False)
+    o, info = env.reset(seed=seed)
+    steps: list[list] = [[] for _ in range(n)]
+    while len(kept) < episodes:
+        action = env.demonstrate()
+        texts, now = o["instruction"], o[key] if key == "state" else o[key][:, 1]
+        for i in range(n):
+            steps[i].append((now[i].copy(), action[i]))
+        o, _, terminated, truncated, info = env.step(action)
+        over = terminated | truncated
+        for i in np.flatnonzero(terminated):
+            final = o[key][i] if key == "state" else o[key][i, 1]
+            kept.append((texts[i], *zip(*steps[i], (final.copy(), np.zeros_like(action[i])), strict=True)))
+            bar.update()
+        for i in np.flatnonzero(over):
+            steps[i] = []
+        if over.any():
+            o, info = env.reset(options={"reset_mask": over})
+    bar.close()
+    return pack(kept[:episodes], "state" if obs == "state" else "frames")
+
+
+def pack(episodes: list[tuple], key: str) -> dict[str, np.ndarray]:
+    """(instruction, observations, actions) per episode -> the flat arrays of `record`."""
+    length = np.array([len(e[1]) for e in episodes])
+    return {key: np.concatenate([np.stack(e[1]) for e in episodes]),
+            "action": np.concatenate([np.stack(e[2]) for e in episodes]).astype(np.float32),
+            "start": np.cumsum(length) - length, "length": length, "instruction": np.array([e[0] for e in episodes])}  # fmt: skip
+
+
+def from_minari(dataset_id: str, domain: str, obs: str) -> dict[str, np.ndarray]:
+    """The successful episodes of a Minari dataset whose spaces are the domain's. Raises UserError if they are not."""
+    import minari
+
+    try:
+        dataset = minari.load_dataset(dataset_id)
+    except Exception as e:  # Minari raises many kinds here
+        raise UserError(f"--dataset {dataset_id}: cannot be loaded ({e}); `minari list local` shows what is there") from None
+    env = envs.make_vec(domain, 1, obs=obs)
+    for ours, theirs in ((env.single_observation_space, dataset.observation_space), (env.single_action_space, dataset.action_space)):
+        if ours != theirs:
+            raise UserError(f"--dataset {dataset_id}: its spaces are not those of --domain {domain} --obs {obs}; choose another dataset")
+    episodes = []
+    for e in dataset.iterate_episodes():
+        if e.terminations[-1]:
+            o = e.observations["state"] if obs == "state" else e.observations["images"][:, 1]
+            episodes.append((e.observations["instruction"][0], o, np.concatenate([e.actions, np.zeros_like(e.actions[:1])])))
+    if not episodes:
+        raise UserError(f"--dataset {dataset_id}: no episode in it ends in success; record others")
+    return pack(episodes, "state" if obs == "state" else "frames")
+
+
+def load_demonstrations(cfg: Config) -> dict[str, np.ndarray]:
+    """The domain's demonstrations, recorded once and cached under data/."""
+    if cfg.dataset:
+        return from_minari(cfg.dataset, cfg.domain, cfg.obs)
+    path = Path("data") / f"{cfg.domain}-{cfg.obs}-{cfg.episodes}-s{cfg.seed}.npz"
+    if not path.exists():
+        data = record(cfg.domain, cfg.obs, cfg.episodes, cfg.seed)
+        path.parent.mkdir(exist_ok=True)
+
+        def write(p: Path) -> None:
+            with open(p, "wb") as f:
+                np.savez(f, **data)
+
+        common.write_atomically(path, write)
+    try:
+        with np.load(path) as f:
+            return dict(f)
+    except Exception as e:  # a damaged zip raises many kinds
+        raise UserError(f"{path}: damaged ({type(e).__name__}); delete it and it is recorded again") from None
+
+
+class Demonstrations:
+    """Tuples (o, a, g, steps to go) of some episodes, ready for batches."""
+
+    def __init__(self, data: dict[str, np.ndarray], episodes: np.ndarray, state_shape: tuple[int, int]):
+        start, length = data["start"][episodes], data["length"][episodes]
+        self.episode = np.repeat(np.arange(len(episodes)), length)  # (M,)
+        t = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+        self.index = np.repeat(start, length) + t  # (M,) row in data
+        self.previous = self.index - (t > 0)  # the frame before; the first frame is its own
+        self.steps = torch.from_numpy(np.repeat(length, length) - 1 - t)  # (M,) 0 on the final observation
+        self.acted = np.flatnonzero(self.steps.numpy() > 0)  # the final observation has no action
+        self.instruction, self.data, self.state_shape = data["instruction"][episodes], data, state_shape
+
+    def batch(self, rows: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor, list[str], Tensor]:
+        """(observation, action float (B, A), goals, steps to go long (B,)) of the given rows."""
+        i = self.index[rows]
+        if "state" in self.data:
+            obs = {"state": torch.from_numpy(self.data["state"][i]).unflatten(1, self.state_shape)}
+        else:
+            frames = np.stack([self.data["frames"][self.previous[rows]], self.data["frames"][i]], 1)
+            obs = {"images": torch.from_numpy(frames)}  # (B, 2, H, W, 3)
+        obs = {k: v.to(device) for k, v in obs.items()}
+        return obs, torch.from_numpy(self.data["action"][i]), self.instruction[self.episode[rows]].tolist(), self.steps[rows]
+
+
+# --- the two objectives of Section 3.1 --------------------------------------------------------------------------------
+def bc_loss(model: EFM, obs: dict[str, Tensor], goals: list[str], tokens: Tensor, ranges: list) -> Tensor:
+    """-log p(a | o, Question_action(g)), summed over the action's tokens (B, L), averaged over the batch."""
+    prompts = [QUESTION_ACTION.format(g) for g in goals]
+    return -model.log_prob(obs, prompts, tokens, ranges).mean()  # [L_BC]
+
+
+def steps_to_go_loss(model: EFM, obs: dict[str, Tensor], goals: list[str], tokens: Tensor, ranges: list) -> Tensor:
+    """-log p(length(τ) - t | o, Question_steps_to_go(g)), averaged over the batch."""
+    prompts = [QUESTION_STEPS.format(g) for g in goals]
+    return -model.log_prob(obs, prompts, tokens, ranges).mean()  # [L_steps_to_go]
+
+
+def learning_rate(update: int, cfg: Config) -> float:
+    warmup, decay = min(1.0, (update + 1) / 100), 0.5 * (1 + np.cos(np.pi * update / cfg.updates))
+    return cfg.lr * warmup * (0.1 + 0.9 * decay)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+def main(cfg: Config) -> None:
+    device = common.device()
+    if cfg.model not in models.PRESETS:
+        raise UserError(f"--model {cfg.model}: unknown; choose one of {', '.join(models.PRESETS)}")
+    try:
+        env = envs.make_vec(cfg.domain, 1)
+        cfg.obs = cfg.obs or env.default_obs
+        env = envs.make_vec(cfg.domain, 1, obs=cfg.obs)
+    except ValueError as e:
+        raise UserError(e) from None
+    for field in ("episodes", "updates", "batch", "eval_every", "eval_episodes"):
+        if getattr(cfg, field) < 2:
+            raise UserError(f"--{field.replace('_', '-')} {getattr(cfg, field)}: must be at least 2")
+    folder = Path(cfg.out) if cfg.out else common.run_folder(cfg.domain, cfg.obs, env.default_obs, "stage1", cfg.seed)
+    run = Run(folder, cfg, cfg.resume)
+    if run.done:
+        print(f"{folder}: this run is finished; nothing to resume")
+        return
+
+    data = load_demonstrations(cfg)
+    held_out = np.arange(len(data["length"])) % 10 == 0  # split by episode
+    train, valid = (Demonstrations(data, np.flatnonzero(m), env.state_shape) for m in (~held_out, held_out))
+    actions, steps = action_tokenizer(**env.action_tokens), StepsToGo(env.steps_cap, env.steps_bins)
+
+    torch.manual_seed(cfg.seed)
+    sizes = {"state_shape": env.state_shape} if cfg.obs == "state" else {"image_size": env.size}
+    model = EFM(models.replace(models.PRESETS[cfg.model], **sizes), Tokenizer.train(env.instructions())).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.01, fused=True)
+    rng, first, best = np.random.default_rng(cfg.seed), 0, {"policy": float("inf"), "reward": float("inf")}
+    if run.state:
+        model.load_state_dict(run.state["model"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        rng.bit_generator.state, first, best = run.state["rng"], run.state["update"], run.state["best"]
+
+    def losses(demos: Demonstrations, bc_rows: np.ndarray, steps_rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        obs, action, goals, _ = demos.batch(bc_rows, device)
+        bc = bc_loss(model, obs, goals, actions.encode(action).to(device), actions.ranges)
+        obs, _, goals, to_go = demos.batch(steps_rows, device)
+        return bc, steps_to_go_loss(model, obs, goals, steps.encode(to_go).to(device), steps.ranges)
+
+    validation = np.random.default_rng(0)  # the same tuples at every look
+    valid_bc, valid_steps = validation.choice(valid.acted, 2048), validation.integers(len(valid.index), size=2048)
+    for update in tqdm(range(first, cfg.updates), initial=first, total=cfg.updates, desc="stage 1"):
+        half = cfg.batch // 2  # split evenly over the two objectives
+        bc, to_go = losses(train, rng.choice(train.acted, half), rng.integers(len(train.index), size=cfg.batch - half))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(update, cfg)
+        optimizer.zero_grad()
+        (bc + to_go).backward()
+        optimizer.step()
+        if (update + 1) % cfg.eval_every == 0 or update + 1 == cfg.updates:
+            with torch.no_grad():
+                v_bc, v_steps = (x.item() for x in losses(valid, valid_bc, valid_steps))
+            row = {"update": update + 1, "bc": bc.item(), "steps_to_go": to_go.item(), "valid_bc": v_bc, "valid_steps_to_go": v_steps,
+                   "lr": learning_rate(update, cfg), "seconds": run.seconds()}  # fmt: skip
+            run.log(update + 1, row)
+            tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+            for name, loss in (("policy", v_bc), ("reward", v_steps)):  # best at cloning, best at steps to go
+                if loss < best[name]:
+                    best[name] = loss
+                    common.write_atomically(folder / f"{name}.safetensors", lambda p: models.save_model(model, p))
+            run.checkpoint(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state,
+                           update=update + 1, best=best)  # fmt: skip
+
+    import eval as evaluation  # it imports the stages
+
+    summary = evaluation.evaluate(folder, episodes=cfg.eval_episodes, seed=cfg.seed)
+    print(evaluation.describe(run.finish({"stage": "stage1", "domain": cfg.domain, "obs": cfg.obs, "seed": cfg.seed,
+                                          "episodes": len(data["length"])} | summary)))  # fmt: skip
+
+
+if __name__ == "__main__":
+    common.cli(Config, main)

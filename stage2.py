@@ -1,0 +1,225 @@
+"""Stage 2, online self-improvement (Section 3.2, Algorithm 1): the policy practises alone.
+
+The frozen Stage 1 model says how many steps are left, d(o, g), and that is all the supervision there is:
+
+    r(o_t, a_t, o_t+1, g) = d(o_t, g) - d(o_t+1, g)      reward, Eq. 2
+    success(o, g)         = 1[d(o, g) <= s]              ends an episode
+
+REINFORCE on Monte Carlo returns improves the policy. The domain's ground truth is logged, never learnt from.
+
+    python stage2.py                                    # continues the newest Stage 1 run, 3 minutes on two CPU cores
+    python stage2.py --stage1 runs/pointmass-stage1-s1  # a given one
+    python stage2.py --success ground-truth --gamma 0   # an ablation
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+from tqdm import tqdm
+
+import common
+import envs
+import model as models
+from common import Run, UserError
+from model import EFM, QUESTION_ACTION, StepsToGo, action_tokenizer
+
+
+@dataclass
+class Config:
+    stage1: str = ""  # folder of the Stage 1 run; empty: the newest finished one
+    seed: int = -1  # rollouts and batches; -1: Stage 1's
+    gamma: float = 0.9  # discount of the Monte Carlo returns
+    c: float = 0.05  # scale of the REINFORCE loss
+    s: float = 3.0  # success threshold: the detector fires when d(o, g) <= s
+    success: Literal["detector", "ground-truth"] = "detector"  # what ends a practice episode
+    updates: int = 16  # N, optimiser steps per iteration
+    batch: int = 64  # B, tuples per optimiser step
+    lr: float = 1e-4  # AdamW
+    num_envs: int = 16  # simulations that practise at once
+    iterations: int = 200  # of Algorithm 1's loop, at most
+    patience: int = 40  # stop after so many iterations without a better policy, as far as the model can see
+    eval_episodes: int = 500  # rollouts of the best policy, for summary.json
+    out: str = ""  # the run's folder; empty: runs/{domain}-stage2-s{seed}
+    resume: bool = False  # continue an interrupted run
+
+
+# --- the equations ----------------------------------------------------------------------------------------------------
+def rewards(d: Tensor) -> Tensor:
+    """r_t = d(o_t, g) - d(o_t+1, g): float (n, T + 1) -> (n, T), the last step included."""
+    return d[:, :-1] - d[:, 1:]  # [Eq. 2]
+
+
+def monte_carlo_returns(reward: Tensor, gamma: float) -> Tensor:
+    """R_t = Σ_{i>=t} γ^(i-t) r_i, float (n, T) -> (n, T); rewards after an episode's end must be 0."""
+    returns, running = torch.zeros_like(reward), torch.zeros_like(reward[:, 0])
+    for t in reversed(range(reward.shape[1])):
+        running = reward[:, t] + gamma * running
+        returns[:, t] = running
+    return returns
+
+
+def reinforce_loss(log_prob: Tensor, returns: Tensor, c: float) -> Tensor:
+    """-c · R_t · log p(a_t | o_t, Question_action(g)), averaged over the batch; log_prob, returns float (B,)."""
+    return -(c * returns * log_prob).mean()
+
+
+def detect_success(d: Tensor, s: float) -> Tensor:
+    """success(o, g) = 1[d(o, g) <= s], bool like d (Section 3.2)."""
+    return d <= s
+
+
+# --- rollouts ---------------------------------------------------------------------------------------------------------
+def look(model: EFM, obs: dict, rows: np.ndarray, before: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """The model's input for the simulations `rows` of a domain's observation, images encoded.
+
+    Each frame passes through the ViT once: the previous frame's features come from `before`, the last step's input.
+    """
+    device = model.language_model.embed_tokens.weight.device
+    if "state" in obs:
+        return {"state": torch.from_numpy(obs["state"][rows]).to(device).unflatten(1, model.cfg.state_shape)}
+    frames = torch.from_numpy(obs["images"][rows]).to(device)  # (B, 2, H, W, 3)
+    if before is None:
+        return {"features": model.encode_images(frames)}  # (B, 2, N, Dv)
+    return {"features": torch.cat([before["features"][:, 1:], model.encode_images(frames[:, 1:])], 1)}
+
+
+@torch.no_grad()
+def rollout(policy: EFM, reward_model: EFM, env: VectorEnv, seed: int, generator: torch.Generator, end: str = "detector",
+            s: float = 3.0, greedy: bool = False) -> dict:  # fmt: skip
+    """One episode in each of the n simulations, ended by `end` ("detector" or "ground-truth") or the horizon.
+
+    Returns, over M tuples in all: obs (dict of tensors (M, ...)), tokens long (M, L), entropy (M,) in nats, goals (M),
+    row and t long (M,): simulation and time; and per simulation: d float (n, T + 1), truth bool (n, T + 1) of every
+    observation, both frozen at the episode's end, length int (n,), detected bool (n,): the episode ended in d <= s.
+    """
+    actions, steps = action_tokenizer(**env.action_tokens), StepsToGo(env.steps_cap, env.steps_bins)
+    n, alive = env.num_envs, np.arange(env.num_envs)  # alive: the simulations whose episode goes on
+    obs, info = env.reset(seed=seed)
+    goals = np.array(obs["instruction"], dtype=object)
+    sees, reward_sees = look(policy, obs, alive, None), look(reward_model, obs, alive, None)
+    d, truth = [reward_model.steps_to_go(reward_sees, goals.tolist(), steps).cpu()], [torch.from_numpy(info["is_success"].copy())]
+    tuples, length, detected = [], np.zeros(n, int), np.zeros(n, bool)
+    for t in range(env.horizon):
+        prompts = [QUESTION_ACTION.format(g) for g in goals[alive]]
+        tokens, entropy = policy.sample(sees, prompts, actions.ranges, generator, greedy)
+        tuples.append((sees, tokens, entropy.sum(1), goals[alive], torch.from_numpy(alive), torch.full((len(alive),), t)))
+        action = np.zeros(env.action_space.shape, np.float32)
+        action[alive] = actions.decode(tokens.cpu()).numpy()
+        obs, _, _, _, info = env.step(action)
+        sees, reward_sees = look(policy, obs, alive, sees), look(reward_model, obs, alive, reward_sees)
+        d.append(d[-1].clone())
+        truth.append(truth[-1].clone())
+        d[-1][alive] = reward_model.steps_to_go(reward_sees, goals[alive].tolist(), steps).cpu()
+        truth[-1][alive] = torch.from_numpy(info["is_success"][alive])
+        length[alive] = t + 1
+        fired = detect_success(d[-1][alive], s).numpy()
+        detected[alive] = fired
+        going = ~(fired if end == "detector" else truth[-1][alive].numpy())
+        alive, going = alive[going], torch.from_numpy(going)
+        sees, reward_sees = ({k: v[going] for k, v in x.items()} for x in (sees, reward_sees))
+        if len(alive) == 0:
+            break
+    obs, tokens, entropy, who, row, time = zip(*tuples, strict=True)
+    return {"obs": {k: torch.cat([o[k] for o in obs]) for k in obs[0]}, "tokens": torch.cat(tokens), "entropy": torch.cat(entropy),
+            "goals": np.concatenate(who), "row": torch.cat(row), "t": torch.cat(time), "d": torch.stack(d, 1),
+            "truth": torch.stack(truth, 1), "length": length, "detected": detected}  # fmt: skip
+
+
+# --- Algorithm 1 ------------------------------------------------------------------------------------------------------
+def main(cfg: Config) -> None:
+    device = common.device()
+    stage1 = Path(cfg.stage1) if cfg.stage1 else common.newest_run("stage1")
+    cfg.stage1 = str(stage1)
+    settings = common.read_json(stage1 / "config.json")
+    cfg.seed = settings["seed"] if cfg.seed < 0 else cfg.seed
+    domain, obs_mode = settings["domain"], settings["obs"]
+    for field in ("updates", "batch", "num_envs", "iterations", "patience", "eval_episodes"):
+        if getattr(cfg, field) < 1:
+            raise UserError(f"--{field.replace('_', '-')} {getattr(cfg, field)}: must be at least 1")
+    env = envs.make_vec(domain, cfg.num_envs, obs=obs_mode)
+    policy, reward_model = common.load(stage1 / "policy.safetensors"), common.load(stage1 / "reward.safetensors")
+    reward_model.requires_grad_(False)
+    folder = Path(cfg.out) if cfg.out else common.run_folder(domain, obs_mode, env.default_obs, "stage2", cfg.seed)
+    run = Run(folder, cfg, cfg.resume)
+    if run.done:
+        print(f"{folder}: this run is finished; nothing to resume")
+        return
+
+    ranges = action_tokenizer(**env.action_tokens).ranges
+    # the ViT is frozen by feeding its features: no gradient reaches it
+    optimizer = torch.optim.AdamW([p for n, p in policy.named_parameters() if "vision" not in n], lr=cfg.lr, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    first, env_steps, episodes, best, best_at = 0, 0, 0, float("inf"), 0
+    recent: deque[float] = deque(maxlen=5)
+    if run.state:
+        policy.load_state_dict(run.state["policy"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        generator.set_state(run.state["generator"])
+        first, env_steps, episodes, best, best_at = (run.state[k] for k in ("iteration", "env_steps", "episodes", "best", "best_at"))
+        recent.extend(run.state["recent"])
+    else:
+        common.write_atomically(folder / "reward.safetensors", lambda p: models.save_model(reward_model, p))
+
+    for iteration in tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc="stage 2"):  # [Alg. 1, line 1]
+        rollouts, buffer, collected = [], [], 0
+        while collected < cfg.updates * cfg.batch:  # [Alg. 1, line 2]
+            r = rollout(policy, reward_model, env, 10**9 * (cfg.seed + 1) + episodes, generator, cfg.success, cfg.s)
+            returns = monte_carlo_returns(rewards(r["d"]), cfg.gamma)  # [Alg. 1, line 4]
+            buffer.append((r["obs"], r["tokens"], r["goals"], returns[r["row"], r["t"]].to(device)))  # [Alg. 1, line 5]
+            rollouts.append(r)
+            collected, episodes = collected + len(r["tokens"]), episodes + env.num_envs
+        obs, tokens, goals, returns = zip(*buffer, strict=True)
+        obs = {k: torch.cat([o[k] for o in obs]) for k in obs[0]}
+        tokens, goals, returns = torch.cat(tokens), np.concatenate(goals), torch.cat(returns)
+        shuffled = torch.randperm(collected, generator=generator)[: cfg.updates * cfg.batch]  # leftovers are dropped  [Alg. 1, line 8]
+        for i in shuffled.split(cfg.batch):
+            prompts = [QUESTION_ACTION.format(g) for g in goals[i.numpy()]]
+            i = i.to(device)
+            log_prob = policy.log_prob({k: v[i] for k, v in obs.items()}, prompts, tokens[i], ranges)
+            loss = reinforce_loss(log_prob, returns[i], cfg.c)  # [Alg. 1, line 7]
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+
+        env_steps += collected
+        length, detected = (np.concatenate([r[k] for r in rollouts]) for k in ("length", "detected"))
+        truth = np.concatenate([r["truth"][:, -1].numpy() for r in rollouts])
+        entropy = torch.cat([r["entropy"] for r in rollouts])
+        seen_steps = float(np.where(detected, length, env.horizon).mean())  # all that the model itself can see
+        recent.append(seen_steps)
+        row = {"iteration": iteration + 1, "env_steps": env_steps, "episodes": episodes, "success": float(truth.mean()),
+               "detected": float(detected.mean()), "false_positives": float((detected & ~truth).mean()),
+               "mean_steps": float(length.mean()), "seen_steps": seen_steps, "return_mean": returns.mean().item(),
+               "return_std": returns.std().item(), "return_negative": (returns < 0).float().mean().item(),
+               "entropy": entropy.mean().item(), "grad_norm": grad_norm.item(), "seconds": run.seconds()}  # fmt: skip
+        run.log(iteration + 1, row)
+        if iteration % 10 == 9:
+            tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+        score = float(np.mean(recent))
+        if len(recent) == recent.maxlen and score < 0.99 * best:  # the best so far, by what the model can see
+            best, best_at = score, iteration
+            common.write_atomically(folder / "policy.safetensors", lambda p: models.save_model(policy, p))
+        run.checkpoint(policy=policy.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(), iteration=iteration + 1,
+                       env_steps=env_steps, episodes=episodes, best=best, best_at=best_at, recent=list(recent))  # fmt: skip
+        if iteration - best_at >= cfg.patience:
+            tqdm.write(f"no better policy for {cfg.patience} iterations: a plateau")
+            break
+
+    import eval as evaluation  # it imports the stages
+
+    summary = evaluation.evaluate(folder, episodes=cfg.eval_episodes, seed=cfg.seed, s=cfg.s)
+    print(evaluation.describe(run.finish({"stage": "stage2", "domain": domain, "obs": obs_mode, "seed": cfg.seed, "stage1": cfg.stage1,
+                                          "episodes": episodes, "env_steps": env_steps} | summary)))  # fmt: skip
+
+
+if __name__ == "__main__":
+    common.cli(Config, main)
