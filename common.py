@@ -47,6 +47,11 @@ def cli(config: type, main: Callable[[Any], Any]) -> None:
         sys.exit(2)
 
 
+def learning_rate(update: int, updates: int, peak: float) -> float:
+    """Linear warm-up over 100 updates, then a cosine from `peak` to a tenth of it."""
+    return peak * min(1.0, (update + 1) / 100) * (0.55 + 0.45 * math.cos(math.pi * update / updates))
+
+
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -87,12 +92,27 @@ def run_folder(domain: str, obs: str, default_obs: str, stage: str, seed: int) -
     return Path("runs") / f"{domain}{'' if obs == default_obs else '-' + obs}-{stage}-s{seed}"
 
 
-def newest_run(stage: str) -> Path:
-    """The folder of the newest finished run of a stage, by the time of its summary."""
-    done = sorted(Path("runs").glob(f"*-{stage}-s*/summary.json"), key=lambda p: p.stat().st_mtime_ns)
-    if not done:
-        raise UserError(f"runs/: no finished {stage} run; run `python {stage}.py` first or name a run's folder")
-    return done[-1].parent
+def newest_run(pattern: str) -> Path | None:
+    """The folder under runs/ of the newest finished run whose name matches, by the time of its summary."""
+    done = sorted(Path("runs").glob(f"{pattern}/summary.json"), key=lambda p: p.stat().st_mtime_ns)
+    return done[-1].parent if done else None
+
+
+def stage0_run(init: str, domain: str) -> Path | None:
+    """The Stage 0 run that `--init` names: a folder, "none", or "" for the domain's newest one, if there is one."""
+    if init == "none":
+        return None
+    folder = Path(init) if init else newest_run(f"{domain}-images-stage0-s*") or newest_run(f"{domain}-stage0-s*")
+    print(f"starting from {folder}" if folder else "starting from scratch: no Stage 0 run here (python stage0.py makes one)")
+    return folder
+
+
+def stage1_run(folder: str) -> Path:
+    """The Stage 1 run that `--stage1` names; "": the newest finished one."""
+    found = Path(folder) if folder else newest_run("*-stage1-s*")
+    if found is None:
+        raise UserError("runs/: no finished Stage 1 run; run `python stage1.py` first or name a run with --stage1")
+    return found
 
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:

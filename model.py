@@ -43,23 +43,24 @@ class EFMConfig:
     """Sizes of the model; names as in the SigLIP and Gemma papers."""
 
     # transformer (Gemma layout)
-    width: int = 128
-    depth: int = 3
+    width: int = 64
+    depth: int = 2
     heads: int = 4
-    kv_heads: int = 1
-    head_dim: int = 32
+    kv_heads: int = 4
+    head_dim: int = 16
     mlp_dim: int = 256
     vocab_size: int = 0  # set from the tokenizer
     rope_theta: float = 10_000.0
     # vision tower (SigLIP layout); image_size 0: no images, the model reads states
     image_size: int = 0
     patch_size: int = 16
-    vit_width: int = 128
-    vit_depth: int = 2
+    vit_width: int = 64
+    vit_depth: int = 1
     vit_heads: int = 4
-    vit_mlp_dim: int = 512
-    # state: so many quantities of so many numbers, one linear projection and one token each; (0, 0): none
-    state_shape: tuple[int, int] = (0, 0)
+    vit_mlp_dim: int = 256
+    # state: the names of its quantities, one token each, and the numbers in each quantity; (): no state
+    state_names: tuple[str, ...] = ()
+    state_dim: int = 0
 
 
 PRESETS = {
@@ -141,15 +142,16 @@ class Tokenizer:
             raise ValueError("the tokenizer lacks <pad>, <bos>, <eos> or the number tokens <loc0000> ... <loc1023>")
 
     @classmethod
-    def train(cls, texts: list[str]) -> Tokenizer:
+    def train(cls, texts: list[str] | tuple[str, ...]) -> Tokenizer:
         """A word-level tokenizer on a domain's instructions: the vocabulary of the nano models."""
         tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("\n", "isolated")
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-            [tokenizer.pre_tokenizer, tokenizers.pre_tokenizers.Split(tokenizers.Regex(r" +|(?<=\w)(?=,)"), "removed")])  # fmt: skip
-        special = ["<pad>", "<bos>", "<eos>", "<unk>"] + [f"<loc{i:04d}>" for i in range(N_LOC)]
+        split = tokenizers.pre_tokenizers.Split
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split(tokenizers.Regex("[\n,]"), "isolated"), split(" ", "removed")])
+        # the two questions are one token each: short prompts, fast nano models
+        questions = [q.removesuffix(" {}") for q in (QUESTION_ACTION, QUESTION_STEPS)]
+        special = ["<pad>", "<bos>", "<eos>", "<unk>", *questions] + [f"<loc{i:04d}>" for i in range(N_LOC)]
         trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=special, vocab_size=10**6)
-        tokenizer.train_from_iterator([q.format(t) + "\n" for t in texts for q in (QUESTION_ACTION, QUESTION_STEPS)], trainer)
+        tokenizer.train_from_iterator([t + "\n" for t in texts], trainer)
         return cls(tokenizer)
 
     def prompts(self, texts: list[str] | tuple[str, ...]) -> tuple[Tensor, Tensor]:
@@ -232,16 +234,21 @@ class GemmaBlock(nn.Module):
         self.gate_proj, self.up_proj = (nn.Linear(D, cfg.mlp_dim, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(cfg.mlp_dim, D, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: list[Tensor] | None) -> Tensor:
-        """x float (B, T, D), mask bool (B, 1, T, keys); a cache [keys, values] is read and extended in place."""
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: list[Tensor] | None, keep: int) -> Tensor:
+        """The block's output at the last `keep` of T positions, float (B, keep, D).
+
+        x float (B, T, D), mask bool (B, 1, T, keys); a cache [keys, values] is read and extended in place.
+        """
         h = self.input_layernorm(x)
-        q, k, v = (p(h).unflatten(-1, (-1, self.C)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rope), rotate(k, *rope)  # (B, H, T, C), (B, G, T, C)
+        k, v = (p(h).unflatten(-1, (-1, self.C)).transpose(1, 2) for p in (self.k_proj, self.v_proj))  # (B, G, T, C)
+        x, mask = x[:, -keep:], mask[:, :, -keep:]
+        q = self.q_proj(h[:, -keep:]).unflatten(-1, (-1, self.C)).transpose(1, 2)  # (B, H, keep, C)
+        q, k = rotate(q, *(r[:, :, -keep:] for r in rope)), rotate(k, *rope)
         if cache is not None:
             cache[:] = [torch.cat([old, new], 2) for old, new in zip(cache, (k, v), strict=True)] if cache else [k, v]
             k, v = cache
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-        x = x + self.o_proj(h.transpose(1, 2).flatten(2))  # (B, T, D)
+        x = x + self.o_proj(h.transpose(1, 2).flatten(2))  # (B, keep, D)
         h = self.post_attention_layernorm(x)
         return x + self.down_proj(F.gelu(self.gate_proj(h), approximate="tanh") * self.up_proj(h))
 
@@ -259,10 +266,11 @@ class Gemma(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         return self.embed_tokens(ids) * math.sqrt(self.cfg.width)  # (B, T, D)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, caches: list[list[Tensor]] | None = None) -> Tensor:
-        rope = rotary(self.cfg, positions)
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, keep: int, caches: list[list[Tensor]] | None = None) -> Tensor:
+        """Hidden states of the last `keep` positions, float (B, keep, D): the last block computes no others."""
+        rope, T = rotary(self.cfg, positions), x.shape[1]
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, None if caches is None else caches[i])
+            x = layer(x, rope, mask, None if caches is None else caches[i], keep if i == len(self.layers) - 1 else T)
         return self.norm(x)
 
 
@@ -281,7 +289,7 @@ class EFM(nn.Module):
     """p(answer | observation, question). One module is policy and steps-to-go predictor: the question tells which.
 
     An observation is a dict of tensors: `images` uint8 (B, 2, H, W, 3) or, already encoded, `features` float
-    (B, 2, N, Dv); `state` float (B, S, d); any of them may be missing. A goal is known only through the prompt's text.
+    (B, 2, N, Dv); `state` float (B, S, d), S quantities of d numbers; any of them may be missing. A goal is known only through the prompt's text.
     """
 
     def __init__(self, cfg: EFMConfig, tokenizer: Tokenizer):
@@ -292,10 +300,12 @@ class EFM(nn.Module):
         if cfg.image_size:
             self.vision_tower = ViT(cfg)
             self.multi_modal_projector = nn.Linear(cfg.vit_width, cfg.width)
-        if cfg.state_shape[0]:
-            S, d = cfg.state_shape
-            self.state_weight = nn.Parameter(torch.randn(S, d, cfg.width) / math.sqrt(d))
-            self.state_bias = nn.Parameter(torch.randn(S, cfg.width))
+        if cfg.state_names:
+            self.state_weight = nn.Parameter(torch.randn(len(cfg.state_names), cfg.state_dim, cfg.width) / math.sqrt(cfg.state_dim))
+            words = [tokenizer.tokenizer.encode(name, add_special_tokens=False).ids for name in cfg.state_names]
+            self.register_buffer("state_words", torch.tensor(sum(words, [])), persistent=False)
+            average = torch.block_diag(*(torch.full((1, len(w)), 1 / len(w)) for w in words))  # (S, words)
+            self.register_buffer("state_average", average, persistent=False)
         self.apply(self._init)
         for name, p in self.named_parameters():  # residual branches start small (GPT-2)
             if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
@@ -319,7 +329,9 @@ class EFM(nn.Module):
         ids, valid = (x.to(device) for x in self.tokenizer.prompts(prompts))
         parts = [self.language_model.embed(ids)]
         if "state" in obs:
-            parts.insert(0, torch.einsum("bsd,sdw->bsw", obs["state"], self.state_weight) + self.state_bias)
+            # a quantity enters by its name, in the prompt's own words: this is how "red" in the prompt finds the red goal
+            names = self.state_average @ self.language_model.embed(self.state_words)  # (S, D)
+            parts.insert(0, torch.einsum("bsd,sdw->bsw", obs["state"], self.state_weight) + names)
         if "features" in obs or "images" in obs:
             features = obs["features"] if "features" in obs else self.encode_images(obs["images"])  # (B, 2, N, Dv)
             parts.insert(0, self.multi_modal_projector(features).flatten(1, 2))  # (B, 2 N, D)
@@ -342,7 +354,7 @@ class EFM(nn.Module):
         x = torch.cat([x, self.language_model.embed(answer[:, :-1] + self.tokenizer.loc)], 1)  # (B, P + L - 1, D)
         valid = torch.cat([valid, valid.new_ones(len(x), L - 1)], 1)
         positions = valid.cumsum(1) - 1  # padding takes no position
-        hidden = self.language_model(x, positions, prefix_mask(valid[:, :P], L - 1))[:, P - 1 :]  # (B, L, D)
+        hidden = self.language_model(x, positions, prefix_mask(valid[:, :P], L - 1), keep=L)  # (B, L, D)
         return [self.logits(hidden[:, i], self.number_ids(r)).float().log_softmax(-1) for i, r in enumerate(ranges)]
 
     def log_prob(self, obs: dict[str, Tensor], prompts: list[str], answer: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
@@ -365,7 +377,7 @@ class EFM(nn.Module):
         positions, mask = valid.cumsum(1) - 1, prefix_mask(valid, 0)
         caches, tokens, entropies = [[] for _ in self.language_model.layers], [], []
         for allowed in ranges:
-            hidden = self.language_model(x, positions, mask, caches)[:, -1]  # (B, D)
+            hidden = self.language_model(x, positions, mask, 1, caches)[:, -1]  # (B, D)
             log_p = self.logits(hidden, self.number_ids(allowed)).float().log_softmax(-1)  # (B, K)
             entropies.append(-(log_p.exp() * log_p).sum(-1))
             # inverse-CDF sampling from one uniform number a row: the same draw on every device
@@ -398,7 +410,7 @@ def load_model(path: Path) -> EFM:
         with safetensors.safe_open(path, "pt") as f:
             meta, weights = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
         config = json.loads(meta["config"])
-        config["state_shape"] = tuple(config["state_shape"])
+        config["state_names"] = tuple(config["state_names"])
         model = EFM(EFMConfig(**config), Tokenizer(tokenizers.Tokenizer.from_str(meta["tokenizer"])))
         model.load_state_dict(weights)
     except FileNotFoundError:

@@ -17,17 +17,14 @@ from __future__ import annotations
 import copy
 import csv
 import json
-import math
-import os
+import shlex
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,14 +44,14 @@ class Config:
     episodes: int = 10_000  # demonstrations for Stage 1
     bins: int = 50  # classes of the steps-to-go prediction
     gamma: float = 0.9  # discount of the Monte Carlo returns
-    c: float = 1 / HORIZON  # scale of the REINFORCE loss, as in the notebook (the paper's large models: 0.05)
+    c: float = 0.05  # scale of the REINFORCE loss, the paper's (its notebook: 1 / 140)
     success: Literal["detector", "ground-truth"] = "detector"  # what ends a practice episode
     success_threshold: float = 3.0  # s: the detector fires when d(o, g) <= s
     freeze_reward: bool = True  # False: d keeps learning from the practice episodes, so the reward moves
     keep_optimizer: bool = True  # Stage 2 goes on with Stage 1's Adam state; False: a fresh Adam
     label_bug: bool = False  # the notebook's bug: raw step counts as class indices, none above `bins` learns
     stage1_updates: int = 10_000  # minibatches of 256
-    stage2_steps: int = 65_536  # environment steps of practice, at 32 updates of 64 per 2,048 steps
+    stage2_steps: int = 131_072  # environment steps of practice, at 32 updates of 64 per 2,048 steps
 
 
 # %% The task: ten substeps of `vel += action; pos += vel`, the action held
@@ -146,28 +143,26 @@ class Agent(nn.Module):
 
 
 # %% Stage 1: supervised fine-tuning (Section 3.1)
-def stage1_loss(agent: Agent, obs: Tensor, action: Tensor, steps: Tensor, label_bug: bool) -> tuple[Tensor, Tensor]:
-    """L_BC and L_steps_to_go, the two objectives of Section 3.1."""
-    bc = -agent.log_prob(obs, action).mean()  # [L_BC]
-    return bc, agent.steps_to_go_loss(obs, steps, label_bug).mean()  # [L_steps_to_go]
-
-
 def stage1(agent: Agent, data: dict[str, Tensor], cfg: Config, rng: torch.Generator) -> torch.optim.Optimizer:
     """Train both networks on minibatches of 256; 90 % of the episodes train, 10 % validate. Returns the optimiser."""
     obs = agent.observe(data["pos"], data["vel"], data["goal"])
     action = (data["action"] - agent.action_mean) / agent.action_std
     held_out = data["episode"] % 10 == 0
     train, valid = torch.where(~held_out)[0], torch.where(held_out)[0][:20_000]
+
+    def losses(i: Tensor) -> tuple[Tensor, Tensor]:
+        bc = -agent.log_prob(obs[i], action[i]).mean()  # [L_BC]
+        return bc, agent.steps_to_go_loss(obs[i], data["steps_to_go"][i], cfg.label_bug).mean()  # [L_steps_to_go]
+
     optimizer = torch.optim.Adam(agent.parameters(), lr=3e-4, fused=True)
     for update in range(cfg.stage1_updates):
-        i = train[torch.randint(len(train), (256,), generator=rng)]
-        bc, steps = stage1_loss(agent, obs[i], action[i], data["steps_to_go"][i], cfg.label_bug)
+        loss = sum(losses(train[torch.randint(len(train), (256,), generator=rng)]))
         optimizer.zero_grad()
-        (bc + steps).backward()
+        loss.backward()
         optimizer.step()
         if (update + 1) % 2000 == 0:
             with torch.no_grad():
-                bc, steps = stage1_loss(agent, obs[valid], action[valid], data["steps_to_go"][valid], cfg.label_bug)
+                bc, steps = losses(valid)
             print(f"stage 1  update {update + 1:6d}  validation: bc {bc:.3f}  steps to go {steps:.3f}")
     return optimizer
 
@@ -199,9 +194,8 @@ def rollout(agent: Agent, reward_model: Agent, n: int, rng: torch.Generator, end
         obs, d, alive = next_obs, d_next, alive & ~(detected if end == "detector" else truth)
         if not alive.any():
             break
-    obs, action, reward, valid = (torch.stack(x, 1) for x in zip(*out, strict=True))
-    return {"obs": obs, "action": action, "reward": reward, "valid": valid, "pos": torch.stack(path, 1), "goal": goal,
-            "truth": truth, "detected": detected}  # fmt: skip
+    episodes = {k: torch.stack(x, 1) for k, x in zip(("obs", "action", "reward", "valid"), zip(*out, strict=True), strict=True)}
+    return episodes | {"pos": torch.stack(path, 1), "goal": goal, "truth": truth, "detected": detected}
 
 
 def monte_carlo_returns(reward: Tensor, gamma: float) -> Tensor:
@@ -215,11 +209,14 @@ def monte_carlo_returns(reward: Tensor, gamma: float) -> Tensor:
 
 # %% Stage 2: online self-improvement (Section 3.2, Algorithm 1)
 def stage2(agent: Agent, optimizer: torch.optim.Optimizer, cfg: Config, rng: torch.Generator) -> list[dict]:
-    """Practise for cfg.stage2_steps environment steps; returns one row of metrics per iteration."""
+    """Practise for cfg.stage2_steps environment steps; leaves the best policy so far in `agent`.
+
+    Best: the fewest mean steps over three iterations of practice. Returns one row of metrics per iteration.
+    """
     reward_model = copy.deepcopy(agent).requires_grad_(False) if cfg.freeze_reward else agent
     if not cfg.keep_optimizer:
         optimizer = torch.optim.Adam(agent.parameters(), lr=3e-4, fused=True)
-    rows, env_steps, episodes, start = [], 0, 0, time.time()
+    rows, env_steps, episodes, best = [], 0, 0, (float("inf"), agent.state_dict())
     while env_steps + 2048 <= cfg.stage2_steps:  # [Alg. 1, line 1]
         batch, tuples, n = [], [], 0
         while n < 2048:  # whole episodes, enough for N = 32 updates of B = 64  [Alg. 1, line 2]
@@ -237,27 +234,98 @@ def stage2(agent: Agent, optimizer: torch.optim.Optimizer, cfg: Config, rng: tor
                 loss = loss + (agent.steps_to_go_loss(obs[i], steps[i]) * ended[i]).mean()
             optimizer.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_(agent.policy.parameters(), 1.0)  # a narrow policy has steep log p: bound the step
             optimizer.step()
         env_steps, episodes = env_steps + n, episodes + 32 * len(batch)
         truth, detected = (torch.cat([b[k] for b in batch]).float() for k in ("truth", "detected"))
-        rows.append({"iteration": len(rows) + 1, "env_steps": env_steps, "episodes": episodes,
-                     "success": truth.mean().item(), "detected": detected.mean().item(),
-                     "false_positives": (detected * (1 - truth)).sum().item(), "positives": detected.sum().item(),
-                     "mean_steps": n / (32 * len(batch)), "return_mean": returns.mean().item(),
-                     "return_std": returns.std().item(), "return_negative": (returns < 0).float().mean().item(),
-                     "seconds": time.time() - start})  # fmt: skip
-        print("stage 2  " + "  ".join(f"{k} {rows[-1][k]:.2f}" for k in ("env_steps", "success", "detected", "mean_steps")))
-        if not math.isfinite(loss.item()):
-            print("stage 2  diverged: the loss is not finite")
+        rows.append({"env_steps": env_steps, "episodes": episodes, "success": truth.mean().item(),
+                     "detected": detected.mean().item(), "false_detections": (detected * (1 - truth)).mean().item(), "mean_steps": n / len(truth),
+                     "return_mean": returns.mean().item(), "return_std": returns.std().item()})  # fmt: skip
+        print("stage 2  " + "  ".join(f"{k} {v:.2f}" for k, v in rows[-1].items()))
+        if not loss.isfinite():  # diverged, as a fresh Adam does
             break
+        score = sum(r["mean_steps"] for r in rows[-3:]) / 3
+        if len(rows) >= 3 and score < best[0]:  # later policies can be worse: the paper, too, stops at the peak
+            best = score, copy.deepcopy(agent.state_dict())
+    agent.load_state_dict(best[1])
     return rows
 
 
 # %% Evaluation and figures
 def evaluate(agent: Agent, rng: torch.Generator, n: int = 1000) -> dict[str, float]:
-    """True success and mean steps of n episodes with sampled actions; a failed episode counts HORIZON steps."""
+    """True success (95 % Wilson interval) and mean steps, sampled actions; a failed episode counts HORIZON steps."""
     b = rollout(agent, agent, n, rng, "ground-truth", 0.0)
-    p, z = b["truth"].double().mean().item(), 1.96  # 95 % Wilson interval
-    centre, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
+    p, z = b["truth"].double().mean().item(), 1.96
+    centre, half = p + z * z / 2 / n, z * (p * (1 - p) / n + z * z / 4 / n / n) ** 0.5
     return {"success": p, "success_low": (centre - half) / (1 + z * z / n), "success_high": (centre + half) / (1 + z * z / n),
             "mean_steps": b["valid"].sum().item() / n, "eval_episodes": n}  # fmt: skip
+
+
+def figures(out: Path, data: dict[str, Tensor], agents: list[Agent], rows: list[dict], summary: dict) -> None:
+    """figure9.png: dataset, Stage 1 and Stage 2 trajectories; curve.png: learning, and a map of d(o, g) at rest."""
+    import matplotlib.pyplot as plt
+
+    episodes = [data["episode"] == e for e in data["episode"].unique()[:8]]
+    panels = [("demonstrations", [data["pos"][e] for e in episodes], [data["goal"][e][0] for e in episodes])]
+    for name, agent in zip(("stage1", "stage2"), agents, strict=True):
+        b = rollout(agent, agent, 8, torch.Generator().manual_seed(0), "ground-truth", 0.0)
+        title = f"{name}: {summary[name + '_success']:.1%}, {summary[name + '_mean_steps']:.1f} steps"
+        panels.append((title, [p[: v.sum() + 1] for p, v in zip(b["pos"], b["valid"], strict=True)], b["goal"]))
+    fig, axes = plt.subplots(1, 3, figsize=(9, 3.2), sharex=True, sharey=True)
+    for ax, (title, paths, goals) in zip(axes, panels, strict=True):
+        for colour, path, goal in zip(plt.get_cmap("viridis")(torch.linspace(0, 0.95, 8)), paths, goals, strict=True):
+            ax.plot(*path.T, ".-", color=colour, lw=0.8, ms=2)
+            ax.plot(*path[0], "s", color=colour, ms=4)
+            ax.add_patch(plt.Circle(goal.tolist(), GOAL_RADIUS, fill=False, color=colour))
+        ax.set(title=title, xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), aspect="equal", xlabel="x [length]", ylabel="y [length]")
+    fig.savefig(out / "figure9.png", dpi=150, bbox_inches="tight")
+
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3))
+    for ax, key in zip(axes, ("success", "mean_steps"), strict=False):
+        ax.plot([r["env_steps"] for r in rows], [r[key] for r in rows])
+        ax.set(xlabel="environment steps", ylabel=f"{key}, one seed", yscale="log" if key == "mean_steps" else "linear")
+    axes[1].axhline(12.5, color="#D55E00", ls="--", label="PD straight to the goal")
+    axes[1].legend()
+    axis, goal = torch.linspace(-1.3, 1.3, 80), torch.tensor([0.3, -0.2])
+    pos = torch.cartesian_prod(axis, axis)  # x slowest
+    d = agents[0].d(agents[0].observe(pos, torch.zeros_like(pos), goal.expand_as(pos))).detach().reshape(80, 80).T
+    fig.colorbar(axes[2].pcolormesh(axis, axis, d), label="d(o, g) at rest [steps]")
+    axes[2].add_patch(plt.Circle(goal.tolist(), GOAL_RADIUS, fill=False, color="white"))
+    axes[2].set(xlabel="x [length]", ylabel="y [length]", aspect="equal")
+    fig.savefig(out / "curve.png", dpi=150, bbox_inches="tight")
+    plt.close("all")
+
+
+# %% Both stages, in order
+def main(cfg: Config) -> dict:
+    start = time.time()
+    torch.manual_seed(cfg.seed)
+    rng = torch.Generator().manual_seed(cfg.seed)
+    data = demonstrate(cfg.episodes, rng)
+    agent = Agent(data, cfg.bins)
+    optimizer = stage1(agent, data, cfg, rng)
+    clone, summary = copy.deepcopy(agent), {f"stage1_{k}": v for k, v in evaluate(agent, rng).items()}
+    summary |= {"stage1_episodes": cfg.episodes, "stage1_seconds": round(time.time() - start, 1)}
+    rows = stage2(agent, optimizer, cfg, rng)
+    summary |= {f"stage2_{k}": v for k, v in evaluate(agent, rng).items()}
+    summary |= {"stage2_episodes": rows[-1]["episodes"], "stage2_env_steps": rows[-1]["env_steps"]}
+    changed = [f"-{f.name}={getattr(cfg, f.name)}" for f in fields(cfg) if f.name != "seed" and getattr(cfg, f.name) != f.default]
+    out = Path("runs") / f"pointmass-toy-s{cfg.seed}{''.join(changed)}"  # an ablation gets a folder of its own
+    out.mkdir(parents=True, exist_ok=True)
+    figures(out, data, [clone, agent], rows, summary)
+    with open(out / "metrics.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    summary |= {"seconds": round(time.time() - start, 1), "seed": cfg.seed, "commit": commit}
+    summary["command"] = shlex.join(["python", *sys.argv])
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2), f"\nwrote figure9.png, curve.png, metrics.csv and summary.json to {out}/")
+    return summary
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Config, args=[] if "ipykernel" in sys.modules else None))  # a notebook's arguments are not ours

@@ -35,13 +35,14 @@ class Config:
     domain: str = "pointmass"  # one of envs.DOMAINS
     obs: str = ""  # state or images; empty: the domain's default
     model: str = "nano"  # a preset of model.PRESETS
+    init: str = ""  # folder of a Stage 0 run to start from; empty: the domain's newest if obs is images; "none": from scratch
     seed: int = 0  # weights, demonstrations, batches
     episodes: int = 5000  # demonstrations to record with the domain's expert
     dataset: str = ""  # or the id of a Minari dataset with the domain's spaces
-    updates: int = 5000  # optimiser steps
+    updates: int = 9000  # optimiser steps
     batch: int = 128  # samples per update, split evenly over the objectives
     lr: float = 1e-3  # AdamW, after a linear warm-up of 100 updates decaying to a tenth (cosine)
-    eval_every: int = 250  # updates between two looks at the held-out episodes
+    eval_every: int = 500  # updates between two looks at the held-out episodes
     eval_episodes: int = 500  # rollouts of the final policy, for summary.json
     out: str = ""  # the run's folder; empty: runs/{domain}-stage1-s{seed}
     resume: bool = False  # continue an interrupted run
@@ -56,7 +57,7 @@ def record(domain: str, obs: str, episodes: int, seed: int) -> dict[str, np.ndar
     """
     n = min(episodes, 256)
     env = envs.make_vec(domain, n, obs=obs)
-    key, kept, bar = ("state" if obs == "state" else "images"), [], tqdm(total=episodes, desc="demonstrations", leave=False)
+    key, kept, bar = ("state" if obs == "state" else "images"), [], tqdm(total=episodes, desc="demonstrations", leave=False, disable=None)
     o, info = env.reset(seed=seed)
     steps: list[list] = [[] for _ in range(n)]
     while len(kept) < episodes:
@@ -132,7 +133,7 @@ def load_demonstrations(cfg: Config) -> dict[str, np.ndarray]:
 class Demonstrations:
     """Tuples (o, a, g, steps to go) of some episodes, ready for batches."""
 
-    def __init__(self, data: dict[str, np.ndarray], episodes: np.ndarray, state_shape: tuple[int, int]):
+    def __init__(self, data: dict[str, np.ndarray], episodes: np.ndarray, state_dim: int):
         start, length = data["start"][episodes], data["length"][episodes]
         self.episode = np.repeat(np.arange(len(episodes)), length)  # (M,)
         t = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
@@ -140,13 +141,13 @@ class Demonstrations:
         self.previous = self.index - (t > 0)  # the frame before; the first frame is its own
         self.steps = torch.from_numpy(np.repeat(length, length) - 1 - t)  # (M,) 0 on the final observation
         self.acted = np.flatnonzero(self.steps.numpy() > 0)  # the final observation has no action
-        self.instruction, self.data, self.state_shape = data["instruction"][episodes], data, state_shape
+        self.instruction, self.data, self.state_dim = data["instruction"][episodes], data, state_dim
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor, list[str], Tensor]:
         """(observation, action float (B, A), goals, steps to go long (B,)) of the given rows."""
         i = self.index[rows]
         if "state" in self.data:
-            obs = {"state": torch.from_numpy(self.data["state"][i]).unflatten(1, self.state_shape)}
+            obs = {"state": torch.from_numpy(self.data["state"][i]).unflatten(1, (-1, self.state_dim))}
         else:
             frames = np.stack([self.data["frames"][self.previous[rows]], self.data["frames"][i]], 1)
             obs = {"images": torch.from_numpy(frames)}  # (B, 2, H, W, 3)
@@ -167,11 +168,6 @@ def steps_to_go_loss(model: EFM, obs: dict[str, Tensor], goals: list[str], token
     return -model.log_prob(obs, prompts, tokens, ranges).mean()  # [L_steps_to_go]
 
 
-def learning_rate(update: int, cfg: Config) -> float:
-    warmup, decay = min(1.0, (update + 1) / 100), 0.5 * (1 + np.cos(np.pi * update / cfg.updates))
-    return cfg.lr * warmup * (0.1 + 0.9 * decay)
-
-
 # --- training ---------------------------------------------------------------------------------------------------------
 def main(cfg: Config) -> None:
     device = common.device()
@@ -186,6 +182,8 @@ def main(cfg: Config) -> None:
     for field in ("episodes", "updates", "batch", "eval_every", "eval_episodes"):
         if getattr(cfg, field) < 2:
             raise UserError(f"--{field.replace('_', '-')} {getattr(cfg, field)}: must be at least 2")
+    init = common.stage0_run(cfg.init, cfg.domain) if cfg.obs == "images" else None
+    cfg.init = str(init or "none")
     folder = Path(cfg.out) if cfg.out else common.run_folder(cfg.domain, cfg.obs, env.default_obs, "stage1", cfg.seed)
     run = Run(folder, cfg, cfg.resume)
     if run.done:
@@ -194,12 +192,16 @@ def main(cfg: Config) -> None:
 
     data = load_demonstrations(cfg)
     held_out = np.arange(len(data["length"])) % 10 == 0  # split by episode
-    train, valid = (Demonstrations(data, np.flatnonzero(m), env.state_shape) for m in (~held_out, held_out))
+    train, valid = (Demonstrations(data, np.flatnonzero(m), env.state_dim) for m in (~held_out, held_out))
     actions, steps = action_tokenizer(**env.action_tokens), StepsToGo(env.steps_cap, env.steps_bins)
 
     torch.manual_seed(cfg.seed)
-    sizes = {"state_shape": env.state_shape} if cfg.obs == "state" else {"image_size": env.size}
-    model = EFM(models.replace(models.PRESETS[cfg.model], **sizes), Tokenizer.train(env.instructions())).to(device)
+    if init:
+        model = common.load(init / "policy.safetensors")
+    else:
+        sizes = {"state_names": env.state_names, "state_dim": env.state_dim} if cfg.obs == "state" else {"image_size": env.size}
+        tokenizer = Tokenizer.train([*env.instructions(), *env.state_names])
+        model = EFM(models.replace(models.PRESETS[cfg.model], **sizes), tokenizer).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.01, fused=True)
     rng, first, best = np.random.default_rng(cfg.seed), 0, {"policy": float("inf"), "reward": float("inf")}
     if run.state:
@@ -215,11 +217,11 @@ def main(cfg: Config) -> None:
 
     validation = np.random.default_rng(0)  # the same tuples at every look
     valid_bc, valid_steps = validation.choice(valid.acted, 2048), validation.integers(len(valid.index), size=2048)
-    for update in tqdm(range(first, cfg.updates), initial=first, total=cfg.updates, desc="stage 1"):
+    for update in tqdm(range(first, cfg.updates), initial=first, total=cfg.updates, desc="stage 1", disable=None):
         half = cfg.batch // 2  # split evenly over the two objectives
         bc, to_go = losses(train, rng.choice(train.acted, half), rng.integers(len(train.index), size=cfg.batch - half))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(update, cfg)
+            group["lr"] = common.learning_rate(update, cfg.updates, cfg.lr)
         optimizer.zero_grad()
         (bc + to_go).backward()
         optimizer.step()
@@ -227,7 +229,7 @@ def main(cfg: Config) -> None:
             with torch.no_grad():
                 v_bc, v_steps = (x.item() for x in losses(valid, valid_bc, valid_steps))
             row = {"update": update + 1, "bc": bc.item(), "steps_to_go": to_go.item(), "valid_bc": v_bc, "valid_steps_to_go": v_steps,
-                   "lr": learning_rate(update, cfg), "seconds": run.seconds()}  # fmt: skip
+                   "seconds": run.seconds()}  # fmt: skip
             run.log(update + 1, row)
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
             for name, loss in (("policy", v_bc), ("reward", v_steps)):  # best at cloning, best at steps to go

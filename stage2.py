@@ -84,7 +84,7 @@ def look(model: EFM, obs: dict, rows: np.ndarray, before: dict[str, Tensor] | No
     """
     device = model.language_model.embed_tokens.weight.device
     if "state" in obs:
-        return {"state": torch.from_numpy(obs["state"][rows]).to(device).unflatten(1, model.cfg.state_shape)}
+        return {"state": torch.from_numpy(obs["state"][rows]).to(device).unflatten(1, (-1, model.cfg.state_dim))}
     frames = torch.from_numpy(obs["images"][rows]).to(device)  # (B, 2, H, W, 3)
     if before is None:
         return {"features": model.encode_images(frames)}  # (B, 2, N, Dv)
@@ -136,7 +136,7 @@ def rollout(policy: EFM, reward_model: EFM, env: VectorEnv, seed: int, generator
 # --- Algorithm 1 ------------------------------------------------------------------------------------------------------
 def main(cfg: Config) -> None:
     device = common.device()
-    stage1 = Path(cfg.stage1) if cfg.stage1 else common.newest_run("stage1")
+    stage1 = common.stage1_run(cfg.stage1)
     cfg.stage1 = str(stage1)
     settings = common.read_json(stage1 / "config.json")
     cfg.seed = settings["seed"] if cfg.seed < 0 else cfg.seed
@@ -168,7 +168,7 @@ def main(cfg: Config) -> None:
     else:
         common.write_atomically(folder / "reward.safetensors", lambda p: models.save_model(reward_model, p))
 
-    for iteration in tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc="stage 2"):  # [Alg. 1, line 1]
+    for iteration in tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc="stage 2", disable=None):  # [Alg. 1, line 1]
         rollouts, buffer, collected = [], [], 0
         while collected < cfg.updates * cfg.batch:  # [Alg. 1, line 2]
             r = rollout(policy, reward_model, env, 10**9 * (cfg.seed + 1) + episodes, generator, cfg.success, cfg.s)

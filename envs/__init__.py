@@ -9,7 +9,8 @@ A domain is a `gymnasium.vector.VectorEnv` (autoreset disabled; `reset(options={
     horizon                  steps until truncation
     steps_cap, steps_bins    the steps-to-go tokens: bins of steps_cap / steps_bins steps
     action_tokens            arguments of `model.action_tokenizer`
-    state_shape, image_size  what obs="state" and obs="images" hand to the model
+    state_names, state_dim   the quantities of obs="state", by name, and the numbers in each
+    size                     pixels of a side of a frame of obs="images"
     instructions()           every text of its grammar
     demonstrate(...)         the expert's actions
 

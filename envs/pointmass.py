@@ -7,7 +7,8 @@ Action space
     Box(-A, A, (2,), float32), the acceleration added at each of 10 substeps [length / substep²], A = 3e-4.
 Observation space (Dict)
     instruction  text, e.g. "move to the red goal"
-    obs="state"  state float32 (10,): position, velocity [0.01 length / substep], red, green, blue goal; x then y
+    obs="state"  state float32 (10,): position, velocity [0.01 length / substep], and the red,
+                 the green and the blue goal as seen from the point; x then y of each
     obs="images" images uint8 (2, size, size, 3): the previous and the current frame, 2.8 x 2.8 lengths, y up
 Rewards
     1 on success, else 0. Stage 2 never reads it.
@@ -51,10 +52,15 @@ def instructions() -> list[str]:
     return [f"{v} to the {c} {n}" for v, c, n in itertools.product(VERBS, COLOURS, NOUNS)]
 
 
+def questions() -> list[str]:
+    """What Stage 0 asks about a scene: every goal by every name, the point, its motion."""
+    return [f"where is the {c} {n}" for c, n in itertools.product(COLOURS, NOUNS)] + ["where is the point", "how does the point move"]
+
+
 def draw(pos: np.ndarray, goals: np.ndarray, size: int) -> np.ndarray:
     """Frames uint8 (N, size, size, 3) of pos (N, 2) and goals (N, 3, 2): anti-aliased discs, the point in white on top.
 
-    Each goal has a colour channel to itself, so a whole batch is one distance computation.
+    Each goal brightens one colour channel of a grey table, so a whole batch is one distance computation.
     """
     pixel = 2 * WALL / size
     axis = (torch.arange(size) + 0.5) * pixel - WALL
@@ -65,7 +71,8 @@ def draw(pos: np.ndarray, goals: np.ndarray, size: int) -> np.ndarray:
     scale = 255 / (2 * radius * pixel)
     rows, columns = (radius**2 - dy2) * scale + 127.5, dx2 * scale  # (N, 4, size)
     discs = (rows[..., :, None] - columns[..., None, :]).clamp_(0, 255)  # (N, 4, size, size)
-    frames = torch.maximum(discs[:, :3], discs[:, 3:]).to(torch.uint8)
+    # a grey table is 0 to the model: what stands on it is then all that a patch embedding sees
+    frames = (127.5 + torch.maximum(discs[:, :3], discs[:, 3:]) / 2).to(torch.uint8)
     return frames.permute(0, 2, 3, 1).contiguous().numpy()
 
 
@@ -74,11 +81,11 @@ class PointmassVectorEnv(VectorEnv):
 
     name, default_obs = "pointmass", "state"
     horizon = pointmass.HORIZON
-    steps_cap, steps_bins = 140, 70
+    steps_cap, steps_bins = 140, 140  # a bin is a step: near the goal, where the detector decides, d is sharp
     action_tokens = {"kind": "uniform", "bins": 21, "low": -ACTION_LIMIT, "high": ACTION_LIMIT, "dims": 2}
-    state_shape = (5, 2)
+    state_names, state_dim = ("position", "velocity", *COLOURS), 2
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 10}
-    instructions = staticmethod(instructions)
+    instructions, questions = staticmethod(instructions), staticmethod(questions)
 
     def __init__(self, num_envs: int = 1, obs: str = "state", size: int = 32, render_mode: str | None = None):
         if obs not in ("state", "images"):
@@ -147,6 +154,19 @@ class PointmassVectorEnv(VectorEnv):
         """The PD expert's actions straight to the goal, float (N, 2): the yardstick."""
         return np.clip(pointmass.expert(self.pos, self.vel, self._goal()), -ACTION_LIMIT, ACTION_LIMIT)
 
+    def scenes(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str], np.ndarray]:
+        """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers float (n, 2) in [0, 1].
+
+        Positions are shares of the frame; motion is the point's between the frames, 0.5 for none, in 1/10 of the frame.
+        """
+        pos, goals = rng.uniform(-WALL, WALL, (n, 2)), rng.uniform(-pointmass.GOAL, pointmass.GOAL, (n, 3, 2))
+        before = np.clip(pos - rng.normal(0, 0.08, (n, 2)), -WALL, WALL)
+        images = np.stack([draw(before, goals, self.size), draw(pos, goals, self.size)], 1)
+        asked, names = rng.integers(5, size=n), rng.integers(len(NOUNS), size=n)
+        places = np.concatenate([goals, pos[:, None], 14 * (pos - before)[:, None]], 1)[np.arange(n), asked]  # (n, 2)
+        texts = [questions()[3 * a + b if a < 3 else 6 + a] for a, b in zip(asked, names, strict=True)]
+        return images, texts, np.clip(places / (2 * WALL) + 0.5, 0, 1).astype(np.float32)
+
     def render(self) -> tuple[np.ndarray, ...]:
         return tuple(draw(self.pos, self.goals, 256))
 
@@ -172,7 +192,7 @@ class PointmassVectorEnv(VectorEnv):
         if self.obs == "images":
             obs["images"] = self.frames
         else:
-            quantities = [self.pos[:, None], self.vel[:, None] * 100, self.goals]
+            quantities = [self.pos[:, None], self.vel[:, None] * 100, self.goals - self.pos[:, None]]
             obs["state"] = np.concatenate(quantities, 1).reshape(self.num_envs, 10).astype(np.float32)
         return obs
 

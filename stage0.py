@@ -1,0 +1,111 @@
+"""Stage 0, optional: pre-training on pictures and questions, the stand-in for web-scale pre-training at laptop size.
+
+The paper starts from PaLI, which has seen the web; a nano model starts from nothing and, from pixels alone, needs far
+more demonstrations to find out what "red" refers to (results/README.md has the numbers). Here it answers questions over
+random scenes of a domain, in number tokens as PaliGemma does for detection:
+
+    where is the red goal      ->  <loc0021> <loc0040>      x and y in 32 bins
+    how does the point move    ->  <loc0033> <loc0030>      between the two frames
+
+No action, no goal to reach and no steps to go is in it. `stage1.py --obs images` starts from the newest Stage 0 run of
+its domain (the paper's PaLI variant); `--init none` is its Scratch variant.
+
+    python stage0.py                  # pointmass, 2 minutes on two CPU cores
+    python stage0.py --updates 6000 --seed 1
+    python stage0.py --resume         # continue an interrupted run, exactly
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import common
+import envs
+import model as models
+from common import Run, UserError
+from model import EFM, Tokenizer, UniformBins
+
+
+@dataclass
+class Config:
+    domain: str = "pointmass"  # one of envs.DOMAINS
+    model: str = "nano"  # a preset of model.PRESETS
+    seed: int = 0  # weights and scenes
+    updates: int = 4000  # optimiser steps
+    batch: int = 128  # fresh scenes per update, one question each
+    lr: float = 2e-3  # AdamW, after a linear warm-up of 100 updates decaying to a tenth (cosine)
+    eval_every: int = 250  # updates between two looks at 1,024 held-out scenes
+    out: str = ""  # the run's folder; empty: runs/{domain}-images-stage0-s{seed}
+    resume: bool = False  # continue an interrupted run
+
+
+ANSWER = UniformBins(32, 0.0, 1.0, 2)  # x and y as shares of the frame
+
+
+def answer_loss(model: EFM, images: Tensor, questions: list[str], answers: Tensor) -> Tensor:
+    """-log p(answer | images, question), averaged; images uint8 (B, 2, H, W, 3), answers float (B, 2) in [0, 1]."""
+    return -model.log_prob({"images": images}, questions, ANSWER.encode(answers).to(images.device), ANSWER.ranges).mean()
+
+
+def main(cfg: Config) -> None:
+    device = common.device()
+    if cfg.model not in models.PRESETS:
+        raise UserError(f"--model {cfg.model}: unknown; choose one of {', '.join(models.PRESETS)}")
+    for field in ("updates", "batch", "eval_every"):
+        if getattr(cfg, field) < 1:
+            raise UserError(f"--{field.replace('_', '-')} {getattr(cfg, field)}: must be at least 1")
+    try:
+        env = envs.make_vec(cfg.domain, 1, obs="images")
+    except ValueError as e:
+        raise UserError(e) from None
+    folder = Path(cfg.out) if cfg.out else common.run_folder(cfg.domain, "images", env.default_obs, "stage0", cfg.seed)
+    run = Run(folder, cfg, cfg.resume)
+    if run.done:
+        print(f"{folder}: this run is finished; nothing to resume")
+        return
+
+    torch.manual_seed(cfg.seed)
+    tokenizer = Tokenizer.train([*env.instructions(), *env.questions()])
+    model = EFM(models.replace(models.PRESETS[cfg.model], image_size=env.size), tokenizer).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.01, fused=True)
+    rng, first = np.random.default_rng(cfg.seed), 0
+    if run.state:
+        model.load_state_dict(run.state["model"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        rng.bit_generator.state, first = run.state["rng"], run.state["update"]
+
+    def scenes(rng: np.random.Generator, n: int) -> tuple[Tensor, list[str], Tensor]:
+        images, questions, answers = env.scenes(rng, n)
+        return torch.from_numpy(images).to(device), questions, torch.from_numpy(answers)
+
+    held_out = scenes(np.random.default_rng(10**6), 1024)
+    for update in tqdm(range(first, cfg.updates), initial=first, total=cfg.updates, desc="stage 0", disable=None):
+        loss = answer_loss(model, *scenes(rng, cfg.batch))
+        for group in optimizer.param_groups:
+            group["lr"] = common.learning_rate(update, cfg.updates, cfg.lr)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (update + 1) % cfg.eval_every == 0 or update + 1 == cfg.updates:
+            images, questions, answers = held_out
+            with torch.no_grad():
+                valid = answer_loss(model, *held_out).item()
+            tokens, _ = model.sample({"images": images}, questions, ANSWER.ranges, greedy=True)
+            error = (ANSWER.decode(tokens.cpu()) - answers).abs().mean().item()
+            row = {"update": update + 1, "loss": loss.item(), "valid_loss": valid, "valid_error": error, "seconds": run.seconds()}
+            run.log(update + 1, row)
+            tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+            common.write_atomically(folder / "policy.safetensors", lambda p: models.save_model(model, p))
+            run.checkpoint(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state, update=update + 1)
+    summary = {"stage": "stage0", "domain": cfg.domain, "obs": "images", "seed": cfg.seed, "valid_error": error}
+    print("\n".join(f"{k:12} {v}" for k, v in run.finish(summary).items()))
+
+
+if __name__ == "__main__":
+    common.cli(Config, main)

@@ -1,0 +1,56 @@
+"""What every test needs: the repository's root on the path, one thread, the `slow` marker, the reference libraries."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+torch.set_num_threads(1)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the reference models have random weights: nothing is fetched
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: minutes, not seconds; left out unless asked for with `-m slow`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.markexpr or any("::" in arg for arg in config.args):  # asked for by marker or by name
+        return
+    config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("slow")])
+    items[:] = [i for i in items if not i.get_closest_marker("slow")]
+
+
+def declare_torchvision_ops() -> torch.library.Library | None:
+    """Make `import timm` and `import transformers` work with a torchvision whose compiled operators do not match torch.
+
+    It then fails on describing torchvision::nms, an operator that does not exist; none of our tests calls it, so
+    declaring its name is enough. Returns what must stay alive, or None where torchvision imports as it is.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ModuleNotFoundError:
+        return None
+    except RuntimeError:
+        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+            del sys.modules[name]  # what the failed import left behind
+        library = torch.library.Library("torchvision", "DEF")
+        for op in ("nms", "qnms"):
+            library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+    return None
+
+
+@pytest.fixture(scope="session")
+def torchvision_ops():
+    """Ask for it in every test that imports timm or transformers."""
+    return declare_torchvision_ops()
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

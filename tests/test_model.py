@@ -1,0 +1,459 @@
+"""The model against the reference libraries, its mask and cache against their definitions, the tokenisers against arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import envs
+import model as models
+from model import EFM, QUESTION_ACTION, QUESTION_STEPS, EFMConfig, SignMagnitude, StepsToGo, Tokenizer, UniformBins
+
+INSTRUCTIONS = ["move to the red goal", "go to the blue spot", "push the small red block slowly to the left of the green one"]
+TINY = EFMConfig(width=24, depth=2, heads=4, kv_heads=2, head_dim=8, mlp_dim=40, image_size=16, patch_size=8, vit_width=16,
+                 vit_depth=2, vit_heads=2, vit_mlp_dim=24, state_names=("red", "the goal"), state_dim=2)  # fmt: skip
+
+
+def randomise(module: nn.Module, seed: int = 0) -> None:
+    """Norms' weights and biases, too, away from the 0 and 1 that would hide a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p += 0.15 * torch.randn(p.shape, generator=generator)
+
+
+def tiny(seed: int = 0, **sizes) -> EFM:
+    torch.manual_seed(seed)
+    model = EFM(dataclasses.replace(TINY, **sizes), Tokenizer.train([*INSTRUCTIONS, *TINY.state_names]))
+    randomise(model, seed)
+    return model.requires_grad_(False)
+
+
+def observe(B: int, seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (B, 2, 16, 16, 3), generator=g, dtype=torch.uint8)
+    return {"images": images, "state": torch.randn(B, 2, 2, generator=g)}
+
+
+def questions(B: int) -> list[str]:
+    """Prompts of different lengths, so that some are padded."""
+    return [(QUESTION_ACTION, QUESTION_STEPS)[i % 2].format(INSTRUCTIONS[i % len(INSTRUCTIONS)]) for i in range(B)]
+
+
+# --- the reference libraries ------------------------------------------------------------------------------------------
+VIT = dataclasses.replace(TINY, image_size=32, vit_width=48, vit_depth=3, vit_heads=4, vit_mlp_dim=80)
+
+
+def vit_and_images() -> tuple[models.ViT, Tensor]:
+    torch.manual_seed(0)
+    vit = models.ViT(VIT).requires_grad_(False)
+    randomise(vit)
+    return vit, torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+
+
+def test_vit_equals_timm(torchvision_ops):
+    from timm.models.vision_transformer import VisionTransformer
+
+    vit, images = vit_and_images()
+    reference = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4, mlp_ratio=80 / 48, num_classes=0, global_pool="",
+        class_token=False, act_layer=functools.partial(nn.GELU, approximate="tanh")).eval()  # fmt: skip
+    ours, weights = vit.state_dict(), {}
+    for key in ("weight", "bias"):
+        weights[f"patch_embed.proj.{key}"] = ours[f"patch_embedding.{key}"]
+        weights[f"norm.{key}"] = ours[f"post_layernorm.{key}"]
+        for i in range(3):
+            qkv = [ours[f"layers.{i}.{p}_proj.{key}"] for p in "qkv"]
+            weights[f"blocks.{i}.attn.qkv.{key}"] = torch.cat(qkv)
+            for theirs, name in {"attn.proj": "out_proj", "mlp.fc1": "fc1", "mlp.fc2": "fc2", "norm1": "layer_norm1",
+                                 "norm2": "layer_norm2"}.items():  # fmt: skip
+                weights[f"blocks.{i}.{theirs}.{key}"] = ours[f"layers.{i}.{name}.{key}"]
+    weights["pos_embed"] = ours["position_embedding.weight"][None]
+    reference.load_state_dict(weights)
+    with torch.no_grad():
+        expected = reference.forward_features(images.permute(0, 3, 1, 2) / 127.5 - 1)
+    assert expected.shape == (3, 16, 48)
+    torch.testing.assert_close(vit(images), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_vit_equals_siglip(torchvision_ops):
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    vit, images = vit_and_images()
+    reference = SiglipVisionModel(SiglipVisionConfig(
+        hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8,
+        attn_implementation="eager", vision_use_head=False)).eval()  # fmt: skip
+
+    def rename(name: str) -> str:
+        name = re.sub(r"^(patch|position)_embedding", r"embeddings.\1_embedding", name)
+        name = re.sub(r"^layers\.(\d+)\.(.)_proj", r"encoder.layers.\1.self_attn.\2_proj", name)
+        name = re.sub(r"^layers\.(\d+)\.out_proj", r"encoder.layers.\1.self_attn.out_proj", name)
+        name = re.sub(r"^layers\.(\d+)\.fc", r"encoder.layers.\1.mlp.fc", name)
+        return re.sub(r"^layers\.", "encoder.layers.", name)
+
+    weights = {rename(k): v for k, v in vit.state_dict().items()}
+    prefix = "vision_model." if any(k.startswith("vision_model.") for k in reference.state_dict()) else ""  # transformers < 5
+    reference.load_state_dict({prefix + k: v for k, v in weights.items()})
+    with torch.no_grad():
+        expected = reference(pixel_values=images.permute(0, 3, 1, 2) / 127.5 - 1).last_hidden_state
+    torch.testing.assert_close(vit(images), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_gemma_equals_transformers(torchvision_ops, kv_heads):
+    from transformers import GemmaConfig, GemmaModel
+
+    cfg = dataclasses.replace(TINY, width=32, depth=3, kv_heads=kv_heads, mlp_dim=56, vocab_size=50, rope_theta=500.0)
+    torch.manual_seed(kv_heads)
+    gemma = models.Gemma(cfg).requires_grad_(False)
+    randomise(gemma)
+    reference = GemmaModel(GemmaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=kv_heads, head_dim=8, hidden_act="gelu_pytorch_tanh", rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, attn_implementation="eager")).eval()  # fmt: skip
+    rename = functools.partial(re.sub, r"^(layers\.\d+)\.(?:(\w_proj)|((?:gate|up|down)_proj))",
+                               lambda m: f"{m[1]}.self_attn.{m[2]}" if m[2] else f"{m[1]}.mlp.{m[3]}")  # fmt: skip
+    reference.load_state_dict({rename(k): v for k, v in gemma.state_dict().items()})
+
+    ids = torch.randint(0, 50, (2, 9))
+    valid = torch.ones(2, 6, dtype=torch.bool)
+    valid[1, :2] = False  # padded on the left
+    mask = models.prefix_mask(valid, 3)  # (2, 1, 9, 9)
+    positions = torch.cat([valid, valid.new_ones(2, 3)], 1).cumsum(1) - 1
+    additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        expected = reference(input_ids=ids, attention_mask=additive, position_ids=positions, use_cache=False).last_hidden_state
+    hidden = gemma(gemma.embed(ids), positions, mask, keep=9)
+    torch.testing.assert_close(hidden, expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(gemma(gemma.embed(ids), positions, mask, keep=4), expected[:, -4:], atol=2e-5, rtol=1e-5)
+
+
+# --- the mask and the padding -----------------------------------------------------------------------------------------
+def test_prefix_mask_is_the_one_drawn_in_the_docstring():
+    drawn = re.findall(r"^ +[PA] ([01](?: [01]){4})\b", models.__doc__, re.MULTILINE)
+    drawn = torch.tensor([[int(x) for x in row.split()] for row in drawn], dtype=torch.bool)
+    assert drawn.shape == (5, 5)
+    mask = models.prefix_mask(torch.ones(2, 3, dtype=torch.bool), 2)
+    assert torch.equal(mask, drawn.expand(2, 1, 5, 5))
+
+
+def test_prefix_mask_hides_padding_from_everyone_but_itself():
+    valid = torch.tensor([[False, False, True]])
+    mask = models.prefix_mask(valid, 1)[0, 0]
+    assert mask.int().tolist() == [[1, 0, 1, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+def test_a_padded_prompt_gets_the_answer_of_the_unpadded_one():
+    model, obs, prompts, ranges = tiny(), observe(3), questions(3), [(0, 5), (2, 9)]
+    answer = torch.tensor([[1, 3], [4, 8], [0, 2]])
+    ids, valid = model.tokenizer.prompts(prompts)
+    assert not valid.all() and (ids[:, -1] == ids[0, -1]).all()  # some are padded, and on the left
+    together = model.log_probs(obs, prompts, answer, ranges)
+    for i, prompt in enumerate(prompts):
+        alone = model.log_probs({k: v[i : i + 1] for k, v in obs.items()}, [prompt], answer[i : i + 1], ranges)
+        for a, b in zip(alone, together, strict=True):
+            torch.testing.assert_close(a[0], b[i], atol=1e-5, rtol=1e-5)
+
+
+def test_an_answer_token_does_not_influence_earlier_positions():
+    model, obs, prompts, ranges = tiny(), observe(2), questions(2), [(0, 6)] * 4
+    before = model.log_probs(obs, prompts, torch.tensor([[0, 1, 2, 3]] * 2), ranges)
+    after = model.log_probs(obs, prompts, torch.tensor([[0, 5, 2, 3]] * 2), ranges)
+    for i in (0, 1):
+        torch.testing.assert_close(before[i], after[i], atol=1e-6, rtol=0)
+    for i in (2, 3):
+        assert (before[i] - after[i]).abs().max() > 1e-3
+
+
+def test_each_part_of_the_question_matters():
+    model, obs = tiny(), observe(1)
+    ask = functools.partial(model.log_probs, answer=torch.zeros(1, 1, dtype=torch.long), ranges=[(0, 8)])
+    base = ask(obs, [QUESTION_STEPS.format(INSTRUCTIONS[0])])[0]
+    for other in (ask(obs, [QUESTION_ACTION.format(INSTRUCTIONS[0])]), ask(obs, [QUESTION_STEPS.format(INSTRUCTIONS[1])]),
+                  ask(obs | {"images": obs["images"].flip(1)}, [QUESTION_STEPS.format(INSTRUCTIONS[0])]),
+                  ask(obs | {"state": -obs["state"]}, [QUESTION_STEPS.format(INSTRUCTIONS[0])])):  # fmt: skip
+        assert (base - other[0]).abs().max() > 1e-3
+
+
+# --- sampling and probabilities ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_cached_sampling_equals_the_uncached_path(rng, kv_heads):
+    model, obs, prompts, ranges = tiny(kv_heads=kv_heads), observe(6), questions(6), [(0, 7), (3, 9), (0, 5)]
+    for greedy in (True, False):
+        tokens, entropy = model.sample(obs, prompts, ranges, rng, greedy)
+        log_probs = model.log_probs(obs, prompts, tokens, ranges)  # no cache here
+        if greedy:
+            assert torch.equal(tokens, torch.stack([lp.argmax(-1) + r[0] for lp, r in zip(log_probs, ranges, strict=True)], 1))
+        expected = torch.stack([torch.distributions.Categorical(logits=lp).entropy() for lp in log_probs], 1)
+        torch.testing.assert_close(entropy, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_answers_are_drawn_with_the_probability_that_log_prob_says(rng):
+    model, ranges, n = tiny(), [(2, 5), (0, 4)], 20_000
+    obs = {"state": observe(1)["state"]}
+    prompt = questions(1)
+    answers = torch.tensor(list(itertools.product(range(2, 5), range(4))))
+    p = model.log_prob({"state": obs["state"].expand(12, 2, 2)}, prompt * 12, answers, ranges).exp()
+    tokens, _ = model.sample({"state": obs["state"].expand(n, 2, 2)}, prompt * n, ranges, rng)
+    counts = torch.bincount((tokens[:, 0] - 2) * 4 + tokens[:, 1], minlength=12)
+    chi2 = ((counts - n * p) ** 2 / (n * p)).sum().item()
+    assert p.max() - p.min() > 0.01 and chi2 < 31.3  # 11 degrees of freedom: one in a thousand seeds exceeds it
+
+
+def test_the_same_generator_gives_the_same_answers():
+    model, obs, prompts, ranges = tiny(), observe(6), questions(6), [(0, 200), (0, 200)]
+    first, second, other = (model.sample(obs, prompts, ranges, torch.Generator().manual_seed(s))[0] for s in (3, 3, 4))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_constrained_sampling_returns_allowed_numbers_only(rng, greedy):
+    model, n = tiny(), 512
+    ranges = [(11, 13), (0, 11), (1000, 1024), (5, 6)]
+    obs = {k: v.repeat(n // 4, *[1] * (v.ndim - 1)) for k, v in observe(4).items()}
+    tokens, entropy = model.sample(obs, questions(n), ranges, rng, greedy)
+    assert tokens.shape == entropy.shape == (n, 4)
+    for i, (first, end) in enumerate(ranges):
+        assert tokens[:, i].min() >= first and tokens[:, i].max() < end
+    assert torch.equal(entropy[:, 3], torch.zeros(n))  # one number allowed: nothing to choose
+
+
+@pytest.mark.parametrize("ranges", [[(0, 3), (1, 5), (0, 2)], SignMagnitude(1.0, 2).ranges[:3], UniformBins(6, -1, 1, 2).ranges])
+def test_log_prob_sums_to_one_over_all_answers(ranges):
+    model = tiny()
+    answers = torch.tensor(list(itertools.product(*(range(*r) for r in ranges))))
+    obs = {k: v.expand(len(answers), *v.shape[1:]) for k, v in observe(1).items()}
+    log_prob = model.log_prob(obs, questions(1) * len(answers), answers, ranges)
+    assert log_prob.shape == (len(answers),)
+    assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_features_passed_in_equal_images_passed_in():
+    model, obs, prompts, ranges = tiny(), observe(3), questions(3), [(0, 5), (0, 5)]
+    answer = torch.tensor([[1, 2], [3, 4], [0, 1]])
+    features = {"features": model.encode_images(obs["images"]), "state": obs["state"]}
+    assert features["features"].shape == (3, 2, 4, 16)
+    expected, got = (model.log_prob(o, prompts, answer, ranges) for o in (obs, features))
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+    frame = model.vision_tower(obs["images"][1, 1][None])[0]  # each frame is encoded on its own
+    torch.testing.assert_close(features["features"][1, 1], frame, atol=1e-6, rtol=0)
+
+
+def test_steps_to_go_is_the_expectation_over_the_steps_tokens(monkeypatch):
+    model, steps = tiny(), StepsToGo(cap=12, bins=4)  # edges 0 3 6 9
+    table, loc = model.language_model.embed_tokens.weight, model.tokenizer.loc
+    table.zero_()
+    table[:, 0] = 50.0  # would win, were any other token allowed
+    table[loc : loc + 4, 0] = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+
+    def hidden(x, positions, mask, keep, caches=None):
+        return torch.eye(1, x.shape[-1]).expand(len(x), keep, -1)
+
+    monkeypatch.setattr(model.language_model, "forward", hidden)
+    d = model.steps_to_go(observe(2), INSTRUCTIONS[:2], steps)
+    assert d.tolist() == pytest.approx([0.25 * 3 + 0.125 * 6 + 0.125 * 9] * 2)  # 2.625
+
+
+def test_steps_to_go_asks_the_steps_question():
+    model, obs, steps = tiny(), observe(2), StepsToGo(20, 10)
+    d = model.steps_to_go(obs, INSTRUCTIONS[:2], steps)
+    prompts = [QUESTION_STEPS.format(g) for g in INSTRUCTIONS[:2]]
+    log_p = model.log_probs(obs, prompts, torch.zeros(2, 1, dtype=torch.long), [(0, 10)])[0].tolist()
+    assert d.tolist() == pytest.approx([sum(2 * k * math.exp(lp) for k, lp in enumerate(row)) for row in log_p], rel=1e-5)
+
+
+# --- numbers as tokens ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("tokens", [
+    UniformBins(21, -3e-4, 3e-4, 2), UniformBins(256, [-1.0, 0.0], [2.0, 0.5], 2), UniformBins(7, 0, 1, 2)])  # fmt: skip
+def test_uniform_bins(tokens, rng):
+    every = torch.arange(tokens.bins)[:, None].expand(-1, 2)
+    assert torch.equal(tokens.encode(tokens.decode(every)), every)
+    assert tokens.ranges == [(0, tokens.bins)] * 2
+    action = tokens.low + torch.rand(5000, 2, generator=rng) * (tokens.high - tokens.low)
+    half_bin = (tokens.high - tokens.low) / tokens.bins / 2
+    error = (tokens.decode(tokens.encode(action)) - action).abs()
+    assert (error <= half_bin * (1 + 1e-4)).all() and (error.max(0).values > 0.9 * half_bin).all()
+    assert tokens.encode(torch.stack([tokens.low - 9, tokens.low, tokens.high, tokens.high + 9])).tolist() == \
+        [[0, 0], [0, 0], [tokens.bins - 1] * 2, [tokens.bins - 1] * 2]  # fmt: skip
+
+
+def test_uniform_bins_with_an_odd_number_of_bins_can_do_nothing():
+    tokens = UniformBins(21, -3e-4, 3e-4, 2)
+    assert tokens.encode(torch.zeros(2)).tolist() == [10, 10]
+    assert tokens.decode(torch.tensor([10, 10])).abs().max() < 1e-10
+
+
+def test_sign_magnitude_round_trips():
+    tokens = SignMagnitude(limit=0.1, dims=2)
+    every = torch.tensor([[s, m] for s in (11, 12) for m in range(11) if not (s == 12 and m == 0)])  # 21 numbers: zero is +0
+    pairs = torch.stack([torch.cat([a, b]) for a in every for b in every])
+    assert torch.equal(tokens.encode(tokens.decode(pairs)), pairs)
+    assert tokens.ranges == [(11, 13), (0, 11)] * 2
+    assert tokens.decode(torch.tensor([11, 10, 12, 3])).tolist() == pytest.approx([0.1, -0.03])
+
+
+def test_sign_magnitude_quantises_clamps_and_has_no_minus_zero(rng):
+    tokens = SignMagnitude(limit=0.1, dims=2)
+    action = (torch.rand(5000, 2, generator=rng) * 2 - 1) * 0.1
+    error = (tokens.decode(tokens.encode(action)) - action).abs()
+    assert error.max() <= 0.005 * (1 + 1e-4) and error.max() > 0.0045
+    assert tokens.encode(torch.tensor([7.0, -7.0])).tolist() == [11, 10, 12, 10]
+    assert tokens.encode(torch.tensor([0.0, -0.0])).tolist() == [11, 0, 11, 0]
+    assert tokens.encode(torch.tensor([0.004, -0.004])).tolist() == [11, 0, 11, 0]
+    assert tokens.decode(torch.tensor([12, 0, 11, 0])).tolist() == [0, 0]  # a model may still say -0
+
+
+@pytest.mark.parametrize(("cap", "bins"), [(140, 140), (140, 50), (200, 100), (60, 7), (10, 5)])
+def test_steps_to_go_labels(cap, bins):
+    steps = StepsToGo(cap, bins)
+    n = torch.arange(2 * cap)
+    expected = [min(i * bins // cap, bins - 1) for i in range(2 * cap)]  # exact, in integers
+    assert steps.encode(n)[:, 0].tolist() == expected
+    assert steps.ranges == [(0, bins)] and steps.encode(n).shape == (2 * cap, 1)
+    assert steps.edges.tolist() == pytest.approx([k * cap / bins for k in range(bins)])
+    assert steps.encode(torch.tensor([0])).tolist() == [[0]] and steps.edges[0] == 0  # so d can reach 0
+
+
+def test_action_tokenizer_builds_what_the_domains_ask_for():
+    for domain in envs.DOMAINS:
+        env = envs.make_vec(domain, 1)
+        tokens = models.action_tokenizer(**env.action_tokens)
+        limits = torch.tensor(np.stack([env.single_action_space.low, env.single_action_space.high]))
+        assert (tokens.decode(tokens.encode(limits)) - limits).abs().max() <= (limits[1] - limits[0]).max() / 20
+        assert max(end for _, end in tokens.ranges) <= models.N_LOC and env.steps_bins <= models.N_LOC
+    assert isinstance(models.action_tokenizer("sign-magnitude", limit=0.1, dims=2), SignMagnitude)
+
+
+# --- words as tokens --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("domain", list(envs.DOMAINS))
+def test_tokenizer_knows_every_word_of_a_domain(domain):
+    env = envs.make_vec(domain, 1)
+    texts = env.instructions()
+    tokenizer = Tokenizer.train([*texts, *env.state_names])
+    unk = tokenizer.tokenizer.token_to_id("<unk>")
+    prompts = [q.format(g) for q in (QUESTION_ACTION, QUESTION_STEPS) for g in texts]
+    ids, valid = tokenizer.prompts(prompts)
+    assert not (ids == unk).any()
+    for row, ok, prompt in zip(ids, valid, prompts, strict=True):
+        bos, *words, newline = [tokenizer.tokenizer.id_to_token(i) for i in row[ok].tolist()]
+        assert (bos, " ".join(words), newline) == ("<bos>", prompt, "\n")
+    for name in env.state_names:
+        assert unk not in tokenizer.tokenizer.encode(name, add_special_tokens=False).ids
+    assert unk in tokenizer.tokenizer.encode("xyzzy", add_special_tokens=False).ids  # so the assertions above can fail
+
+
+def test_questions_of_different_texts_are_different_tokens():
+    tokenizer = Tokenizer.train(INSTRUCTIONS)
+    ids, _ = tokenizer.prompts(questions(6))
+    assert len({tuple(row) for row in ids.tolist()}) == 6
+
+
+def test_number_tokens_are_contiguous():
+    tokenizer = Tokenizer.train(INSTRUCTIONS)
+    ids = [tokenizer.tokenizer.token_to_id(f"<loc{i:04d}>") for i in range(models.N_LOC)]
+    assert ids == list(range(tokenizer.loc, tokenizer.loc + 1024))
+    assert len({tokenizer.pad, tokenizer.bos, tokenizer.eos, *ids}) == 1027
+    assert tokenizer.tokenizer.encode("<loc0007>", add_special_tokens=False).ids == [tokenizer.loc + 7]
+
+
+def test_a_tokenizer_without_number_tokens_is_refused():
+    import tokenizers
+
+    with pytest.raises(ValueError, match="<loc0000>"):
+        Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>")))
+
+
+# --- weights in and out -----------------------------------------------------------------------------------------------
+def test_save_and_load_return_the_same_model(tmp_path):
+    model = tiny()
+    models.save_model(model, tmp_path / "policy.safetensors")
+    loaded = models.load_model(tmp_path / "policy.safetensors").requires_grad_(False)
+    assert loaded.cfg == model.cfg
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        assert ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]), key
+    obs, prompts, answer = observe(3), questions(3), torch.zeros(3, 2, dtype=torch.long)
+    assert torch.equal(model.log_prob(obs, prompts, answer, [(0, 9)] * 2), loaded.log_prob(obs, prompts, answer, [(0, 9)] * 2))
+    models.save_model(loaded, tmp_path / "again.safetensors")
+    first, again = (safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in ("policy", "again"))
+    assert first.keys() == again.keys() and all(torch.equal(again[k], v) for k, v in first.items())
+
+
+def damage(kind: str, path) -> None:
+    model = tiny()
+    models.save_model(model, path)
+    whole, weights = path.read_bytes(), {k: v.contiguous() for k, v in model.state_dict().items()}
+    meta = {"config": json.dumps(dataclasses.asdict(model.cfg)), "tokenizer": model.tokenizer.tokenizer.to_str()}
+    save = functools.partial(safetensors.torch.save_file, filename=path)
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("these are not weights\n")
+    elif kind == "a folder":
+        path.unlink()
+        path.mkdir()
+    elif kind == "wrong shapes":
+        save(weights | {"language_model.norm.weight": torch.zeros(5)}, metadata=meta)
+    elif kind == "missing weight":
+        save({k: v for k, v in weights.items() if k != "language_model.norm.weight"}, metadata=meta)
+    elif kind == "no metadata":
+        save(weights)
+    elif kind == "not our config":
+        save(weights, metadata=meta | {"config": json.dumps({"state_names": [], "hidden_size": 3})})
+    elif kind == "config is not JSON":
+        save(weights, metadata=meta | {"config": "{"})
+    elif kind == "not a tokenizer":
+        save(weights, metadata=meta | {"tokenizer": "{}"})
+    elif kind == "not our tokenizer":
+        import tokenizers
+
+        other = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+        save(weights, metadata=meta | {"tokenizer": other.to_str()})
+
+
+@pytest.mark.parametrize("kind", [
+    "missing", "truncated", "empty", "text", "a folder", "wrong shapes", "missing weight", "no metadata", "not our config",
+    "config is not JSON", "not a tokenizer", "not our tokenizer"])  # fmt: skip
+def test_load_model_names_the_file_that_is_wrong(tmp_path, kind):
+    path = tmp_path / "policy.safetensors"
+    damage(kind, path)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        models.load_model(path)
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------
+def test_every_weight_gets_a_gradient():
+    model = tiny().requires_grad_(True)
+    loss = -model.log_prob(observe(4), questions(4), torch.tensor([[1, 2]] * 4), [(0, 5), (0, 5)]).mean()
+    loss.backward()
+    dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    # a key's bias shifts all scores of a query alike: its gradient is rounding error at most
+    assert [n for n in dead if not n.endswith("k_proj.bias")] == []
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_log_prob_is_the_cross_entropy_over_the_allowed_numbers():
+    model, obs, prompts, ranges = tiny(), observe(3), questions(3), [(2, 9)]
+    answer = torch.tensor([[2], [5], [8]])
+    x, valid = model.prefix(obs, prompts)
+    hidden = model.language_model(x, valid.cumsum(1) - 1, models.prefix_mask(valid, 0), keep=1)
+    scores = model.logits(hidden[:, 0], None)  # over the whole vocabulary
+    allowed = scores[:, model.tokenizer.loc + 2 : model.tokenizer.loc + 9]
+    expected = -F.cross_entropy(allowed, answer[:, 0] - 2, reduction="none")
+    torch.testing.assert_close(model.log_prob(obs, prompts, answer, ranges), expected)

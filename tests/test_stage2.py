@@ -1,0 +1,303 @@
+"""Stage 2: its equations by hand, REINFORCE against exact enumeration, the rollout's bookkeeping, and what stays frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import common
+import envs
+import model as models
+import stage2
+from model import EFM, QUESTION_ACTION, EFMConfig, StepsToGo, Tokenizer, action_tokenizer
+
+SMALL = EFMConfig(width=24, depth=2, heads=2, kv_heads=1, head_dim=12, mlp_dim=32, vit_width=16, vit_depth=1, vit_heads=2,
+                  vit_mlp_dim=24)  # fmt: skip
+
+
+def small(obs: str, seed: int) -> EFM:
+    """An untrained model for pointmass."""
+    env = envs.make_vec("pointmass", 1, obs=obs)
+    sizes = {"state_names": env.state_names, "state_dim": env.state_dim} if obs == "state" else {"image_size": env.size}
+    torch.manual_seed(seed)
+    return EFM(dataclasses.replace(SMALL, **sizes), Tokenizer.train([*env.instructions(), *env.state_names]))
+
+
+# --- the equations ----------------------------------------------------------------------------------------------------
+def test_rewards():
+    d = torch.tensor([[10.0, 8.0, 9.0, 2.0], [5.0, 5.0, 5.0, 5.0]])
+    assert stage2.rewards(d).tolist() == [[2, -1, 7], [0, 0, 0]]  # [Eq. 2]
+
+
+def test_monte_carlo_returns():
+    reward = torch.tensor([[2.0, -1.0, 8.0], [1.0, 0.0, 0.0]])
+    assert stage2.monte_carlo_returns(reward, 0.5).tolist() == [[3.5, 3, 8], [1, 0, 0]]
+    assert stage2.monte_carlo_returns(reward, 0.0).tolist() == reward.tolist()
+    assert stage2.monte_carlo_returns(reward, 1.0).tolist() == [[9, 7, 8], [1, 0, 0]]
+
+
+def test_returns_telescope_without_discount(rng):
+    d = torch.rand(6, 20, generator=rng) * 100
+    returns = stage2.monte_carlo_returns(stage2.rewards(d), 1.0)
+    torch.testing.assert_close(returns, d[:, :-1] - d[:, -1:], atol=1e-3, rtol=0)
+
+
+def test_reinforce_loss():
+    log_prob, returns = torch.tensor([-1.0, -2.0, -4.0], requires_grad=True), torch.tensor([3.0, 0.0, -1.5])
+    loss = stage2.reinforce_loss(log_prob, returns, 0.2)
+    assert loss.item() == pytest.approx(-0.2 * (-3 + 0 + 6) / 3)
+    loss.backward()
+    assert log_prob.grad.tolist() == pytest.approx([-0.2, 0, 0.1])  # up where the return is positive, down where negative
+
+
+def test_detect_success():
+    assert stage2.detect_success(torch.tensor([2.9, 3.0, 3.1, 0.0]), 3.0).tolist() == [True, True, False, True]
+
+
+# --- the gradient -----------------------------------------------------------------------------------------------------
+RANGES = [(0, 3), (1, 4)]
+ANSWERS = torch.tensor(list(itertools.product(range(3), range(1, 4))))
+VALUE = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0, -1.0, 2.0, 4.0, -3.0])  # the bandit's return of each answer
+
+
+def bandit() -> tuple[EFM, dict[str, Tensor], list[str]]:
+    """One observation, one question, nine answers of two tokens."""
+    policy = small("state", 0)
+    return policy, {"state": torch.randn(1, 5, 2)}, [QUESTION_ACTION.format("move to the red goal")]
+
+
+def gradient(policy: EFM, loss: Tensor) -> Tensor:
+    policy.zero_grad()
+    loss.backward()
+    return torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in policy.parameters()]).clone()
+
+
+def test_the_expected_reinforce_gradient_is_the_gradient_of_the_expected_return():
+    policy, obs, prompt = bandit()
+    c = 0.05
+    everywhere = {"state": obs["state"].expand(9, -1, -1)}
+    expected = gradient(policy, -c * (policy.log_prob(everywhere, prompt * 9, ANSWERS, RANGES).exp() * VALUE).sum())  # exact
+    got = torch.zeros_like(expected)
+    with torch.no_grad():
+        p = policy.log_prob(everywhere, prompt * 9, ANSWERS, RANGES).exp()
+    for i in range(9):  # each answer's own REINFORCE gradient, as often as the policy gives that answer
+        log_prob = policy.log_prob(obs, prompt, ANSWERS[i : i + 1], RANGES)
+        got += p[i] * gradient(policy, stage2.reinforce_loss(log_prob, VALUE[i : i + 1], c))
+    assert expected.norm() > 1e-3
+    torch.testing.assert_close(got, expected, atol=1e-5 * expected.abs().max().item() + 1e-7, rtol=1e-3)
+
+
+def test_the_sampled_reinforce_gradient_points_the_same_way(rng):
+    policy, obs, prompt = bandit()
+    n = 4000
+    everywhere = {"state": obs["state"].expand(9, -1, -1)}
+    expected = gradient(policy, -(policy.log_prob(everywhere, prompt * 9, ANSWERS, RANGES).exp() * VALUE).sum())
+    sampled = {"state": obs["state"].expand(n, -1, -1)}
+    tokens, _ = policy.sample(sampled, prompt * n, RANGES, rng)
+    returns = VALUE[tokens[:, 0] * 3 + tokens[:, 1] - 1]
+    got = gradient(policy, stage2.reinforce_loss(policy.log_prob(sampled, prompt * n, tokens, RANGES), returns, 1.0))
+    assert torch.cosine_similarity(got, expected, 0) > 0.97
+    assert (got.norm() / expected.norm() - 1).abs() < 0.15
+
+
+def test_reinforce_learns_the_bandit(rng):
+    policy, obs, prompt = bandit()
+    optimizer, n = torch.optim.Adam(policy.parameters(), lr=3e-3), 64
+    sampled, everywhere = ({"state": obs["state"].expand(k, -1, -1)} for k in (n, 9))
+    for _ in range(60):
+        tokens, _ = policy.sample(sampled, prompt * n, RANGES, rng)
+        returns = VALUE[tokens[:, 0] * 3 + tokens[:, 1] - 1]
+        loss = stage2.reinforce_loss(policy.log_prob(sampled, prompt * n, tokens, RANGES), returns, 0.5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        p = policy.log_prob(everywhere, prompt * 9, ANSWERS, RANGES).exp()
+    assert (p * VALUE).sum() > 3  # a uniform policy gets 0.5, the best answer 4
+
+
+# --- rollouts ---------------------------------------------------------------------------------------------------------
+class Watched(envs.pointmass.PointmassVectorEnv):
+    """The domain, that keeps what it has shown and what it was told."""
+
+    def reset(self, **kwargs):
+        result = super().reset(**kwargs)
+        self.seen, self.told, self.success = [result[0]], [], [result[1]["is_success"]]
+        return result
+
+    def step(self, actions):
+        result = super().step(actions)
+        self.seen.append(result[0])
+        self.told.append(np.array(actions))
+        self.success.append(result[4]["is_success"])
+        return result
+
+
+def practise(obs: str, end: str, quantile: float = 0.3, n: int = 6, horizon: int = 15):
+    """A rollout of untrained models, with s such that some episodes end early and others do not."""
+    policy, reward_model, env = small(obs, 0), small(obs, 1), Watched(n, obs)
+    env.horizon = horizon
+    if end == "ground-truth":  # goals close by, and large: some are met by chance
+        env._success = lambda: np.linalg.norm(env.pos - env._goal(), axis=1) < 0.75
+    probe = stage2.rollout(policy, reward_model, env, 9, torch.Generator().manual_seed(1), end, -1.0)
+    s = probe["d"].flatten().quantile(quantile).item()
+    r = stage2.rollout(policy, reward_model, env, 9, torch.Generator().manual_seed(1), end, s)
+    return r, policy, reward_model, env, s
+
+
+@pytest.mark.parametrize("end", ["detector", "ground-truth"])
+@pytest.mark.parametrize("obs", ["state", "images"])
+def test_rollout_bookkeeping(obs, end):
+    r, policy, reward_model, env, s = practise(obs, end)
+    n, T, length = env.num_envs, r["d"].shape[1] - 1, r["length"]
+    assert length.min() < length.max(), "the test needs episodes of different lengths"
+    assert T == length.max() and r["truth"].shape == (n, T + 1) and r["tokens"].shape == (length.sum(), 2)
+    # tuples: every (simulation, time) of every episode, once
+    pairs = list(zip(r["row"].tolist(), r["t"].tolist(), strict=True))
+    assert sorted(pairs) == [(i, t) for i in range(n) for t in range(length[i])]
+    assert np.bincount(r["row"], minlength=n).tolist() == length.tolist()
+    # what a tuple holds is what was seen, said and done there
+    actions, steps = action_tokenizer(**env.action_tokens), StepsToGo(env.steps_cap, env.steps_bins)
+    for m, (i, t) in enumerate(pairs):
+        assert r["goals"][m] == env.seen[0]["instruction"][i]
+        np.testing.assert_array_equal(env.told[t][i], actions.decode(r["tokens"][m]).numpy())
+        if obs == "state":
+            np.testing.assert_array_equal(r["obs"]["state"][m].flatten().numpy(), env.seen[t]["state"][i])
+    with torch.no_grad():
+        if obs == "images":  # the features kept from the step before equal those of the frames themselves
+            frames = torch.from_numpy(np.stack([env.seen[t]["images"][i] for i, t in pairs]))
+            torch.testing.assert_close(r["obs"]["features"], policy.encode_images(frames), atol=1e-5, rtol=1e-5)
+        prompts = [QUESTION_ACTION.format(g) for g in r["goals"]]
+        log_probs = policy.log_probs(r["obs"], prompts, r["tokens"], actions.ranges)
+        entropy = sum(torch.distributions.Categorical(logits=lp).entropy() for lp in log_probs)
+        torch.testing.assert_close(r["entropy"], entropy, atol=1e-4, rtol=1e-4)
+        # d and truth at every observation, frozen after the end
+        for i in range(n):
+            shown = [min(t, length[i]) for t in range(T + 1)]
+            raw = torch.from_numpy(np.stack([env.seen[t][obs][i] for t in shown]))
+            its = {"state": raw.unflatten(1, (-1, 2))} if obs == "state" else {"images": raw}
+            d = reward_model.steps_to_go(its, [env.seen[0]["instruction"][i]] * (T + 1), steps)
+            torch.testing.assert_close(r["d"][i], d, atol=1e-3, rtol=1e-4)
+            assert r["truth"][i].tolist() == [bool(env.success[t][i]) for t in shown]
+    # how episodes end
+    last = r["d"][:, -1]
+    assert np.array_equal(r["detected"], (last <= s).numpy())
+    over = r["detected"] if end == "detector" else r["truth"][:, -1].numpy()
+    assert (length[~over] == env.horizon).all() and over[length < env.horizon].all()
+    inner = [x for i in range(n) for x in (r["d"][i, 1 : length[i]] <= s if end == "detector" else r["truth"][i, 1 : length[i]])]
+    assert not any(inner)  # at the first time, not a later one
+    # rewards: 0 after the end, and their sum telescopes
+    reward = stage2.rewards(r["d"])
+    for i in range(n):
+        assert not reward[i, length[i] :].any()
+        assert reward[i].sum().item() == pytest.approx((r["d"][i, 0] - last[i]).item(), abs=1e-3)
+
+
+def test_a_rollout_repeats_with_its_seed_and_generator():
+    policy, env = small("state", 0), envs.make_vec("pointmass", 4)
+    env.horizon = 8
+    a, b, c = (stage2.rollout(policy, policy, env, seed, torch.Generator().manual_seed(5)) for seed in (1, 1, 2))
+    assert torch.equal(a["tokens"], b["tokens"]) and torch.equal(a["d"], b["d"]) and not torch.equal(a["d"], c["d"])
+
+
+def test_a_greedy_rollout_takes_the_most_probable_tokens():
+    policy, env = small("state", 0), envs.make_vec("pointmass", 4)
+    env.horizon = 5
+    a, b = (stage2.rollout(policy, policy, env, 1, torch.Generator().manual_seed(g), greedy=True) for g in (5, 6))
+    assert torch.equal(a["tokens"], b["tokens"])
+    ranges = action_tokenizer(**env.action_tokens).ranges
+    with torch.no_grad():
+        log_probs = policy.log_probs(a["obs"], [QUESTION_ACTION.format(g) for g in a["goals"]], a["tokens"], ranges)
+    assert torch.equal(a["tokens"], torch.stack([lp.argmax(-1) for lp in log_probs], 1))
+
+
+def test_look_encodes_only_the_new_frame(monkeypatch):
+    model, env = small("images", 0), envs.make_vec("pointmass", 3, obs="images")
+    first, _ = env.reset(seed=0)
+    second = env.step(env.demonstrate())[0]
+    encoded, encode = [], model.encode_images
+
+    def count(images):
+        encoded.append(images.shape[:2].numel())
+        return encode(images)
+
+    monkeypatch.setattr(model, "encode_images", count)
+    with torch.no_grad():
+        before = stage2.look(model, first, np.arange(3), None)
+        after = stage2.look(model, second, np.arange(3), before)
+        again = stage2.look(model, second, np.arange(3), None)
+        subset = stage2.look(model, second, np.array([2]), {k: v[2:] for k, v in before.items()})
+    assert encoded == [6, 3, 6, 1]
+    torch.testing.assert_close(after["features"], again["features"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(subset["features"], again["features"][2:], atol=1e-5, rtol=1e-5)
+
+
+# --- Algorithm 1 ------------------------------------------------------------------------------------------------------
+def stage1_run(folder: Path, obs: str) -> None:
+    """What Stage 2 reads of a Stage 1 run, untrained."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"domain": "pointmass", "obs": obs, "seed": 0}))
+    models.save_model(small(obs, 0), folder / "policy.safetensors")
+    models.save_model(small(obs, 1), folder / "reward.safetensors")
+
+
+def run(tmp_path, monkeypatch, obs: str, **settings) -> tuple[list[EFM], list[dict[str, Tensor]], dict]:
+    """A very short Stage 2: the policy and the reward model in memory after it, their weights before it, the summary."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "horizon", 12)
+    stage1_run(Path("runs/stage1"), obs)
+    loaded, before, load = [], [], common.load
+
+    def keep(path):
+        loaded.append(load(path))
+        before.append({k: v.clone() for k, v in loaded[-1].state_dict().items()})
+        return loaded[-1]
+
+    monkeypatch.setattr(common, "load", keep)
+    settings = {"updates": 2, "batch": 32, "num_envs": 4, "iterations": 6, "lr": 1e-3, "eval_episodes": 3} | settings
+    stage2.main(stage2.Config(stage1="runs/stage1", out="runs/stage2", **settings))
+    return loaded[:2], before[:2], json.loads(Path("runs/stage2/summary.json").read_text())
+
+
+@pytest.mark.parametrize("obs", ["state", "images"])
+def test_an_update_changes_neither_the_reward_model_nor_the_policys_vit(tmp_path, monkeypatch, obs):
+    (policy, reward_model), before, summary = run(tmp_path, monkeypatch, obs)
+    for key, value in reward_model.state_dict().items():
+        assert torch.equal(value, before[1][key]), key
+    saved = safetensors.torch.load_file("runs/stage2/reward.safetensors")
+    assert all(torch.equal(saved[k], v) for k, v in before[1].items())
+    after = policy.state_dict()
+    frozen = {k for k in after if torch.equal(after[k], before[0][k])}
+    vit = {k for k in after if k.startswith("vision_tower.")}
+    assert bool(vit) == (obs == "images")
+    assert frozen == vit  # and everything else learns
+    assert all(v.isfinite().all() for v in after.values())
+    assert summary["env_steps"] >= 6 * 2 * 32 and summary["episodes"] % 4 == 0
+    assert 0 <= summary["success_low"] <= summary["success"] <= summary["success_high"] <= 1
+    confusion = [summary[k] for k in ("true_positives", "false_positives", "false_negatives", "true_negatives")]
+    assert sum(confusion) == summary["eval_episodes"] == 3
+    rows = Path("runs/stage2/metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + 6 and all(math.isfinite(float(x)) for x in rows[-1].split(","))
+
+
+def test_stage2_leaves_a_policy_however_short_it_is(tmp_path, monkeypatch):
+    _, _, summary = run(tmp_path, monkeypatch, "state", iterations=1)
+    assert Path("runs/stage2/policy.safetensors").exists() and summary["eval_episodes"] == 3
+
+
+def test_stage2_repeats_exactly(tmp_path, monkeypatch):
+    weights = []
+    for name in ("a", "b"):
+        with monkeypatch.context() as m:
+            (tmp_path / name).mkdir()
+            weights.append(run(tmp_path / name, m, "state")[0][0].state_dict())
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
