@@ -139,7 +139,9 @@ class Run:
             raise UserError(f"{folder}: this run exists; continue it with --resume, or choose another --out")
         if (folder / "config.json").exists() and read_json(folder / "config.json") != config:
             different = [k for k, v in read_json(folder / "config.json").items() if config.get(k) != v] or ["config.json"]
-            raise UserError(f"{folder}: was started with another --{different[0]}; resume with the same flags or choose another --out")
+            raise UserError(
+                f"{folder}: was started with another --{different[0]}; resume with the same flags or choose another --out"
+            )
         if (folder / "resume.pt").exists():
             try:
                 self.state = torch.load(folder / "resume.pt", weights_only=False)

@@ -3,20 +3,32 @@
     python eval.py                                      # the newest run
     python eval.py --run runs/pointmass-stage2-s0 --episodes 1000
     python eval.py --run runs/pointmass-stage1-s0 --greedy
+
+Writes into the run's folder: evaluation.json, trajectories.png (as Figure 9), steps_to_go.png (as Figure 2),
+episodes.gif, and for Stage 2 curves.png.
 """
 
 from __future__ import annotations
 
+import csv
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
+from PIL import Image
 
 import common
 import envs
 from common import UserError, wilson
 from stage2 import rollout
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe-Ito: colour-blind safe
 
 
 @dataclass
@@ -28,29 +40,140 @@ class Config:
     greedy: bool = False  # the most probable action instead of a sampled one
 
 
-def settings_of(folder: Path) -> dict:
-    """config.json of the Stage 1 run behind a run's folder: it names domain and observations."""
+def confusion(detected: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Counts and rates of a detector, bool (n,) each: false positives among what is false, false negatives among what is true."""
+    counts = {"true_positives": detected & truth, "false_positives": detected & ~truth,
+              "false_negatives": ~detected & truth, "true_negatives": ~detected & ~truth}  # fmt: skip
+    table = {k: int(v.sum()) for k, v in counts.items()}
+    return table | {"false_positive_rate": table["false_positives"] / max(1, int((~truth).sum())),
+                    "false_negative_rate": table["false_negatives"] / max(1, int(truth.sum()))}  # fmt: skip
+
+
+def early_detections(d: np.ndarray, truth: np.ndarray, s: float) -> float:
+    """Share of first detections followed by true success within s steps; d float, truth bool (n, T + 1), frozen at the end."""
+    fired = np.flatnonzero((d <= s).any(1))
+    first = (d[fired] <= s).argmax(1)
+    last = np.minimum(first + math.ceil(s), d.shape[1] - 1)
+    kept = [truth[i, a : b + 1].any() for i, a, b in zip(fired, first, last, strict=True)]
+    return float(np.mean(kept)) if kept else 0.0
+
+
+def load_run(folder: Path) -> tuple[dict, torch.nn.Module, torch.nn.Module]:
+    """Settings (domain, obs) of the Stage 1 run behind a run's folder, its policy and its reward model."""
     config = common.read_json(folder / "config.json")
-    return config if "domain" in config else common.read_json(Path(config["stage1"]) / "config.json")
+    settings = config if "domain" in config else common.read_json(Path(config.get("stage1", "")) / "config.json")
+    if "domain" not in settings or "obs" not in settings:
+        raise UserError(f"{folder}/config.json: not the configuration of a Stage 1 or Stage 2 run; name another --run")
+    return settings, common.load(folder / "policy.safetensors"), common.load(folder / "reward.safetensors")
 
 
 def evaluate(folder: Path, episodes: int, seed: int, s: float = 3.0, greedy: bool = False) -> dict:
-    """Roll out a run's policy twice: to the true end, for success; and as in Stage 2, for the detector's confusion."""
-    settings = settings_of(folder)
-    policy, reward_model = common.load(folder / "policy.safetensors"), common.load(folder / "reward.safetensors")
+    """Roll out a run's policy twice: to the true end, for success; and as in Stage 2, for the detector's confusion.
+
+    Confusion: did the detector end the episode, and was the goal truly reached at that moment? `early_detections` is
+    milder: the share of first detections that true success follows within s steps, which is what d <= s claims.
+    """
+    settings, policy, reward_model = load_run(folder)
     env = envs.make_vec(settings["domain"], episodes, obs=settings["obs"])
     generator = torch.Generator().manual_seed(seed)
-    r = rollout(policy, reward_model, env, 2 * 10**9 + seed * 10**6, generator, "ground-truth", s, greedy)
+    r = rollout(policy, reward_model, env, 5 * 10**8 + seed * 10**6, generator, "ground-truth", s, greedy)
     success = r["truth"][:, -1].numpy()
     low, high = wilson(int(success.sum()), episodes)
-    p = rollout(policy, reward_model, env, 3 * 10**9 + seed * 10**6, generator, "detector", s, greedy)
-    truth, detected = p["truth"][:, -1].numpy(), p["detected"]
+    p = rollout(policy, reward_model, env, 5 * 10**8 + seed * 10**6 + 5 * 10**5, generator, "detector", s, greedy)
     return {"success": float(success.mean()), "success_low": low, "success_high": high, "mean_steps": float(r["length"].mean()),
-            "eval_episodes": episodes, "true_positives": int((detected & truth).sum()), "false_positives": int((detected & ~truth).sum()),
-            "false_negatives": int((~detected & truth).sum()), "true_negatives": int((~detected & ~truth).sum()),
-            "false_positive_rate": float((detected & ~truth).sum() / max(1, (~truth).sum())),
-            "false_negative_rate": float((~detected & truth).sum() / max(1, truth.sum()))}  # fmt: skip
+            "eval_episodes": episodes, **confusion(p["detected"], p["truth"][:, -1].numpy()),
+            "early_detections": early_detections(r["d"].numpy(), r["truth"].numpy(), s)}  # fmt: skip
 
 
 def describe(summary: dict) -> str:
-    return "\n".join(f"{k:20} {v}" for k, v in summary.items())
+    return "\n".join(f"{k:20} {v:.4g}" if isinstance(v, float) else f"{k:20} {v}" for k, v in summary.items())
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+def film(folder: Path, seed: int, s: float, greedy: bool) -> None:
+    """Eight episodes to their true end: trajectories.png, episodes.gif and, of one of them, steps_to_go.png."""
+    settings, policy, reward_model = load_run(folder)
+    env, frames, tracks = envs.make_vec(settings["domain"], 8, obs=settings["obs"]), [], []
+
+    def watch() -> None:
+        frames.append(np.stack(env.render()))  # (8, H, W, 3)
+        tracks.append(env.track())  # (8, 2)
+
+    r = rollout(
+        policy, reward_model, env, 6 * 10**8 + seed, torch.Generator().manual_seed(seed), "ground-truth", s, greedy, watch
+    )
+    frames, tracks, length = np.stack(frames, 1), np.stack(tracks, 1), r["length"]  # (8, T + 1, ...)
+    goals = [r["goals"][int((r["row"] == i).nonzero()[0])] for i in range(8)]
+    side = frames.shape[2]
+
+    fig, axes = plt.subplots(2, 4, figsize=(10, 5.4))
+    for i, ax in enumerate(axes.flat):
+        ax.imshow(frames[i, 0])
+        ax.plot(*(tracks[i, : length[i] + 1] * side).T, ".-", color="black", lw=1, ms=3)
+        outcome = "reached" if r["truth"][i, -1] else "not reached"
+        ax.set_title(f"{goals[i]}\n{outcome} in {length[i]} steps", fontsize=8)
+        ax.axis("off")
+    fig.savefig(folder / "trajectories.png", dpi=130, bbox_inches="tight")
+
+    rows = [np.concatenate(list(frames[:4, min(t, frames.shape[1] - 1)]), 1) for t in range(int(length[:4].max()) + 1)]
+    pictures = [Image.fromarray(row) for row in rows]
+    pictures[0].save(folder / "episodes.gif", save_all=True, append_images=pictures[1:], duration=100, loop=0)
+
+    reached = np.flatnonzero(r["truth"][:, -1].numpy())
+    i = int(reached[np.argmax(length[reached])]) if len(reached) else 0  # the longest successful episode
+    marks = np.unique(np.linspace(0, length[i], 6).astype(int))
+    fig, axes = plt.subplot_mosaic(
+        [[f"f{k}" for k in range(len(marks))], ["d"] * len(marks)], figsize=(9, 4.4), height_ratios=[1, 2]
+    )
+    for k, t in enumerate(marks):
+        axes[f"f{k}"].imshow(frames[i, t])
+        axes[f"f{k}"].set_title(f"t = {t}", fontsize=8)
+        axes[f"f{k}"].axis("off")
+        axes["d"].axvline(t, color="0.85", zorder=0)
+    t = np.arange(length[i] + 1)
+    axes["d"].plot(t, r["d"][i, : length[i] + 1], ".-", color=BLUE, label="d(o, g), predicted")
+    axes["d"].plot(t, length[i] - t, color=ORANGE, ls="--", label="steps truly left in this episode")
+    axes["d"].axhline(s, color=GREEN, ls=":", label=f"detector's threshold s = {s:g}")
+    axes["d"].set(xlabel="t [steps]", ylabel="steps to go", title=f'"{goals[i]}"')
+    axes["d"].legend(fontsize=8)
+    fig.savefig(folder / "steps_to_go.png", dpi=130, bbox_inches="tight")
+    plt.close("all")
+
+
+def curves(folder: Path) -> None:
+    """curves.png of a Stage 2 run: success, what the detector believed, episode length, returns and entropy."""
+    with open(folder / "metrics.csv") as f:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+    x = [r["env_steps"] for r in rows]
+    fig, axes = plt.subplots(1, 4, figsize=(13, 2.8))
+    panels = [("share of practice episodes", [("true at the end", "success"), ("detected", "detected")]), ("steps", [("episode length", "mean_steps")]),
+              ("return R [steps]", [("mean", "return_mean"), ("standard deviation", "return_std")]), ("entropy of the action [nats]", [("", "entropy")])]  # fmt: skip
+    for ax, (name, lines) in zip(axes, panels, strict=True):
+        for (label, key), colour in zip(lines, (BLUE, ORANGE), strict=False):
+            ax.plot(x, [r[key] for r in rows], color=colour, label=f"{label} (n = 1 seed)" if label else None)
+        ax.set(xlabel="environment steps", ylabel=name)
+        if lines[0][0]:
+            ax.legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(folder / "curves.png", dpi=130)
+    plt.close("all")
+
+
+def main(cfg: Config) -> None:
+    folder = Path(cfg.run) if cfg.run else common.newest_run("*-stage[12]-s*")
+    if folder is None:
+        raise UserError("runs/: no finished run; run `python stage1.py` first or name a run with --run")
+    if cfg.episodes < 1:
+        raise UserError(f"--episodes {cfg.episodes}: must be at least 1")
+    summary = {"run": str(folder), "s": cfg.s, "greedy": cfg.greedy, "seed": cfg.seed}
+    summary |= evaluate(folder, cfg.episodes, cfg.seed, cfg.s, cfg.greedy)
+    common.write_json(folder / "evaluation.json", summary)
+    film(folder, cfg.seed, cfg.s, cfg.greedy)
+    if "gamma" in common.read_json(folder / "config.json"):
+        curves(folder)
+    print(describe(summary))
+    print(f"wrote evaluation.json and pictures to {folder}/")
+
+
+if __name__ == "__main__":
+    common.cli(Config, main)

@@ -25,7 +25,6 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import tokenizers
@@ -146,7 +145,9 @@ class Tokenizer:
         """A word-level tokenizer on a domain's instructions: the vocabulary of the nano models."""
         tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
         split = tokenizers.pre_tokenizers.Split
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split(tokenizers.Regex("[\n,]"), "isolated"), split(" ", "removed")])
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+            [split(tokenizers.Regex("[\n,]"), "isolated"), split(" ", "removed")]
+        )
         # the two questions are one token each: short prompts, fast nano models
         questions = [q.removesuffix(" {}") for q in (QUESTION_ACTION, QUESTION_STEPS)]
         special = ["<pad>", "<bos>", "<eos>", "<unk>", *questions] + [f"<loc{i:04d}>" for i in range(N_LOC)]
@@ -301,7 +302,9 @@ class EFM(nn.Module):
             self.vision_tower = ViT(cfg)
             self.multi_modal_projector = nn.Linear(cfg.vit_width, cfg.width)
         if cfg.state_names:
-            self.state_weight = nn.Parameter(torch.randn(len(cfg.state_names), cfg.state_dim, cfg.width) / math.sqrt(cfg.state_dim))
+            self.state_weight = nn.Parameter(
+                torch.randn(len(cfg.state_names), cfg.state_dim, cfg.width) / math.sqrt(cfg.state_dim)
+            )
             words = [tokenizer.tokenizer.encode(name, add_special_tokens=False).ids for name in cfg.state_names]
             self.register_buffer("state_words", torch.tensor(sum(words, [])), persistent=False)
             average = torch.block_diag(*(torch.full((1, len(w)), 1 / len(w)) for w in words))  # (S, words)
@@ -347,7 +350,9 @@ class EFM(nn.Module):
         first, end = allowed
         return torch.arange(first, end, device=self.language_model.embed_tokens.weight.device) + self.tokenizer.loc
 
-    def log_probs(self, obs: dict[str, Tensor], prompts: list[str], answer: Tensor, ranges: list[tuple[int, int]]) -> list[Tensor]:
+    def log_probs(
+        self, obs: dict[str, Tensor], prompts: list[str], answer: Tensor, ranges: list[tuple[int, int]]
+    ) -> list[Tensor]:
         """log p of every allowed number at every answer position, given the answer before it: L x float (B, K)."""
         x, valid = self.prefix(obs, prompts)
         P, L = x.shape[1], answer.shape[1]
@@ -364,7 +369,9 @@ class EFM(nn.Module):
         so that this is the probability with which `sample` draws the answer.
         """
         log_probs = self.log_probs(obs, prompts, answer, ranges)
-        return sum(lp.gather(1, (answer[:, i] - r[0])[:, None])[:, 0] for i, (lp, r) in enumerate(zip(log_probs, ranges, strict=True)))
+        return sum(
+            lp.gather(1, (answer[:, i] - r[0])[:, None])[:, 0] for i, (lp, r) in enumerate(zip(log_probs, ranges, strict=True))
+        )
 
     @torch.no_grad()
     def sample(self, obs: dict[str, Tensor], prompts: list[str], ranges: list[tuple[int, int]],
@@ -415,7 +422,7 @@ def load_model(path: Path) -> EFM:
         model.load_state_dict(weights)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; run stage1.py first or name another run") from None
-    except (OSError, KeyError, TypeError, RuntimeError, json.JSONDecodeError, safetensors.SafetensorError) as e:
+    except Exception as e:  # safetensors, tokenizers and torch each raise their own kinds for a damaged file
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ValueError(f"{path}: not a nanoEFM checkpoint, or a damaged one ({reason}); train it again") from None
     return model

@@ -220,7 +220,7 @@ def stage2(agent: Agent, optimizer: torch.optim.Optimizer, cfg: Config, rng: tor
     while env_steps + 2048 <= cfg.stage2_steps:  # [Alg. 1, line 1]
         batch, tuples, n = [], [], 0
         while n < 2048:  # whole episodes, enough for N = 32 updates of B = 64  [Alg. 1, line 2]
-            b = rollout(agent, reward_model, 32, rng, cfg.success, cfg.success_threshold)
+            b = rollout(agent, reward_model, 8, rng, cfg.success, cfg.success_threshold)
             returns, valid = monte_carlo_returns(b["reward"], cfg.gamma), b["valid"]  # [Alg. 1, line 4]
             steps = valid.flip(1).cumsum(1).flip(1)  # (n, T) until the end of the episode; for freeze_reward=False
             ended = b["detected" if cfg.success == "detector" else "truth"][:, None].expand_as(valid)
@@ -236,8 +236,8 @@ def stage2(agent: Agent, optimizer: torch.optim.Optimizer, cfg: Config, rng: tor
             loss.backward()
             nn.utils.clip_grad_norm_(agent.policy.parameters(), 1.0)  # a narrow policy has steep log p: bound the step
             optimizer.step()
-        env_steps, episodes = env_steps + n, episodes + 32 * len(batch)
         truth, detected = (torch.cat([b[k] for b in batch]).float() for k in ("truth", "detected"))
+        env_steps, episodes = env_steps + n, episodes + len(truth)
         rows.append({"env_steps": env_steps, "episodes": episodes, "success": truth.mean().item(),
                      "detected": detected.mean().item(), "false_detections": (detected * (1 - truth)).mean().item(), "mean_steps": n / len(truth),
                      "return_mean": returns.mean().item(), "return_std": returns.std().item()})  # fmt: skip

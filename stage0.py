@@ -102,7 +102,9 @@ def main(cfg: Config) -> None:
             run.log(update + 1, row)
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
             common.write_atomically(folder / "policy.safetensors", lambda p: models.save_model(model, p))
-            run.checkpoint(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state, update=update + 1)
+            run.checkpoint(
+                model=model.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state, update=update + 1
+            )
     summary = {"stage": "stage0", "domain": cfg.domain, "obs": "images", "seed": cfg.seed, "valid_error": error}
     print("\n".join(f"{k:12} {v}" for k, v in run.finish(summary).items()))
 

@@ -57,26 +57,30 @@ def record(domain: str, obs: str, episodes: int, seed: int) -> dict[str, np.ndar
     """
     n = min(episodes, 256)
     env = envs.make_vec(domain, n, obs=obs)
-    key, kept, bar = ("state" if obs == "state" else "images"), [], tqdm(total=episodes, desc="demonstrations", leave=False, disable=None)
-    o, info = env.reset(seed=seed)
+    # each simulation owes the same number of episodes: taking the first to finish would favour the short ones
+    owed = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
+    key, kept = "state" if obs == "state" else "images", []
+    bar = tqdm(total=episodes, desc="demonstrations", leave=False, disable=None)
+    o, _ = env.reset(seed=seed * 10**6)
     steps: list[list] = [[] for _ in range(n)]
-    while len(kept) < episodes:
+    while owed.any():
         action = env.demonstrate()
         texts, now = o["instruction"], o[key] if key == "state" else o[key][:, 1]
-        for i in range(n):
+        for i in np.flatnonzero(owed):
             steps[i].append((now[i].copy(), action[i]))
-        o, _, terminated, truncated, info = env.step(action)
-        over = terminated | truncated
-        for i in np.flatnonzero(terminated):
+        o, _, terminated, truncated, _ = env.step(action)
+        for i in np.flatnonzero(terminated & (owed > 0)):
             final = o[key][i] if key == "state" else o[key][i, 1]
             kept.append((texts[i], *zip(*steps[i], (final.copy(), np.zeros_like(action[i])), strict=True)))
+            owed[i] -= 1
             bar.update()
+        over = terminated | truncated
         for i in np.flatnonzero(over):
             steps[i] = []
         if over.any():
-            o, info = env.reset(options={"reset_mask": over})
+            o, _ = env.reset(options={"reset_mask": over})
     bar.close()
-    return pack(kept[:episodes], "state" if obs == "state" else "frames")
+    return pack(kept, "state" if obs == "state" else "frames")
 
 
 def pack(episodes: list[tuple], key: str) -> dict[str, np.ndarray]:
@@ -96,16 +100,17 @@ def from_minari(dataset_id: str, domain: str, obs: str) -> dict[str, np.ndarray]
     except Exception as e:  # Minari raises many kinds here
         raise UserError(f"--dataset {dataset_id}: cannot be loaded ({e}); `minari list local` shows what is there") from None
     env = envs.make_vec(domain, 1, obs=obs)
-    for ours, theirs in ((env.single_observation_space, dataset.observation_space), (env.single_action_space, dataset.action_space)):
-        if ours != theirs:
-            raise UserError(f"--dataset {dataset_id}: its spaces are not those of --domain {domain} --obs {obs}; choose another dataset")
+    if (env.single_observation_space, env.single_action_space) != (dataset.observation_space, dataset.action_space):
+        raise UserError(f"--dataset {dataset_id}: its spaces are not those of --domain {domain} --obs {obs}; choose another")
     episodes = []
     for e in dataset.iterate_episodes():
         if e.terminations[-1]:
             o = e.observations["state"] if obs == "state" else e.observations["images"][:, 1]
             episodes.append((e.observations["instruction"][0], o, np.concatenate([e.actions, np.zeros_like(e.actions[:1])])))
-    if not episodes:
-        raise UserError(f"--dataset {dataset_id}: no episode in it ends in success; record others")
+    if len(episodes) < 2:
+        raise UserError(
+            f"--dataset {dataset_id}: {len(episodes)} of its episodes end in success, at least 2 are needed; record others"
+        )
     return pack(episodes, "state" if obs == "state" else "frames")
 
 

@@ -15,6 +15,7 @@ REINFORCE on Monte Carlo returns improves the policy. The domain's ground truth 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -93,12 +94,13 @@ def look(model: EFM, obs: dict, rows: np.ndarray, before: dict[str, Tensor] | No
 
 @torch.no_grad()
 def rollout(policy: EFM, reward_model: EFM, env: VectorEnv, seed: int, generator: torch.Generator, end: str = "detector",
-            s: float = 3.0, greedy: bool = False) -> dict:  # fmt: skip
+            s: float = 3.0, greedy: bool = False, watch: Callable[[], None] = lambda: None) -> dict:  # fmt: skip
     """One episode in each of the n simulations, ended by `end` ("detector" or "ground-truth") or the horizon.
 
     Returns, over M tuples in all: obs (dict of tensors (M, ...)), tokens long (M, L), entropy (M,) in nats, goals (M),
     row and t long (M,): simulation and time; and per simulation: d float (n, T + 1), truth bool (n, T + 1) of every
     observation, both frozen at the episode's end, length int (n,), detected bool (n,): the episode ended in d <= s.
+    `watch` is called after the reset and after each step.
     """
     actions, steps = action_tokenizer(**env.action_tokens), StepsToGo(env.steps_cap, env.steps_bins)
     n, alive = env.num_envs, np.arange(env.num_envs)  # alive: the simulations whose episode goes on
@@ -106,6 +108,7 @@ def rollout(policy: EFM, reward_model: EFM, env: VectorEnv, seed: int, generator
     goals = np.array(obs["instruction"], dtype=object)
     sees, reward_sees = look(policy, obs, alive, None), look(reward_model, obs, alive, None)
     d, truth = [reward_model.steps_to_go(reward_sees, goals.tolist(), steps).cpu()], [torch.from_numpy(info["is_success"].copy())]
+    watch()
     tuples, length, detected = [], np.zeros(n, int), np.zeros(n, bool)
     for t in range(env.horizon):
         prompts = [QUESTION_ACTION.format(g) for g in goals[alive]]
@@ -114,6 +117,7 @@ def rollout(policy: EFM, reward_model: EFM, env: VectorEnv, seed: int, generator
         action = np.zeros(env.action_space.shape, np.float32)
         action[alive] = actions.decode(tokens.cpu()).numpy()
         obs, _, _, _, info = env.step(action)
+        watch()
         sees, reward_sees = look(policy, obs, alive, sees), look(reward_model, obs, alive, reward_sees)
         d.append(d[-1].clone())
         truth.append(truth[-1].clone())
@@ -163,12 +167,17 @@ def main(cfg: Config) -> None:
         policy.load_state_dict(run.state["policy"])
         optimizer.load_state_dict(run.state["optimizer"])
         generator.set_state(run.state["generator"])
-        first, env_steps, episodes, best, best_at = (run.state[k] for k in ("iteration", "env_steps", "episodes", "best", "best_at"))
+        first, env_steps, episodes, best, best_at = (
+            run.state[k] for k in ("iteration", "env_steps", "episodes", "best", "best_at")
+        )
         recent.extend(run.state["recent"])
     else:
-        common.write_atomically(folder / "reward.safetensors", lambda p: models.save_model(reward_model, p))
+        for name, m in (("policy", policy), ("reward", reward_model)):  # until practice finds a better policy
+            common.write_atomically(folder / f"{name}.safetensors", lambda p, m=m: models.save_model(m, p))
 
-    for iteration in tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc="stage 2", disable=None):  # [Alg. 1, line 1]
+    for iteration in tqdm(
+        range(first, cfg.iterations), initial=first, total=cfg.iterations, desc="stage 2", disable=None
+    ):  # [Alg. 1, line 1]
         rollouts, buffer, collected = [], [], 0
         while collected < cfg.updates * cfg.batch:  # [Alg. 1, line 2]
             r = rollout(policy, reward_model, env, 10**9 * (cfg.seed + 1) + episodes, generator, cfg.success, cfg.s)
@@ -179,7 +188,9 @@ def main(cfg: Config) -> None:
         obs, tokens, goals, returns = zip(*buffer, strict=True)
         obs = {k: torch.cat([o[k] for o in obs]) for k in obs[0]}
         tokens, goals, returns = torch.cat(tokens), np.concatenate(goals), torch.cat(returns)
-        shuffled = torch.randperm(collected, generator=generator)[: cfg.updates * cfg.batch]  # leftovers are dropped  [Alg. 1, line 8]
+        shuffled = torch.randperm(collected, generator=generator)[
+            : cfg.updates * cfg.batch
+        ]  # leftovers are dropped  [Alg. 1, line 8]
         for i in shuffled.split(cfg.batch):
             prompts = [QUESTION_ACTION.format(g) for g in goals[i.numpy()]]
             i = i.to(device)

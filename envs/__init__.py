@@ -12,7 +12,9 @@ A domain is a `gymnasium.vector.VectorEnv` (autoreset disabled; `reset(options={
     state_names, state_dim   the quantities of obs="state", by name, and the numbers in each
     size                     pixels of a side of a frame of obs="images"
     instructions()           every text of its grammar
-    demonstrate(...)         the expert's actions
+    demonstrate(), expert()  actions for the present states: of the demonstrator, and of the best we can script
+    questions(), scenes()    Stage 0's questions, and random scenes with a question and its answer
+    track()                  what moves, in shares of the rendered frame; for figures
 
 Ground truth is in `info["is_success"]`, on every step and reset, and nowhere in an observation.
 """

@@ -9,7 +9,8 @@ Observation space (Dict)
     instruction  text, e.g. "move to the red goal"
     obs="state"  state float32 (10,): position, velocity [0.01 length / substep], and the red,
                  the green and the blue goal as seen from the point; x then y of each
-    obs="images" images uint8 (2, size, size, 3): the previous and the current frame, 2.8 x 2.8 lengths, y up
+    obs="images" images uint8 (2, size, size, 3): the previous and the current frame, 2.8 x 2.8 lengths, y up;
+                 the point is white, where it was two steps before is black
 Rewards
     1 on success, else 0. Stage 2 never reads it.
 Starting state
@@ -54,25 +55,28 @@ def instructions() -> list[str]:
 
 def questions() -> list[str]:
     """What Stage 0 asks about a scene: every goal by every name, the point, its motion."""
-    return [f"where is the {c} {n}" for c, n in itertools.product(COLOURS, NOUNS)] + ["where is the point", "how does the point move"]
+    goals = [f"where is the {c} {n}" for c, n in itertools.product(COLOURS, NOUNS)]
+    return [*goals, "where is the point", "how does the point move"]
 
 
-def draw(pos: np.ndarray, goals: np.ndarray, size: int) -> np.ndarray:
-    """Frames uint8 (N, size, size, 3) of pos (N, 2) and goals (N, 3, 2): anti-aliased discs, the point in white on top.
+def draw(pos: np.ndarray, wake: np.ndarray, goals: np.ndarray, size: int) -> np.ndarray:
+    """Frames uint8 (N, size, size, 3) of anti-aliased discs: goals (N, 3, 2), the point in white, its wake in black.
 
-    Each goal brightens one colour channel of a grey table, so a whole batch is one distance computation.
+    pos, wake float (N, 2): a step moves the point by half a pixel, so the wake, where it was two steps before, is what
+    shows its velocity. Each goal brightens one channel of a grey table, and a batch is one distance computation.
     """
     pixel = 2 * WALL / size
     axis = (torch.arange(size) + 0.5) * pixel - WALL
-    centres = torch.as_tensor(np.concatenate([goals, pos[:, None]], 1), dtype=torch.float32)  # (N, 4, 2)
-    dx2, dy2 = (axis - centres[..., :1]) ** 2, (axis.flip(0) - centres[..., 1:]) ** 2  # (N, 4, size): row 0 is y = +WALL
-    radius = torch.tensor([pointmass.GOAL_RADIUS] * 3 + [POINT_RADIUS])[:, None]
+    centres = torch.as_tensor(np.concatenate([goals, pos[:, None], wake[:, None]], 1), dtype=torch.float32)  # (N, 5, 2)
+    dx2, dy2 = (axis - centres[..., :1]) ** 2, (axis.flip(0) - centres[..., 1:]) ** 2  # (N, 5, size): row 0 is y = +WALL
+    radius = torch.tensor([pointmass.GOAL_RADIUS] * 3 + [POINT_RADIUS] * 2)[:, None]
     # coverage of a pixel ~ (r² - dist²) / (2 r pixel) + 1/2: linear in the squared distance, which is separable
     scale = 255 / (2 * radius * pixel)
-    rows, columns = (radius**2 - dy2) * scale + 127.5, dx2 * scale  # (N, 4, size)
-    discs = (rows[..., :, None] - columns[..., None, :]).clamp_(0, 255)  # (N, 4, size, size)
+    rows, columns = (radius**2 - dy2) * scale + 127.5, dx2 * scale  # (N, 5, size)
+    discs = (rows[..., :, None] - columns[..., None, :]).clamp_(0, 255)  # (N, 5, size, size)
+    point, shadow = discs[:, 3:4], (discs[:, 4:] - discs[:, 3:4]).clamp_(min=0)
     # a grey table is 0 to the model: what stands on it is then all that a patch embedding sees
-    frames = (127.5 + torch.maximum(discs[:, :3], discs[:, 3:]) / 2).to(torch.uint8)
+    frames = (torch.maximum(discs[:, :3], point).sub_(shadow).mul_(0.5).add_(127.5)).to(torch.uint8)
     return frames.permute(0, 2, 3, 1).contiguous().numpy()
 
 
@@ -104,6 +108,7 @@ class PointmassVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(num_envs)]
         self.pos, self.vel = np.zeros((num_envs, 2)), np.zeros((num_envs, 2))
+        self.wake = np.zeros((num_envs, 2, 2))  # the positions one and two steps before
         self.goals = np.zeros((num_envs, 3, 2))
         self.waypoints = np.zeros((num_envs, pointmass.N_WAYPOINTS, 2))
         self.colour, self.waypoint = np.zeros(num_envs, int), np.zeros(num_envs, int)
@@ -116,15 +121,16 @@ class PointmassVectorEnv(VectorEnv):
         mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
         if seed is not None:
             seeds = range(seed, seed + self.num_envs) if isinstance(seed, int | np.integer) else seed
-            self.rngs = [np.random.default_rng(s) for s in seeds]
+            self.rngs = [np.random.default_rng(s) if m else r for s, r, m in zip(seeds, self.rngs, mask, strict=True)]
         for i in np.flatnonzero(mask):
             rng = self.rngs[i]
             while True:
-                pos, goals = rng.uniform(-pointmass.START, pointmass.START, 2), rng.uniform(-pointmass.GOAL, pointmass.GOAL, (3, 2))
+                pos = rng.uniform(-pointmass.START, pointmass.START, 2)
+                goals = rng.uniform(-pointmass.GOAL, pointmass.GOAL, (3, 2))
                 apart = np.linalg.norm(goals - np.roll(goals, 1, 0), axis=1).min()
                 if apart >= 0.45 and np.linalg.norm(goals - pos, axis=1).min() >= 0.3:
                     break
-            self.pos[i], self.vel[i], self.goals[i] = pos, 0, goals
+            self.pos[i], self.vel[i], self.goals[i], self.wake[i] = pos, 0, goals, pos
             self.colour[i] = rng.integers(3)
             self.texts[i] = instruction(self.colour[i], rng)
             self.waypoints[i] = rng.uniform(-pointmass.GOAL, pointmass.GOAL, (pointmass.N_WAYPOINTS, 2))
@@ -136,6 +142,7 @@ class PointmassVectorEnv(VectorEnv):
         """One step of every simulation; actions float (N, 2), clipped to the action space."""
         actions = np.clip(np.asarray(actions, float), -ACTION_LIMIT, ACTION_LIMIT)
         pos, vel = pointmass.step(self.pos, self.vel, actions)
+        self.wake = np.stack([self.pos, self.wake[:, 0]], 1)
         self.vel = np.where(np.abs(pos) > WALL, 0.0, vel)
         self.pos = np.clip(pos, -WALL, WALL)
         target = self._target()
@@ -157,18 +164,23 @@ class PointmassVectorEnv(VectorEnv):
     def scenes(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str], np.ndarray]:
         """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers float (n, 2) in [0, 1].
 
-        Positions are shares of the frame; motion is the point's between the frames, 0.5 for none, in 1/10 of the frame.
+        Positions are shares of the frame; motion is the point's in two steps, times 7.
         """
         pos, goals = rng.uniform(-WALL, WALL, (n, 2)), rng.uniform(-pointmass.GOAL, pointmass.GOAL, (n, 3, 2))
-        before = np.clip(pos - rng.normal(0, 0.08, (n, 2)), -WALL, WALL)
-        images = np.stack([draw(before, goals, self.size), draw(pos, goals, self.size)], 1)
+        wake = np.clip(pos - rng.normal(0, 0.12, (n, 2)), -WALL, WALL)
+        before = (pos + wake) / 2
+        images = np.stack([draw(before, 2 * wake - before, goals, self.size), draw(pos, wake, goals, self.size)], 1)
         asked, names = rng.integers(5, size=n), rng.integers(len(NOUNS), size=n)
-        places = np.concatenate([goals, pos[:, None], 14 * (pos - before)[:, None]], 1)[np.arange(n), asked]  # (n, 2)
+        places = np.concatenate([goals, pos[:, None], 7 * (pos - wake)[:, None]], 1)[np.arange(n), asked]  # (n, 2)
         texts = [questions()[3 * a + b if a < 3 else 6 + a] for a, b in zip(asked, names, strict=True)]
         return images, texts, np.clip(places / (2 * WALL) + 0.5, 0, 1).astype(np.float32)
 
     def render(self) -> tuple[np.ndarray, ...]:
-        return tuple(draw(self.pos, self.goals, 256))
+        return tuple(draw(self.pos, self.wake[:, 1], self.goals, 256))
+
+    def track(self) -> np.ndarray:
+        """What moves, in shares of the rendered frame (x right, y down), float (N, 2); for figures."""
+        return np.stack([0.5 + self.pos[:, 0] / (2 * WALL), 0.5 - self.pos[:, 1] / (2 * WALL)], 1)
 
     def _goal(self) -> np.ndarray:
         return self.goals[np.arange(self.num_envs), self.colour]
@@ -182,7 +194,7 @@ class PointmassVectorEnv(VectorEnv):
 
     def _draw(self, mask: np.ndarray, first: bool = False) -> None:
         if self.obs == "images":
-            now = draw(self.pos[mask], self.goals[mask], self.size)
+            now = draw(self.pos[mask], self.wake[mask, 1], self.goals[mask], self.size)
             self.frames = self.frames.copy()  # observations handed out before stay as they were
             self.frames[mask, 0] = now if first else self.frames[mask, 1]
             self.frames[mask, 1] = now

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 
 import pytest
@@ -242,10 +241,10 @@ def test_stage2_trains_the_policy_and_freezes_the_reward(agent, freeze):
 
 @pytest.mark.slow
 def test_both_stages_beat_the_demonstrations():
-    """A third of the full budget: the clone is as slow as its teacher, practice alone makes it several times faster."""
+    """On less than the full budget, with the notebook's settings of Stage 2: practice makes the clone several times faster."""
     torch.manual_seed(0)
     rng = torch.Generator().manual_seed(0)
-    cfg = dataclasses.replace(Config(), episodes=5000, stage1_updates=6000, stage2_steps=70_000)
+    cfg = Config(episodes=5000, stage1_updates=6000, stage2_steps=70_000, success="ground-truth", c=1 / 140, gamma=0.9)
     data = pointmass.demonstrate(cfg.episodes, rng)
     agent = pointmass.Agent(data, cfg.bins)
     optimizer = pointmass.stage1(agent, data, cfg, rng)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import common
-import envs
+import envs.pointmass
 import model as models
 import stage2
 from model import EFM, QUESTION_ACTION, EFMConfig, StepsToGo, Tokenizer, action_tokenizer
@@ -160,7 +160,7 @@ def test_rollout_bookkeeping(obs, end):
     r, policy, reward_model, env, s = practise(obs, end)
     n, T, length = env.num_envs, r["d"].shape[1] - 1, r["length"]
     assert length.min() < length.max(), "the test needs episodes of different lengths"
-    assert T == length.max() and r["truth"].shape == (n, T + 1) and r["tokens"].shape == (length.sum(), 2)
+    assert length.max() == T and r["truth"].shape == (n, T + 1) and r["tokens"].shape == (length.sum(), 2)
     # tuples: every (simulation, time) of every episode, once
     pairs = list(zip(r["row"].tolist(), r["t"].tolist(), strict=True))
     assert sorted(pairs) == [(i, t) for i in range(n) for t in range(length[i])]
