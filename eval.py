@@ -146,8 +146,12 @@ def curves(folder: Path) -> None:
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
     x = [r["env_steps"] for r in rows]
     fig, axes = plt.subplots(1, 4, figsize=(13, 2.8))
-    panels = [("share of practice episodes", [("true at the end", "success"), ("detected", "detected")]), ("steps", [("episode length", "mean_steps")]),
-              ("return R [steps]", [("mean", "return_mean"), ("standard deviation", "return_std")]), ("entropy of the action [nats]", [("", "entropy")])]  # fmt: skip
+    panels = [
+        ("share of practice episodes", [("true at the end", "success"), ("detected", "detected")]),
+        ("steps per episode", [("", "mean_steps")]),
+        ("return R [steps]", [("mean", "return_mean"), ("standard deviation", "return_std")]),
+        ("entropy of the action [nats]", [("", "entropy")]),
+    ]
     for ax, (name, lines) in zip(axes, panels, strict=True):
         for (label, key), colour in zip(lines, (BLUE, ORANGE), strict=False):
             ax.plot(x, [r[key] for r in rows], color=colour, label=f"{label} (n = 1 seed)" if label else None)

@@ -63,7 +63,8 @@ class EFMConfig:
 
 
 PRESETS = {
-    "nano": EFMConfig(),
+    "nano": EFMConfig(),  # reads states
+    "nano-vision": EFMConfig(depth=3),  # reads frames: one block more, to relate what it sees
     "small": EFMConfig(width=512, depth=8, heads=8, kv_heads=2, head_dim=64, mlp_dim=2048,
                        vit_width=384, vit_depth=12, vit_heads=6, vit_mlp_dim=1536),
     "paligemma-3b": EFMConfig(width=2048, depth=18, heads=8, kv_heads=1, head_dim=256, mlp_dim=16_384,
@@ -290,7 +291,8 @@ class EFM(nn.Module):
     """p(answer | observation, question). One module is policy and steps-to-go predictor: the question tells which.
 
     An observation is a dict of tensors: `images` uint8 (B, 2, H, W, 3) or, already encoded, `features` float
-    (B, 2, N, Dv); `state` float (B, S, d), S quantities of d numbers; any of them may be missing. A goal is known only through the prompt's text.
+    (B, 2, N, Dv); `state` float (B, S, d), S quantities of d numbers; any of them may be missing. A goal is known only
+    through the prompt's text.
     """
 
     def __init__(self, cfg: EFMConfig, tokenizer: Tokenizer):

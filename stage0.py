@@ -4,8 +4,9 @@ The paper starts from PaLI, which has seen the web; a nano model starts from not
 more demonstrations to find out what "red" refers to (results/README.md has the numbers). Here it answers questions over
 random scenes of a domain, in number tokens as PaliGemma does for detection:
 
-    where is the red goal      ->  <loc0021> <loc0040>      x and y in 32 bins
-    how does the point move    ->  <loc0033> <loc0030>      between the two frames
+    where is the red goal                   ->  <loc0021> <loc0030>      x and y in 32 bins
+    where is the red goal from the point    ->  <loc0019> <loc0008>
+    how does the point move                 ->  <loc0013> <loc0030>
 
 No action, no goal to reach and no steps to go is in it. `stage1.py --obs images` starts from the newest Stage 0 run of
 its domain (the paper's PaLI variant); `--init none` is its Scratch variant.
@@ -35,9 +36,9 @@ from model import EFM, Tokenizer, UniformBins
 @dataclass
 class Config:
     domain: str = "pointmass"  # one of envs.DOMAINS
-    model: str = "nano"  # a preset of model.PRESETS
+    model: str = "nano-vision"  # a preset of model.PRESETS
     seed: int = 0  # weights and scenes
-    updates: int = 4000  # optimiser steps
+    updates: int = 5000  # optimiser steps
     batch: int = 128  # fresh scenes per update, one question each
     lr: float = 2e-3  # AdamW, after a linear warm-up of 100 updates decaying to a tenth (cosine)
     eval_every: int = 250  # updates between two looks at 1,024 held-out scenes

@@ -34,7 +34,7 @@ from model import EFM, QUESTION_ACTION, QUESTION_STEPS, StepsToGo, Tokenizer, ac
 class Config:
     domain: str = "pointmass"  # one of envs.DOMAINS
     obs: str = ""  # state or images; empty: the domain's default
-    model: str = "nano"  # a preset of model.PRESETS
+    model: str = ""  # a preset of model.PRESETS; empty: nano for states, nano-vision for images
     init: str = ""  # folder of a Stage 0 run to start from; empty: the domain's newest if obs is images; "none": from scratch
     seed: int = 0  # weights, demonstrations, batches
     episodes: int = 5000  # demonstrations to record with the domain's expert
@@ -176,14 +176,15 @@ def steps_to_go_loss(model: EFM, obs: dict[str, Tensor], goals: list[str], token
 # --- training ---------------------------------------------------------------------------------------------------------
 def main(cfg: Config) -> None:
     device = common.device()
-    if cfg.model not in models.PRESETS:
-        raise UserError(f"--model {cfg.model}: unknown; choose one of {', '.join(models.PRESETS)}")
     try:
         env = envs.make_vec(cfg.domain, 1)
         cfg.obs = cfg.obs or env.default_obs
         env = envs.make_vec(cfg.domain, 1, obs=cfg.obs)
     except ValueError as e:
         raise UserError(e) from None
+    cfg.model = cfg.model or ("nano" if cfg.obs == "state" else "nano-vision")
+    if cfg.model not in models.PRESETS:
+        raise UserError(f"--model {cfg.model}: unknown; choose one of {', '.join(models.PRESETS)}")
     for field in ("episodes", "updates", "batch", "eval_every", "eval_episodes"):
         if getattr(cfg, field) < 2:
             raise UserError(f"--{field.replace('_', '-')} {getattr(cfg, field)}: must be at least 2")
@@ -233,8 +234,8 @@ def main(cfg: Config) -> None:
         if (update + 1) % cfg.eval_every == 0 or update + 1 == cfg.updates:
             with torch.no_grad():
                 v_bc, v_steps = (x.item() for x in losses(valid, valid_bc, valid_steps))
-            row = {"update": update + 1, "bc": bc.item(), "steps_to_go": to_go.item(), "valid_bc": v_bc, "valid_steps_to_go": v_steps,
-                   "seconds": run.seconds()}  # fmt: skip
+            row = {"update": update + 1, "bc": bc.item(), "steps_to_go": to_go.item(),
+                   "valid_bc": v_bc, "valid_steps_to_go": v_steps, "seconds": run.seconds()}  # fmt: skip
             run.log(update + 1, row)
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
             for name, loss in (("policy", v_bc), ("reward", v_steps)):  # best at cloning, best at steps to go

@@ -60,10 +60,9 @@ def rewards(d: Tensor) -> Tensor:
 
 def monte_carlo_returns(reward: Tensor, gamma: float) -> Tensor:
     """R_t = Σ_{i>=t} γ^(i-t) r_i, float (n, T) -> (n, T); rewards after an episode's end must be 0."""
-    returns, running = torch.zeros_like(reward), torch.zeros_like(reward[:, 0])
-    for t in reversed(range(reward.shape[1])):
-        running = reward[:, t] + gamma * running
-        returns[:, t] = running
+    returns = reward.clone()
+    for t in reversed(range(reward.shape[1] - 1)):
+        returns[:, t] += gamma * returns[:, t + 1]
     return returns
 
 
@@ -132,8 +131,8 @@ def rollout(policy: EFM, reward_model: EFM, env: VectorEnv, seed: int, generator
         if len(alive) == 0:
             break
     obs, tokens, entropy, who, row, time = zip(*tuples, strict=True)
-    return {"obs": {k: torch.cat([o[k] for o in obs]) for k in obs[0]}, "tokens": torch.cat(tokens), "entropy": torch.cat(entropy),
-            "goals": np.concatenate(who), "row": torch.cat(row), "t": torch.cat(time), "d": torch.stack(d, 1),
+    return {"obs": {k: torch.cat([o[k] for o in obs]) for k in obs[0]}, "tokens": torch.cat(tokens), "goals": np.concatenate(who),
+            "entropy": torch.cat(entropy), "row": torch.cat(row), "t": torch.cat(time), "d": torch.stack(d, 1),
             "truth": torch.stack(truth, 1), "length": length, "detected": detected}  # fmt: skip
 
 
@@ -175,9 +174,11 @@ def main(cfg: Config) -> None:
         for name, m in (("policy", policy), ("reward", reward_model)):  # until practice finds a better policy
             common.write_atomically(folder / f"{name}.safetensors", lambda p, m=m: models.save_model(m, p))
 
-    for iteration in tqdm(
-        range(first, cfg.iterations), initial=first, total=cfg.iterations, desc="stage 2", disable=None
-    ):  # [Alg. 1, line 1]
+    bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc="stage 2", disable=None)
+    for iteration in bar:  # [Alg. 1, line 1]
+        if iteration - best_at > cfg.patience:
+            tqdm.write(f"no better policy for {cfg.patience} iterations: a plateau")
+            break
         rollouts, buffer, collected = [], [], 0
         while collected < cfg.updates * cfg.batch:  # [Alg. 1, line 2]
             r = rollout(policy, reward_model, env, 10**9 * (cfg.seed + 1) + episodes, generator, cfg.success, cfg.s)
@@ -188,10 +189,8 @@ def main(cfg: Config) -> None:
         obs, tokens, goals, returns = zip(*buffer, strict=True)
         obs = {k: torch.cat([o[k] for o in obs]) for k in obs[0]}
         tokens, goals, returns = torch.cat(tokens), np.concatenate(goals), torch.cat(returns)
-        shuffled = torch.randperm(collected, generator=generator)[
-            : cfg.updates * cfg.batch
-        ]  # leftovers are dropped  [Alg. 1, line 8]
-        for i in shuffled.split(cfg.batch):
+        shuffled = torch.randperm(collected, generator=generator)
+        for i in shuffled[: cfg.updates * cfg.batch].split(cfg.batch):  # leftovers are dropped  [Alg. 1, line 8]
             prompts = [QUESTION_ACTION.format(g) for g in goals[i.numpy()]]
             i = i.to(device)
             log_prob = policy.log_prob({k: v[i] for k, v in obs.items()}, prompts, tokens[i], ranges)
@@ -205,7 +204,8 @@ def main(cfg: Config) -> None:
         length, detected = (np.concatenate([r[k] for r in rollouts]) for k in ("length", "detected"))
         truth = np.concatenate([r["truth"][:, -1].numpy() for r in rollouts])
         entropy = torch.cat([r["entropy"] for r in rollouts])
-        seen_steps = float(np.where(detected, length, env.horizon).mean())  # all that the model itself can see
+        ended = detected if cfg.success == "detector" else truth
+        seen_steps = float(np.where(ended, length, env.horizon).mean())  # all that the model itself can see
         recent.append(seen_steps)
         row = {"iteration": iteration + 1, "env_steps": env_steps, "episodes": episodes, "success": float(truth.mean()),
                "detected": float(detected.mean()), "false_positives": float((detected & ~truth).mean()),
@@ -219,17 +219,16 @@ def main(cfg: Config) -> None:
         if len(recent) == recent.maxlen and score < 0.99 * best:  # the best so far, by what the model can see
             best, best_at = score, iteration
             common.write_atomically(folder / "policy.safetensors", lambda p: models.save_model(policy, p))
-        run.checkpoint(policy=policy.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(), iteration=iteration + 1,
-                       env_steps=env_steps, episodes=episodes, best=best, best_at=best_at, recent=list(recent))  # fmt: skip
-        if iteration - best_at >= cfg.patience:
-            tqdm.write(f"no better policy for {cfg.patience} iterations: a plateau")
-            break
+        run.checkpoint(policy=policy.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
+                       iteration=iteration + 1, env_steps=env_steps, episodes=episodes, best=best, best_at=best_at,
+                       recent=list(recent))  # fmt: skip
 
     import eval as evaluation  # it imports the stages
 
-    summary = evaluation.evaluate(folder, episodes=cfg.eval_episodes, seed=cfg.seed, s=cfg.s)
-    print(evaluation.describe(run.finish({"stage": "stage2", "domain": domain, "obs": obs_mode, "seed": cfg.seed, "stage1": cfg.stage1,
-                                          "episodes": episodes, "env_steps": env_steps} | summary)))  # fmt: skip
+    summary = {"stage": "stage2", "domain": domain, "obs": obs_mode, "seed": cfg.seed, "stage1": cfg.stage1,
+               "episodes": episodes, "env_steps": env_steps}  # fmt: skip
+    summary |= evaluation.evaluate(folder, episodes=cfg.eval_episodes, seed=cfg.seed, s=cfg.s)
+    print(evaluation.describe(run.finish(summary)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Observation space (Dict)
     obs="state"  state float32 (10,): position, velocity [0.01 length / substep], and the red,
                  the green and the blue goal as seen from the point; x then y of each
     obs="images" images uint8 (2, size, size, 3): the previous and the current frame, 2.8 x 2.8 lengths, y up;
-                 the point is white, where it was two steps before is black
+                 the point is white, where it was three steps before is black
 Rewards
     1 on success, else 0. Stage 2 never reads it.
 Starting state
@@ -41,6 +41,7 @@ COLOURS = ("red", "green", "blue")
 VERBS, NOUNS = ("move", "go", "drive", "steer"), ("goal", "target", "spot")
 WALL = 1.4  # half the side of the table, and of the frame
 POINT_RADIUS = 0.12
+WAKE = 3  # steps between the point and its wake in a frame
 ACTION_LIMIT = 3e-4  # the expert's own accelerations stay below 5e-4, 99 % of them below this
 
 
@@ -54,15 +55,16 @@ def instructions() -> list[str]:
 
 
 def questions() -> list[str]:
-    """What Stage 0 asks about a scene: every goal by every name, the point, its motion."""
-    goals = [f"where is the {c} {n}" for c, n in itertools.product(COLOURS, NOUNS)]
-    return [*goals, "where is the point", "how does the point move"]
+    """What Stage 0 asks about a scene: every goal by every name, in the frame and from the point; the point; its motion."""
+    names = [f"the {c} {n}" for c, n in itertools.product(COLOURS, NOUNS)]
+    places = [f"where is {n}" for n in names] + [f"where is {n} from the point" for n in names]
+    return [*places, "where is the point", "how does the point move"]
 
 
 def draw(pos: np.ndarray, wake: np.ndarray, goals: np.ndarray, size: int) -> np.ndarray:
     """Frames uint8 (N, size, size, 3) of anti-aliased discs: goals (N, 3, 2), the point in white, its wake in black.
 
-    pos, wake float (N, 2): a step moves the point by half a pixel, so the wake, where it was two steps before, is what
+    pos, wake float (N, 2): a step moves the point by half a pixel, so the wake, where it was WAKE steps before, is what
     shows its velocity. Each goal brightens one channel of a grey table, and a batch is one distance computation.
     """
     pixel = 2 * WALL / size
@@ -108,7 +110,7 @@ class PointmassVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(num_envs)]
         self.pos, self.vel = np.zeros((num_envs, 2)), np.zeros((num_envs, 2))
-        self.wake = np.zeros((num_envs, 2, 2))  # the positions one and two steps before
+        self.wake = np.zeros((num_envs, WAKE, 2))  # the positions one, two, ... steps before
         self.goals = np.zeros((num_envs, 3, 2))
         self.waypoints = np.zeros((num_envs, pointmass.N_WAYPOINTS, 2))
         self.colour, self.waypoint = np.zeros(num_envs, int), np.zeros(num_envs, int)
@@ -142,7 +144,7 @@ class PointmassVectorEnv(VectorEnv):
         """One step of every simulation; actions float (N, 2), clipped to the action space."""
         actions = np.clip(np.asarray(actions, float), -ACTION_LIMIT, ACTION_LIMIT)
         pos, vel = pointmass.step(self.pos, self.vel, actions)
-        self.wake = np.stack([self.pos, self.wake[:, 0]], 1)
+        self.wake = np.concatenate([self.pos[:, None], self.wake[:, :-1]], 1)
         self.vel = np.where(np.abs(pos) > WALL, 0.0, vel)
         self.pos = np.clip(pos, -WALL, WALL)
         target = self._target()
@@ -164,19 +166,20 @@ class PointmassVectorEnv(VectorEnv):
     def scenes(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str], np.ndarray]:
         """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers float (n, 2) in [0, 1].
 
-        Positions are shares of the frame; motion is the point's in two steps, times 7.
+        Positions are shares of the frame, "from the point" of two frames; motion is the point's in WAKE steps, times 5.
         """
         pos, goals = rng.uniform(-WALL, WALL, (n, 2)), rng.uniform(-pointmass.GOAL, pointmass.GOAL, (n, 3, 2))
-        wake = np.clip(pos - rng.normal(0, 0.12, (n, 2)), -WALL, WALL)
-        before = (pos + wake) / 2
-        images = np.stack([draw(before, 2 * wake - before, goals, self.size), draw(pos, wake, goals, self.size)], 1)
-        asked, names = rng.integers(5, size=n), rng.integers(len(NOUNS), size=n)
-        places = np.concatenate([goals, pos[:, None], 7 * (pos - wake)[:, None]], 1)[np.arange(n), asked]  # (n, 2)
-        texts = [questions()[3 * a + b if a < 3 else 6 + a] for a, b in zip(asked, names, strict=True)]
+        wake = np.clip(pos - rng.normal(0, 0.06 * WAKE, (n, 2)), -WALL, WALL)
+        step = (pos - wake) / WAKE
+        images = np.stack([draw(pos - step, wake - step, goals, self.size), draw(pos, wake, goals, self.size)], 1)
+        asked, names = rng.integers(8, size=n), rng.integers(len(NOUNS), size=n)
+        every = np.concatenate([goals, (goals - pos[:, None]) / 2, pos[:, None], 5 * (pos - wake)[:, None]], 1)  # (n, 8, 2)
+        places = every[np.arange(n), asked]  # (n, 2)
+        texts = [questions()[3 * a + b if a < 6 else 12 + a] for a, b in zip(asked, names, strict=True)]
         return images, texts, np.clip(places / (2 * WALL) + 0.5, 0, 1).astype(np.float32)
 
     def render(self) -> tuple[np.ndarray, ...]:
-        return tuple(draw(self.pos, self.wake[:, 1], self.goals, 256))
+        return tuple(draw(self.pos, self.wake[:, -1], self.goals, 256))
 
     def track(self) -> np.ndarray:
         """What moves, in shares of the rendered frame (x right, y down), float (N, 2); for figures."""
@@ -194,7 +197,7 @@ class PointmassVectorEnv(VectorEnv):
 
     def _draw(self, mask: np.ndarray, first: bool = False) -> None:
         if self.obs == "images":
-            now = draw(self.pos[mask], self.wake[mask, 1], self.goals[mask], self.size)
+            now = draw(self.pos[mask], self.wake[mask, -1], self.goals[mask], self.size)
             self.frames = self.frames.copy()  # observations handed out before stay as they were
             self.frames[mask, 0] = now if first else self.frames[mask, 1]
             self.frames[mask, 1] = now
