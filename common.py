@@ -132,32 +132,35 @@ class Run:
     """
 
     def __init__(self, folder: Path, cfg: Any, resume: bool):
-        self.folder, self.start, self.state = folder, time.time(), None
-        config = {k: v for k, v in asdict(cfg).items() if k not in ("resume", "out")}
-        config = json.loads(json.dumps(config, default=str))
+        self.folder, self.state, self.tensorboard, self.began = folder, None, None, time.time()
+        self.config = json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in ("resume", "out")}))
         if folder.exists() and not resume:
             raise UserError(f"{folder}: this run exists; continue it with --resume, or choose another --out")
-        if (folder / "config.json").exists() and read_json(folder / "config.json") != config:
-            different = [k for k, v in read_json(folder / "config.json").items() if config.get(k) != v] or ["config.json"]
-            raise UserError(
-                f"{folder}: was started with another --{different[0]}; resume with the same flags or choose another --out"
-            )
+        if (folder / "config.json").exists():
+            before = read_json(folder / "config.json")
+            for key in before.keys() | self.config.keys():
+                if before.get(key) != self.config.get(key):
+                    raise UserError(
+                        f"{folder}: was started with another --{key}; resume with the same flags or choose another --out"
+                    )
         if (folder / "resume.pt").exists():
             try:
                 self.state = torch.load(folder / "resume.pt", weights_only=False)
             except Exception as e:  # unpickling a damaged file can raise nearly anything
                 raise UserError(f"{folder}/resume.pt: damaged ({type(e).__name__}); delete the folder and start again") from None
         self.done = (folder / "summary.json").exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", config)
         self.seconds_before = self.state["seconds"] if self.state else 0.0
-        offset = self.state["metrics_bytes"] if self.state else 0
-        self.metrics = open(folder / "metrics.csv", "a+b")  # noqa: SIM115 - open as long as the run
-        self.metrics.truncate(offset)
-        self.tensorboard = None
+
+    def start(self) -> None:
+        """Create the folder, or cut metrics.csv back to what resume.pt knows. Until here nothing has been written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "config.json", self.config)
+        self.metrics = open(self.folder / "metrics.csv", "a+b")
+        self.metrics.truncate(self.state["metrics_bytes"] if self.state else 0)
+        self.metrics.seek(0, os.SEEK_END)
 
     def seconds(self) -> float:
-        return self.seconds_before + time.time() - self.start
+        return self.seconds_before + time.time() - self.began
 
     def log(self, step: int, row: dict[str, float]) -> None:
         """Append a row to metrics.csv and to TensorBoard."""

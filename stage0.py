@@ -6,7 +6,7 @@ random scenes of a domain, in number tokens as PaliGemma does for detection:
 
     where is the red goal                   ->  <loc0021> <loc0030>      x and y in 32 bins
     where is the red goal from the point    ->  <loc0019> <loc0008>
-    how does the point move                 ->  <loc0013> <loc0030>
+    where was the point                     ->  <loc0012> <loc0016>      its wake, which shows its velocity
 
 No action, no goal to reach and no steps to go is in it. `stage1.py --obs images` starts from the newest Stage 0 run of
 its domain (the paper's PaLI variant); `--init none` is its Scratch variant.
@@ -86,6 +86,7 @@ def main(cfg: Config) -> None:
         return torch.from_numpy(images).to(device), questions, torch.from_numpy(answers)
 
     held_out = scenes(np.random.default_rng(10**6), 1024)
+    run.start()
     for update in tqdm(range(first, cfg.updates), initial=first, total=cfg.updates, desc="stage 0", disable=None):
         loss = answer_loss(model, *scenes(rng, cfg.batch))
         for group in optimizer.param_groups:

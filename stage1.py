@@ -204,6 +204,10 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     if init:
         model = common.load(init / "policy.safetensors")
+        if model.cfg.image_size != env.size:
+            raise UserError(
+                f"--init {init}: its model does not read frames of {env.size} pixels; name a Stage 0 run of {cfg.domain}"
+            )
     else:
         sizes = {"state_names": env.state_names, "state_dim": env.state_dim} if cfg.obs == "state" else {"image_size": env.size}
         tokenizer = Tokenizer.train([*env.instructions(), *env.state_names])
@@ -221,6 +225,7 @@ def main(cfg: Config) -> None:
         obs, _, goals, to_go = demos.batch(steps_rows, device)
         return bc, steps_to_go_loss(model, obs, goals, steps.encode(to_go).to(device), steps.ranges)
 
+    run.start()
     validation = np.random.default_rng(0)  # the same tuples at every look
     valid_bc, valid_steps = validation.choice(valid.acted, 2048), validation.integers(len(valid.index), size=2048)
     for update in tqdm(range(first, cfg.updates), initial=first, total=cfg.updates, desc="stage 1", disable=None):

@@ -156,6 +156,7 @@ def main(cfg: Config) -> None:
         print(f"{folder}: this run is finished; nothing to resume")
         return
 
+    run.start()
     ranges = action_tokenizer(**env.action_tokens).ranges
     # the ViT is frozen by feeding its features: no gradient reaches it
     optimizer = torch.optim.AdamW([p for n, p in policy.named_parameters() if "vision" not in n], lr=cfg.lr, weight_decay=0.0)

@@ -1,0 +1,57 @@
+"""From runs/ to results/: python results/collect.py copies each run's summary and metrics and draws the figures.
+
+The runs themselves are made by the commands in results/README.md. Writes summaries.csv (a row per run), metrics/*.csv
+(each run's raw metrics) and learning.png (true success and mean steps in practice, every seed a line).
+"""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+
+OUT = Path("results")
+GROUPS = {
+    "pointmass.py": "pointmass-toy-s",
+    "stage2.py, states": "pointmass-stage2-s",
+    "stage2.py, images": "pointmass-images-stage2-s",
+}
+YARDSTICK = {"pointmass.py": 12.5, "stage2.py, states": 13.1, "stage2.py, images": 13.1}  # PD straight to the goal
+
+
+def main() -> None:
+    runs = sorted(p.parent for p in Path("runs").glob("pointmass-*/summary.json") if re.fullmatch(r".*-s\d+", p.parent.name))
+    summaries = [{"run": run.name} | json.loads((run / "summary.json").read_text()) for run in runs]
+    columns = list(dict.fromkeys(key for summary in summaries for key in summary))
+    with open(OUT / "summaries.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(summaries)
+    (OUT / "metrics").mkdir(exist_ok=True)
+    for run in runs:
+        shutil.copy(run / "metrics.csv", OUT / "metrics" / f"{run.name}.csv")
+
+    fig, axes = plt.subplots(2, 3, figsize=(12, 6), sharex="col")
+    for (title, prefix), (top, bottom) in zip(GROUPS.items(), axes.T, strict=True):
+        group = [run for run in runs if re.fullmatch(re.escape(prefix) + r"\d+", run.name)]
+        for run, colour in zip(group, plt.get_cmap("viridis")([i / max(1, len(group)) for i in range(len(group))]), strict=True):
+            with open(run / "metrics.csv") as f:
+                rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+            x = [r["env_steps"] for r in rows]
+            top.plot(x, [r["detected"] for r in rows], color=colour, lw=0.9)
+            bottom.plot(x, [r["mean_steps"] for r in rows], color=colour, lw=0.9, label=run.name.split("-")[-1])
+        top.set(title=f"{title} (n = {len(group)} seeds)", ylabel="share of episodes ended by the detector", ylim=(0, 1.05))
+        bottom.axhline(YARDSTICK[title], color="#D55E00", ls="--", label="PD straight to the goal")
+        bottom.set(xlabel="environment steps", ylabel="steps per practice episode", yscale="log")
+        bottom.legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(OUT / "learning.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()

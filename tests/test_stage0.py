@@ -1,0 +1,139 @@
+"""Stage 0: the answers are where things are drawn, the questions are in the vocabulary, a batch can be learnt by heart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import envs
+import stage0
+from model import EFM, EFMConfig, Tokenizer
+
+COLOURS, N = ("red", "green", "blue"), 1500
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    env = envs.make_vec("pointmass", 1, obs="images")
+    return env, *env.scenes(np.random.default_rng(0), N)
+
+
+def disc(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where a disc is, in shares of the frame, y up, float (N, 2); bool (N,): it is whole and alone. weight float (N, H, W)."""
+    share = (np.arange(weight.shape[1]) + 0.5) / weight.shape[1]
+    place = np.stack(np.broadcast_arrays(share, share[::-1, None]))  # (2, H, W)
+    area = np.maximum(weight.sum((1, 2)), 1e-9)
+    centre, square = (np.einsum("nhw,chw->nc", weight, p) / area[:, None] for p in (place, place**2))  # (N, 2) each
+    spread = (square - centre**2).sum(1)
+    usual = [np.abs(x / np.quantile(x[area > 1], 0.7 if x is area else 0.5) - 1) < 0.08 for x in (area, spread)]
+    return centre, usual[0] & usual[1]
+
+
+def seen(frames: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The discs of frames uint8 (N, H, W, 3) by what they are: place and whether it is whole, as `disc`."""
+    light = (frames.astype(float) - 127) / 128  # 0 on the grey table
+    least, most = light.min(-1), light.max(-1)
+    found = {c: disc((light[..., i] - least.clip(0)).clip(0)) for i, c in enumerate(COLOURS)}
+    return found | {"point": disc(least.clip(0)), "wake": disc((-most).clip(0))}  # white, black
+
+
+def test_shapes(scenes):
+    env, images, questions, answers = scenes
+    assert images.shape == (N, 2, env.size, env.size, 3) and images.dtype == np.uint8
+    assert len(questions) == N and answers.shape == (N, 2) and answers.dtype == np.float32
+    assert answers.min() >= 0 and answers.max() <= 1
+
+
+def test_answers_are_where_things_are_drawn(scenes):
+    env, images, questions, answers = scenes
+    now, checked = seen(images[:, 1]), dict.fromkeys(("goal", "goal from the point", "point", "wake"), 0)
+    for i, question in enumerate(questions):
+        words = question.split()
+        point, whole = now["point"][0][i], now["point"][1][i]
+        if words[-1] == "point" and "from" not in words:
+            kind = "wake" if words[1] == "was" else "point"
+            place, whole = now[kind][0][i], now[kind][1][i]
+        else:
+            kind = "goal from the point" if "from" in words else "goal"
+            place, clear = now[words[3]][0][i], now[words[3]][1][i]
+            whole = clear and (whole or kind == "goal")
+            place = (place - point) / 2 + 0.5 if "from" in words else place
+        if whole:
+            assert np.abs(place - answers[i]).max() <= 0.5 / env.size, question  # within half a pixel
+            checked[kind] += 1
+    assert min(checked.values()) >= 50, checked
+
+
+def test_the_wake_shows_the_velocity(scenes):
+    """The point's place in the two frames, a step apart, is on the line to its wake, a third of the way."""
+    _, images, *_ = scenes
+    before, now = seen(images[:, 0]), seen(images[:, 1])
+    whole = before["point"][1] & now["point"][1] & now["wake"][1]
+    step, trail = now["point"][0] - before["point"][0], now["point"][0] - now["wake"][0]
+    assert whole.sum() >= 50
+    assert np.abs(step - trail / 3)[whole].max() < 0.5 / images.shape[2]
+
+
+def test_every_question_is_asked_and_in_the_vocabulary(scenes):
+    env, _, questions, _ = scenes
+    assert set(questions) == set(env.questions())  # in so many scenes
+    assert len(set(env.questions())) == len(env.questions())
+    tokenizer = Tokenizer.train([*env.instructions(), *env.questions()])
+    unknown = tokenizer.tokenizer.token_to_id("<unk>")
+    texts = [
+        *env.questions(),
+        *(q.format(g) for g in env.instructions() for q in ("What robot action to {}", "How many steps to {}")),
+    ]
+    ids, _ = tokenizer.prompts(texts)
+    assert unknown is not None and not (ids == unknown).any()
+    assert (tokenizer.prompts(["where is the purple goal"])[0] == unknown).any()
+    assert len({tuple(i) for i in ids.tolist()}) == len(texts)  # no two texts look alike
+
+
+def test_no_scene_names_an_action_or_steps(scenes):
+    env = scenes[0]
+    assert not any(word in q.lower().split() for q in env.questions() for word in ("action", "steps", "how", "move", "go"))
+
+
+def test_scenes_follow_their_generator():
+    env = envs.make_vec("pointmass", 1, obs="images")
+    a, b, c = (env.scenes(np.random.default_rng(seed), 8) for seed in (1, 1, 2))
+    assert np.array_equal(a[0], b[0]) and a[1] == b[1] and np.array_equal(a[2], b[2])
+    assert not np.array_equal(a[0], c[0])
+
+
+def test_answer_loss_is_that_of_the_number_tokens(scenes):
+    env, images, questions, answers = scenes
+    torch.manual_seed(0)
+    model = small(env)
+    n, tokens = 4, (answers[:4] * 32).astype(int).clip(0, 31)
+    with torch.no_grad():
+        loss = stage0.answer_loss(model, torch.from_numpy(images[:n]), questions[:n], torch.from_numpy(answers[:n]))
+        x, y = model.log_probs({"images": torch.from_numpy(images[:n])}, questions[:n], torch.from_numpy(tokens), [(0, 32)] * 2)
+    expected = -np.mean([x[i, tokens[i, 0]].item() + y[i, tokens[i, 1]].item() for i in range(n)])
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+def small(env) -> EFM:
+    cfg = EFMConfig(width=48, depth=2, heads=4, kv_heads=2, head_dim=12, mlp_dim=96, image_size=env.size, patch_size=8,
+                    vit_width=48, vit_depth=1, vit_heads=4, vit_mlp_dim=96)  # fmt: skip
+    return EFM(cfg, Tokenizer.train([*env.instructions(), *env.questions()]))
+
+
+def test_overfits_a_batch(scenes):
+    env, images, questions, answers = scenes
+    torch.manual_seed(0)
+    model = small(env)
+    images, questions, answers = torch.from_numpy(images[:16]), questions[:16], torch.from_numpy(answers[:16])
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+    for _ in range(100):
+        loss = stage0.answer_loss(model, images, questions, answers)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 5  # about log 32² = 6.9 to begin with
+    assert losses[-1] < 0.3
+    tokens, _ = model.sample({"images": images}, questions, stage0.ANSWER.ranges, greedy=True)
+    assert (stage0.ANSWER.decode(tokens) - answers).abs().mean() < 0.02
