@@ -87,6 +87,14 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path}: damaged ({e}); delete the run and train it again") from None
 
 
+def load_state(path: Path) -> dict:
+    """What `Run.checkpoint` wrote."""
+    try:
+        return torch.load(path, weights_only=False, map_location=device())
+    except Exception as e:  # unpickling a damaged file can raise nearly anything
+        raise UserError(f"{path}: missing or damaged ({type(e).__name__}); delete the run and start it again") from None
+
+
 def run_folder(domain: str, obs: str, default_obs: str, stage: str, seed: int) -> Path:
     """runs/{domain}-{stage}-s{seed}; a run that is not on the domain's default observations says so in its name."""
     return Path("runs") / f"{domain}{'' if obs == default_obs else '-' + obs}-{stage}-s{seed}"
@@ -144,10 +152,7 @@ class Run:
                         f"{folder}: was started with another --{key}; resume with the same flags or choose another --out"
                     )
         if (folder / "resume.pt").exists():
-            try:
-                self.state = torch.load(folder / "resume.pt", weights_only=False)
-            except Exception as e:  # unpickling a damaged file can raise nearly anything
-                raise UserError(f"{folder}/resume.pt: damaged ({type(e).__name__}); delete the folder and start again") from None
+            self.state = load_state(folder / "resume.pt")
         self.done = (folder / "summary.json").exists()
         self.seconds_before = self.state["seconds"] if self.state else 0.0
 

@@ -6,6 +6,7 @@ random scenes of a domain, in number tokens as PaliGemma does for detection:
 
     where is the red goal                   ->  <loc0021> <loc0030>      x and y in 32 bins
     where is the red goal from the point    ->  <loc0019> <loc0008>
+    how far is the red goal from the point  ->  <loc0005>
     where was the point                     ->  <loc0012> <loc0016>      its wake, which shows its velocity
 
 No action, no goal to reach and no steps to go is in it. `stage1.py --obs images` starts from the newest Stage 0 run of
@@ -50,8 +51,14 @@ ANSWER = UniformBins(32, 0.0, 1.0, 2)  # x and y as shares of the frame
 
 
 def answer_loss(model: EFM, images: Tensor, questions: list[str], answers: Tensor) -> Tensor:
-    """-log p(answer | images, question), averaged; images uint8 (B, 2, H, W, 3), answers float (B, 2) in [0, 1]."""
-    return -model.log_prob({"images": images}, questions, ANSWER.encode(answers).to(images.device), ANSWER.ranges).mean()
+    """-log p(answer | images, question), averaged; images uint8 (B, 2, H, W, 3), answers float (B, 2) in [0, 1].
+
+    An answer of one number has NaN for its second, which is not counted.
+    """
+    tokens = ANSWER.encode(answers.nan_to_num()).to(images.device)
+    log_probs = model.log_probs({"images": images}, questions, tokens, ANSWER.ranges)
+    log_prob = torch.cat([lp.gather(1, tokens[:, i : i + 1]) for i, lp in enumerate(log_probs)], 1)  # (B, 2)
+    return -(log_prob * answers.isfinite().to(images.device)).sum(1).mean()
 
 
 def main(cfg: Config) -> None:
@@ -99,7 +106,7 @@ def main(cfg: Config) -> None:
             with torch.no_grad():
                 valid = answer_loss(model, *held_out).item()
             tokens, _ = model.sample({"images": images}, questions, ANSWER.ranges, greedy=True)
-            error = (ANSWER.decode(tokens.cpu()) - answers).abs().mean().item()
+            error = (ANSWER.decode(tokens.cpu()) - answers).abs().nanmean().item()
             row = {"update": update + 1, "loss": loss.item(), "valid_loss": valid, "valid_error": error, "seconds": run.seconds()}
             run.log(update + 1, row)
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))

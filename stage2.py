@@ -44,6 +44,7 @@ class Config:
     updates: int = 16  # N, optimiser steps per iteration
     batch: int = 64  # B, tuples per optimiser step
     lr: float = 1e-4  # AdamW
+    keep_optimizer: bool = False  # go on with Stage 1's AdamW moments, as the authors' notebook does, or start afresh
     num_envs: int = 16  # simulations that practise at once
     iterations: int = 200  # of Algorithm 1's loop, at most
     patience: int = 40  # stop after so many iterations without a better policy, as far as the model can see
@@ -158,15 +159,19 @@ def main(cfg: Config) -> None:
 
     run.start()
     ranges = action_tokenizer(**env.action_tokens).ranges
-    # the ViT is frozen by feeding its features: no gradient reaches it
-    optimizer = torch.optim.AdamW([p for n, p in policy.named_parameters() if "vision" not in n], lr=cfg.lr, weight_decay=0.0)
+    # the ViT is frozen by feeding its features: no gradient reaches it, and AdamW skips it
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0.0)
+    if cfg.keep_optimizer:
+        optimizer.load_state_dict(
+            {**optimizer.state_dict(), "state": common.load_state(stage1 / "resume.pt")["optimizer"]["state"]}
+        )
     generator = torch.Generator().manual_seed(cfg.seed)
     first, env_steps, episodes, best, best_at = 0, 0, 0, float("inf"), 0
     recent: deque[float] = deque(maxlen=5)
     if run.state:
         policy.load_state_dict(run.state["policy"])
         optimizer.load_state_dict(run.state["optimizer"])
-        generator.set_state(run.state["generator"])
+        generator.set_state(run.state["generator"].cpu())
         first, env_steps, episodes, best, best_at = (
             run.state[k] for k in ("iteration", "env_steps", "episodes", "best", "best_at")
         )

@@ -1,7 +1,7 @@
 """From runs/ to results/: python results/collect.py copies each run's summary and metrics and draws the figures.
 
 The runs themselves are made by the commands in results/README.md. Writes summaries.csv (a row per run), metrics/*.csv
-(each run's raw metrics) and learning.png (true success and mean steps in practice, every seed a line).
+(each run's raw metrics), table.md (the README's) and learning.png (practice, every seed a line).
 """
 
 import csv
@@ -24,6 +24,12 @@ GROUPS = {
 YARDSTICK = {"pointmass.py": 12.5, "stage2.py, states": 13.1, "stage2.py, images": 13.1}  # PD straight to the goal
 
 
+def spread(values: list[float], digits: int) -> str:
+    """Mean and, in brackets, least and greatest over the seeds."""
+    mean, low, high = (f"{v:,.{digits}f}" for v in (sum(values) / len(values), min(values), max(values)))
+    return f"{mean} ({low}-{high})"
+
+
 def main() -> None:
     runs = sorted(p.parent for p in Path("runs").glob("pointmass-*/summary.json") if re.fullmatch(r".*-s\d+", p.parent.name))
     summaries = [{"run": run.name} | json.loads((run / "summary.json").read_text()) for run in runs]
@@ -32,6 +38,25 @@ def main() -> None:
         writer = csv.DictWriter(f, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(summaries)
+    by_run = {summary["run"]: summary for summary in summaries}
+    header = "command|seeds|Stage 1 success|steps|Stage 2 success|steps|practice episodes|environment steps|seconds, all stages"
+    lines = ["| " + header.replace("|", " | ") + " |", "|" + "---|" * 9]
+    for title, prefix in GROUPS.items():
+        second = [s for name, s in by_run.items() if re.fullmatch(re.escape(prefix) + r"\d+", name)]
+        if not second:
+            continue
+        toy = prefix == "pointmass-toy-s"
+        first = second if toy else [by_run[Path(s["stage1"]).name] for s in second]
+        a, b = ("stage1_", "stage2_") if toy else ("", "")
+        seconds = [s["seconds"] if toy else s["seconds"] + f["seconds"] for s, f in zip(second, first, strict=True)]
+        cells = [spread([f[a + "success"] for f in first], 3), spread([f[a + "mean_steps"] for f in first], 1),
+                 spread([s[b + "success"] for s in second], 3), spread([s[b + "mean_steps"] for s in second], 1),
+                 spread([s[b + "episodes"] for s in second], 0), spread([s[b + "env_steps"] for s in second], 0),
+                 spread(seconds, 0)]  # fmt: skip
+        lines.append(f"| `{title}` | {len(second)} | " + " | ".join(cells) + " |")
+    (OUT / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
     (OUT / "metrics").mkdir(exist_ok=True)
     for run in runs:
         shutil.copy(run / "metrics.csv", OUT / "metrics" / f"{run.name}.csv")

@@ -1,0 +1,33 @@
+"""Speeds of the domains, measured in one run: python -m tests.benchmark. Not a test: nothing here depends on them."""
+
+import time
+
+import numpy as np
+
+import envs
+from envs.pointmass import draw
+
+
+def rate(function, amount: int, seconds: float = 2.0) -> float:
+    """`amount` things a call, per second, over about `seconds`."""
+    function()
+    calls, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        function()
+        calls += 1
+    return calls * amount / (time.perf_counter() - start)
+
+
+def main() -> None:
+    rng, n = np.random.default_rng(0), 256
+    pos, goals = rng.uniform(-1, 1, (n, 2)), rng.uniform(-0.9, 0.9, (n, 3, 2))
+    print(f"pointmass frames, 32 x 32, batches of {n}: {rate(lambda: draw(pos, pos, goals, 32), n):,.0f} /s")
+    for obs in ("state", "images"):
+        env = envs.make_vec("pointmass", n, obs=obs)
+        env.reset(seed=0)
+        action = env.action_space.sample()
+        print(f"pointmass steps, obs={obs}, {n} at once: {rate(lambda env=env, a=action: env.step(a), n):,.0f} /s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+"""Wrong commands, damaged checkpoints and unfit datasets: one line that names the culprit, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import envs
+import eval as evaluation
+import model as models
+import pointmass
+import stage0
+import stage1
+import stage2
+from model import EFM, EFMConfig, Tokenizer
+
+ROOT = Path(common.__file__).resolve().parent
+SCRIPTS = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "eval": evaluation}
+# sizes that make a command finish in a second, should it go wrong and be accepted
+TINY = {
+    "stage0": "--updates 2 --batch 4 --eval-every 1",
+    "stage1": "--episodes 30 --updates 4 --eval-every 2 --eval-episodes 4",
+    "stage2": "--iterations 2 --updates 1 --batch 4 --num-envs 2 --eval-episodes 2",
+    "eval": "--episodes 2",
+}
+ONE, TWO, ZERO = (f"runs/pointmass-{s}-s0" for s in ("stage1", "stage2", "images-stage0"))
+CACHE = "data/pointmass-state-30-s0.npz"
+
+
+def call(script: ModuleType, args: list[str]) -> None:
+    """What `python script.py args` does, in this process and in the present folder."""
+    before = sys.argv
+    sys.argv = [f"{script.__name__}.py", *args]
+    try:
+        common.cli(script.Config, script.main)
+    finally:
+        sys.argv = before
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every path under a folder with the hash of its content; a link and an empty folder count, too."""
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"
+            for p in sorted(folder.rglob("*"))}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory) -> Path:
+    """A folder with finished runs of Stage 0, 1 and 2 and the cached demonstrations."""
+    folder, before = tmp_path_factory.mktemp("valid"), Path.cwd()
+    os.chdir(folder)
+    sizes = {"width": 16, "depth": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp_dim": 16, "vit_width": 16, "vit_heads": 2,
+             "vit_mlp_dim": 16}  # fmt: skip
+    presets = dict(models.PRESETS)
+    try:
+        models.PRESETS |= {k: dataclasses.replace(presets[k], **sizes) for k in ("nano", "nano-vision")}
+        for name in ("stage0", "stage1", "stage2"):
+            call(SCRIPTS[name], TINY[name].split())
+    finally:
+        models.PRESETS |= presets
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def here(valid, tmp_path, monkeypatch) -> Path:
+    """The present folder: a fresh copy of `valid`."""
+    shutil.copytree(valid, tmp_path / "here")
+    (tmp_path / "minari").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    return tmp_path / "here"
+
+
+# --- what is wrong ----------------------------------------------------------------------------------------------------
+def truncate(path: str) -> None:
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[: len(content) // 2])
+
+
+def remove(path: str) -> None:
+    shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+
+
+def text(path: str, content: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(content)
+
+
+def edit(path: str, **changes) -> None:
+    """Change keys of a JSON file; None deletes one."""
+    value = json.loads(Path(path).read_text()) | changes
+    Path(path).write_text(json.dumps({k: v for k, v in value.items() if v is not None}))
+
+
+def reshape(path: str) -> None:
+    """Weights of another width under the old sizes."""
+    import safetensors.torch
+
+    with safetensors.safe_open(path, "pt") as f:
+        meta, weights = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    safetensors.torch.save_file({k: v[..., :-1].contiguous() for k, v in weights.items()}, path, meta)
+
+
+def foreign(path: str) -> None:
+    """A safetensors file of another project."""
+    import safetensors.torch
+
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, path)
+
+
+def model(path: str, obs: str, words: list[str] | None = None, size: int = 32) -> None:
+    """A whole checkpoint, of a model that reads `obs` and knows only `words`."""
+    env = envs.make_vec("pointmass", 1, obs=obs)
+    sizes = {"state_names": env.state_names, "state_dim": 2} if obs == "state" else {"image_size": size}
+    cfg = EFMConfig(
+        width=16, depth=1, heads=2, kv_heads=1, head_dim=8, mlp_dim=16, vit_width=16, vit_heads=2, vit_mlp_dim=16, **sizes
+    )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    models.save_model(EFM(cfg, Tokenizer.train(words or [*env.instructions(), *env.questions(), *env.state_names])), Path(path))
+
+
+def minari_of_images() -> None:
+    """A Minari dataset with the spaces of --obs images, and no success in it."""
+    import minari
+    from minari.data_collector.episode_buffer import EpisodeBuffer
+
+    env = envs.make_vec("pointmass", 1, obs="images")
+    o, _ = env.reset(seed=0)
+    frames = np.repeat(o["images"], 3, 0)
+    buffer = EpisodeBuffer(observations={"instruction": [o["instruction"][0]] * 3, "images": frames},
+                           actions=np.zeros((2, 2), np.float32), rewards=[0.0, 0.0], terminations=[False, False],
+                           truncations=[False, True])  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Minari asks for authors and links
+        minari.create_dataset_from_buffers("nanoefm/images-v0", [buffer], action_space=env.single_action_space,
+                                           observation_space=env.single_observation_space)  # fmt: skip
+
+
+def unfinish(run: str) -> None:
+    remove(f"{run}/summary.json")
+
+
+Damage = Callable[[], object] | None
+NEW = "--out runs/new"
+CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was done before, what the line must name
+    # the command line itself
+    ("stage0", "--nope 3", None, "--nope"),
+    ("stage1", "--nope 3", None, "--nope"),
+    ("stage2", "--resum", None, "--resum"),
+    ("eval", "runs/pointmass-stage1-s0", None, "runs/pointmass-stage1-s0"),
+    ("stage0", "--updates many", None, "--updates"),
+    ("stage1", "--episodes 1.5", None, "--episodes"),
+    ("stage2", "--gamma high", None, "--gamma"),
+    ("stage2", "--success maybe", None, "--success"),
+    ("stage2", "--stage1", None, "--stage1"),
+    ("eval", "--s three", None, "--s"),
+    # values
+    ("stage0", "--domain nope", None, "--domain nope"),
+    ("stage1", "--domain nope", None, "--domain nope"),
+    ("stage0", "--model nope", None, "--model nope"),
+    ("stage1", "--model nope", None, "--model nope"),
+    ("stage1", "--obs sound", None, "--obs sound"),
+    *(("stage0", f"--{f} {v} {NEW}", None, f"--{f} {v}") for f in ("updates", "batch", "eval-every") for v in (0, -1)),
+    *(("stage1", f"--{f} 0 {NEW}", None, f"--{f} 0") for f in ("episodes", "updates", "batch", "eval-every", "eval-episodes")),
+    ("stage1", f"--episodes -3 {NEW}", None, "--episodes -3"),
+    *(("stage2", f"--{f} 0 {NEW}", None, f"--{f} 0")
+      for f in ("updates", "batch", "num-envs", "iterations", "patience", "eval-episodes")),
+    ("stage2", f"--num-envs -2 {NEW}", None, "--num-envs -2"),
+    ("eval", "--episodes 0", None, "--episodes 0"),
+    ("eval", "--episodes -4", None, "--episodes -4"),
+    ("stage0", f"--seed -1 {NEW}", None, "--seed"),
+    ("stage1", f"--seed -1 {NEW}", None, "--seed"),
+    ("stage0", f"--lr -1 {NEW}", None, "--lr"),
+    ("stage1", f"--lr nan {NEW}", None, "--lr"),
+    ("stage2", f"--lr -1 {NEW}", None, "--lr"),
+    # an existing run
+    ("stage0", "", None, ZERO),
+    ("stage1", "", None, ONE),
+    ("stage2", "", None, TWO),
+    ("stage1", "--out data", None, "data"),
+    ("stage2", f"--out {ONE}", None, ONE),
+    ("stage1", "--out file", lambda: text("file", "mine"), "file"),
+    ("stage1", "--out file --resume", lambda: text("file", "mine"), "file"),
+    ("stage1", "--out file/run", lambda: text("file", "mine"), "file"),
+    # resuming
+    ("stage0", "--seed 0 --batch 5 --resume", lambda: unfinish(ZERO), "--batch"),
+    ("stage1", "--batch 64 --resume", lambda: unfinish(ONE), "--batch"),
+    ("stage1", "--eval-every 3 --resume", lambda: unfinish(ONE), "--eval-every"),
+    ("stage2", "--gamma 0.5 --resume", lambda: unfinish(TWO), "--gamma"),
+    ("stage1", f"--out {TWO} --resume", None, TWO),
+    ("stage0", "--resume", lambda: (unfinish(ZERO), truncate(f"{ZERO}/resume.pt")), "resume.pt"),
+    ("stage1", "--resume", lambda: (unfinish(ONE), truncate(f"{ONE}/resume.pt")), "resume.pt"),
+    ("stage2", "--resume --stage1 " + ONE, lambda: (unfinish(TWO), text(f"{TWO}/resume.pt", "")), "resume.pt"),
+    ("stage1", "--resume", lambda: (unfinish(ONE), torch.save({"update": 2}, f"{ONE}/resume.pt")), "resume.pt"),
+    ("stage1", "--resume", lambda: (unfinish(ONE), text(f"{ONE}/config.json", '{"seed"')), "config.json"),
+    # demonstrations
+    ("stage1", NEW, lambda: truncate(CACHE), CACHE),
+    ("stage1", NEW, lambda: text(CACHE, ""), CACHE),
+    ("stage1", NEW, lambda: np.savez(CACHE, state=np.zeros((3, 10))), CACHE),
+    ("stage1", f"--dataset nanoefm/nothing-v0 {NEW}", None, "--dataset nanoefm/nothing-v0"),
+    ("stage1", f"--dataset nanoefm/images-v0 {NEW}", minari_of_images, "--dataset nanoefm/images-v0"),
+    ("stage1", f"--dataset nanoefm/images-v0 --obs images --init none {NEW}", minari_of_images, "--dataset nanoefm/images-v0"),
+    # --init
+    ("stage1", f"--obs images --init runs/nothing {NEW}", None, "runs/nothing"),
+    ("stage1", f"--obs images --init {ZERO} {NEW}", lambda: truncate(f"{ZERO}/policy.safetensors"), ZERO),
+    ("stage1", f"--obs images --init {ONE} {NEW}", None, f"--init {ONE}"),  # it reads states
+    ("stage1", f"--obs images --init runs/other {NEW}",
+     lambda: model("runs/other/policy.safetensors", "images", ["where is the cup"]), "--init runs/other"),  # it knows no colours
+    ("stage1", f"--obs images --init runs/other {NEW}",
+     lambda: model("runs/other/policy.safetensors", "images", size=64), "--init runs/other"),  # of larger frames
+    # --stage1
+    ("stage2", NEW, lambda: remove("runs"), "--stage1"),
+    ("stage2", f"--stage1 runs/nothing {NEW}", None, "runs/nothing/config.json"),
+    ("stage2", f"--stage1 {CACHE} {NEW}", None, CACHE),
+    ("stage2", NEW, lambda: text(f"{ONE}/config.json", '{"domain": "pointmass",'), f"{ONE}/config.json"),
+    ("stage2", NEW, lambda: text(f"{ONE}/config.json", "[]"), f"{ONE}/config.json"),
+    ("stage2", NEW, lambda: edit(f"{ONE}/config.json", domain=None), ONE),
+    ("stage2", NEW, lambda: edit(f"{ONE}/config.json", domain="nope"), "nope"),
+    ("stage2", NEW, lambda: edit(f"{ONE}/config.json", obs="sound"), "sound"),
+    ("stage2", NEW, lambda: remove(f"{ONE}/policy.safetensors"), f"{ONE}/policy.safetensors"),
+    ("stage2", NEW, lambda: remove(f"{ONE}/reward.safetensors"), f"{ONE}/reward.safetensors"),
+    ("stage2", NEW, lambda: truncate(f"{ONE}/policy.safetensors"), f"{ONE}/policy.safetensors"),
+    ("stage2", NEW, lambda: truncate(f"{ONE}/reward.safetensors"), f"{ONE}/reward.safetensors"),
+    ("stage2", NEW, lambda: text(f"{ONE}/reward.safetensors", ""), f"{ONE}/reward.safetensors"),
+    ("stage2", NEW, lambda: reshape(f"{ONE}/policy.safetensors"), f"{ONE}/policy.safetensors"),
+    ("stage2", NEW, lambda: foreign(f"{ONE}/reward.safetensors"), f"{ONE}/reward.safetensors"),
+    ("stage2", NEW, lambda: model(f"{ONE}/policy.safetensors", "images"), ONE),  # it reads frames, the run says states
+    ("stage2", f"--keep-optimizer {NEW}", lambda: remove(f"{ONE}/resume.pt"), f"{ONE}/resume.pt"),
+    ("stage2", f"--keep-optimizer {NEW}", lambda: truncate(f"{ONE}/resume.pt"), f"{ONE}/resume.pt"),
+    ("stage2", f"--stage1 {ZERO} {NEW}", None, ZERO),
+    ("stage2", f"--stage1 {TWO} {NEW}", None, TWO),
+    # eval
+    ("eval", "", lambda: remove("runs"), "--run"),
+    ("eval", "--run runs/nothing", None, "runs/nothing/config.json"),
+    ("eval", f"--run {ZERO}", None, ZERO),
+    ("eval", f"--run {ONE}", lambda: text(f"{ONE}/config.json", "{"), f"{ONE}/config.json"),
+    ("eval", f"--run {ONE}", lambda: remove(f"{ONE}/reward.safetensors"), f"{ONE}/reward.safetensors"),
+    ("eval", f"--run {ONE}", lambda: truncate(f"{ONE}/policy.safetensors"), f"{ONE}/policy.safetensors"),
+    ("eval", f"--run {ONE}", lambda: edit(f"{ONE}/config.json", domain="nope"), "nope"),
+    ("eval", f"--run {TWO}", lambda: remove(ONE), ONE),
+    ("eval", f"--run {TWO}", lambda: edit(f"{TWO}/config.json", stage1=None), f"{TWO}/config.json"),
+    ("eval", f"--run {TWO}", lambda: remove(f"{TWO}/metrics.csv"), f"{TWO}/metrics.csv"),
+]  # fmt: skip
+NAMES = [
+    f"{i}-{script}-{args.replace(NEW, '').strip().replace('/', '.').replace(' ', '_')}"
+    for i, (script, args, *_) in enumerate(CASES)
+]
+
+
+@pytest.mark.parametrize(("script", "args", "damage", "culprit"), CASES, ids=NAMES)
+def test_wrong_input_is_one_line_and_nothing_is_written(script, args, damage, culprit, here, capsys):
+    if "--dataset" in args:
+        pytest.importorskip("minari")
+    if damage:
+        damage()
+    before = tree(here.parent)
+    given = args.split()
+    sizes = TINY[script].split()  # those that the case does not set itself
+    sizes = [x for flag, value in zip(sizes[::2], sizes[1::2], strict=True) if flag not in given for x in (flag, value)]
+    with pytest.raises(SystemExit) as end:
+        call(SCRIPTS[script], [*sizes, *given])
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert error.count("\n") == 1 and error.endswith("\n") and "Traceback" not in error, error
+    assert error.startswith(f"{script}.py: ") and culprit in error, error
+    assert tree(here.parent) == before
+
+
+def test_the_same_commands_without_the_mistake_are_accepted(here, capsys):
+    """So the cases above fail for their mistake and not for their sizes."""
+    for name in ("stage0", "stage1", "stage2"):
+        call(SCRIPTS[name], [*TINY[name].split(), *NEW.split()])
+        assert (here / "runs/new/summary.json").exists()
+        shutil.rmtree(here / "runs/new")
+    assert capsys.readouterr().err == ""
+
+
+def test_resuming_a_finished_run_changes_nothing(here, capsys):
+    before = tree(here)
+    for name, folder in (("stage0", ZERO), ("stage1", ONE), ("stage2", TWO)):
+        remove(f"{folder}/resume.pt")  # the large file, of no use to a finished run
+        del before[f"{folder}/resume.pt"]
+        call(SCRIPTS[name], [*TINY[name].split(), "--resume"])
+        assert f"{folder}: this run is finished" in capsys.readouterr().out
+    assert tree(here) == before
+
+
+# --- as a process -----------------------------------------------------------------------------------------------------
+def process(script: str, args: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / script), *args]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    ("command", "culprit"),
+    [("stage1.py --domain nope", "--domain nope"), ("pointmass.py --bins 0", ""), ("eval.py --run nothing", "nothing")],
+)
+def test_wrong_input_of_a_process(command, culprit, tmp_path):
+    script, *args = command.split()
+    p = process(script, args, tmp_path)
+    assert p.returncode == 2 and p.stdout == ""
+    assert p.stderr.startswith(f"{script}: ") and p.stderr.count("\n") == 1 and culprit in p.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+def shown(help_text: str) -> str:
+    """Without the frame around the options, in one line."""
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", re.sub(r"\x1b\[[0-9;]*m", "", help_text)).split())
+
+
+def assert_fields(text: str, config: type) -> None:
+    text = text[text.rindex("-h, --help") :]  # the docstring names flags, too
+    for field in dataclasses.fields(config):
+        option = re.search(rf"--{field.name.replace('_', '-')}\b.*?\(default: (.*?)\)(?= --|$)", text)
+        assert option, field.name
+        assert option[1] in (str(field.default), repr(field.default)), (field.name, option[1])
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_help(script, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    with pytest.raises(SystemExit) as end:
+        call(script, ["--help"])
+    captured = capsys.readouterr()
+    text = shown(captured.out)
+    assert end.value.code == 0 and captured.err == "" and not list(tmp_path.iterdir())
+    assert " ".join(script.__doc__.split()) in text
+    assert text.count(f"python {script.__name__}.py") >= 3
+    assert_fields(text, script.Config)
+
+
+def test_help_of_pointmass(tmp_path):
+    p = process("pointmass.py", ["--help"], tmp_path)
+    text = shown(p.stdout)
+    assert p.returncode == 0 and p.stderr == "" and not list(tmp_path.iterdir())
+    assert pointmass.Config.__doc__ in text
+    assert_fields(text, pointmass.Config)
