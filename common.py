@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 import tyro
+from gymnasium.vector import VectorEnv
 
+import envs
 from model import EFM, load_model
 
 
@@ -52,16 +54,36 @@ def learning_rate(update: int, updates: int, peak: float) -> float:
     return peak * min(1.0, (update + 1) / 100) * (0.55 + 0.45 * math.cos(math.pi * update / updates))
 
 
+def require(cfg: Any, least: float, *fields: str) -> None:
+    """Raise UserError unless each of the configuration's fields is at least `least` (and a number)."""
+    for field in fields:
+        if not getattr(cfg, field) >= least:
+            raise UserError(f"--{field.replace('_', '-')} {getattr(cfg, field)}: must be at least {least:g}")
+
+
+def make_env(domain: str, num_envs: int, **kwargs: Any) -> VectorEnv:
+    """`envs.make_vec`; an unknown domain or kind of observation is a UserError."""
+    try:
+        return envs.make_vec(domain, num_envs, **kwargs)
+    except ValueError as e:
+        raise UserError(e) from None
+
+
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load(path: Path) -> EFM:
-    """`model.load_model` onto the device; a missing or damaged file is a UserError."""
+def load(path: Path, env: VectorEnv) -> EFM:
+    """`model.load_model` onto the device; a missing or damaged file, or one of another domain, is a UserError."""
     try:
-        return load_model(path).to(device())
+        model = load_model(path).to(device())
     except ValueError as e:
         raise UserError(e) from None
+    needs = (env.size, ()) if env.obs == "images" else (0, env.state_names)
+    words = model.tokenizer.tokenizer.encode(" ".join(env.instructions()), add_special_tokens=False).tokens
+    if (model.cfg.image_size, model.cfg.state_names) != needs or "<unk>" in words:
+        raise UserError(f"{path}: this model is not for --domain {env.name} --obs {env.obs}; name another run")
+    return model
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -90,7 +112,8 @@ def read_json(path: Path) -> dict:
 def load_state(path: Path) -> dict:
     """What `Run.checkpoint` wrote."""
     try:
-        return torch.load(path, weights_only=False, map_location=device())
+        state = torch.load(path, weights_only=False, map_location=device())
+        return state | {key: state[key] for key in ("seconds", "metrics_bytes")}
     except Exception as e:  # unpickling a damaged file can raise nearly anything
         raise UserError(f"{path}: missing or damaged ({type(e).__name__}); delete the run and start it again") from None
 
@@ -141,6 +164,8 @@ class Run:
 
     def __init__(self, folder: Path, cfg: Any, resume: bool):
         self.folder, self.state, self.tensorboard, self.began = folder, None, None, time.time()
+        if any(p.is_file() for p in (folder, *folder.parents)):
+            raise UserError(f"--out {folder}: a file is in the way; choose another folder")
         self.config = json.loads(json.dumps({k: v for k, v in asdict(cfg).items() if k not in ("resume", "out")}))
         if folder.exists() and not resume:
             raise UserError(f"{folder}: this run exists; continue it with --resume, or choose another --out")
@@ -148,8 +173,9 @@ class Run:
             before = read_json(folder / "config.json")
             for key in before.keys() | self.config.keys():
                 if before.get(key) != self.config.get(key):
+                    flag = key.replace("_", "-")
                     raise UserError(
-                        f"{folder}: was started with another --{key}; resume with the same flags or choose another --out"
+                        f"{folder}: was started with another --{flag}; resume with the same flags or choose another --out"
                     )
         if (folder / "resume.pt").exists():
             self.state = load_state(folder / "resume.pt")

@@ -18,10 +18,10 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 from PIL import Image
 
 import common
-import envs
 from common import UserError, wilson
 from stage2 import rollout
 
@@ -58,13 +58,15 @@ def early_detections(d: np.ndarray, truth: np.ndarray, s: float) -> float:
     return float(np.mean(kept)) if kept else 0.0
 
 
-def load_run(folder: Path) -> tuple[dict, torch.nn.Module, torch.nn.Module]:
-    """Settings (domain, obs) of the Stage 1 run behind a run's folder, its policy and its reward model."""
-    config = common.read_json(folder / "config.json")
-    settings = config if "domain" in config else common.read_json(Path(config.get("stage1", "")) / "config.json")
-    if "domain" not in settings or "obs" not in settings:
+def load_run(folder: Path, num_envs: int) -> tuple[VectorEnv, torch.nn.Module, torch.nn.Module]:
+    """The domain of the Stage 1 run behind a run's folder, num_envs at once; the run's policy and reward model."""
+    settings = common.read_json(folder / "config.json")
+    if "stage1" in settings:
+        settings = common.read_json(Path(settings["stage1"]) / "config.json")
+    if not {"domain", "obs"} <= settings.keys():
         raise UserError(f"{folder}/config.json: not the configuration of a Stage 1 or Stage 2 run; name another --run")
-    return settings, common.load(folder / "policy.safetensors"), common.load(folder / "reward.safetensors")
+    env = common.make_env(settings["domain"], num_envs, obs=settings["obs"])
+    return env, common.load(folder / "policy.safetensors", env), common.load(folder / "reward.safetensors", env)
 
 
 def evaluate(folder: Path, episodes: int, seed: int, s: float = 3.0, greedy: bool = False) -> dict:
@@ -73,8 +75,7 @@ def evaluate(folder: Path, episodes: int, seed: int, s: float = 3.0, greedy: boo
     Confusion: did the detector end the episode, and was the goal truly reached at that moment? `early_detections` is
     milder: the share of first detections that true success follows within s steps, which is what d <= s claims.
     """
-    settings, policy, reward_model = load_run(folder)
-    env = envs.make_vec(settings["domain"], episodes, obs=settings["obs"])
+    env, policy, reward_model = load_run(folder, episodes)
     generator = torch.Generator().manual_seed(seed)
     r = rollout(policy, reward_model, env, 5 * 10**8 + seed * 10**6, generator, "ground-truth", s, greedy)
     success = r["truth"][:, -1].numpy()
@@ -92,8 +93,8 @@ def describe(summary: dict) -> str:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 def film(folder: Path, seed: int, s: float, greedy: bool) -> None:
     """Eight episodes to their true end: trajectories.png, episodes.gif and, of one of them, steps_to_go.png."""
-    settings, policy, reward_model = load_run(folder)
-    env, frames, tracks = envs.make_vec(settings["domain"], 8, obs=settings["obs"]), [], []
+    env, policy, reward_model = load_run(folder, 8)
+    frames, tracks = [], []
 
     def watch() -> None:
         frames.append(np.stack(env.render()))  # (8, H, W, 3)
@@ -169,11 +170,14 @@ def main(cfg: Config) -> None:
         raise UserError("runs/: no finished run; run `python stage1.py` first or name a run with --run")
     if cfg.episodes < 1:
         raise UserError(f"--episodes {cfg.episodes}: must be at least 1")
+    stage2 = "gamma" in common.read_json(folder / "config.json")
+    if stage2 and not (folder / "metrics.csv").exists():
+        raise UserError(f"{folder}/metrics.csv: missing; name a finished run with --run")
     summary = {"run": str(folder), "s": cfg.s, "greedy": cfg.greedy, "seed": cfg.seed}
     summary |= evaluate(folder, cfg.episodes, cfg.seed, cfg.s, cfg.greedy)
     common.write_json(folder / "evaluation.json", summary)
     film(folder, cfg.seed, cfg.s, cfg.greedy)
-    if "gamma" in common.read_json(folder / "config.json"):
+    if stage2:
         curves(folder)
     print(describe(summary))
     print(f"wrote evaluation.json and pictures to {folder}/")

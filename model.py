@@ -409,7 +409,8 @@ class EFM(nn.Module):
 # --- weights in and out ---------------------------------------------------------------------------------------------
 def save_model(model: EFM, path: Path) -> None:
     """Weights, sizes and vocabulary in one safetensors file."""
-    meta = {"config": json.dumps(asdict(model.cfg)), "tokenizer": model.tokenizer.tokenizer.to_str()}
+    # one entry: safetensors writes several in random order, and equal models would be unequal files
+    meta = {"nanoEFM": json.dumps({"config": asdict(model.cfg), "tokenizer": model.tokenizer.tokenizer.to_str()})}
     safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path, meta)
 
 
@@ -418,9 +419,10 @@ def load_model(path: Path) -> EFM:
     try:
         with safetensors.safe_open(path, "pt") as f:
             meta, weights = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-        config = json.loads(meta["config"])
-        config["state_names"] = tuple(config["state_names"])
-        model = EFM(EFMConfig(**config), Tokenizer(tokenizers.Tokenizer.from_str(meta["tokenizer"])))
+        made_with = json.loads(meta["nanoEFM"])
+        made_with["config"]["state_names"] = tuple(made_with["config"]["state_names"])
+        tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(made_with["tokenizer"]))
+        model = EFM(EFMConfig(**made_with["config"]), tokenizer)
         model.load_state_dict(weights)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; run stage1.py first or name another run") from None

@@ -205,7 +205,7 @@ def stage2(agent: Agent, optimizer: torch.optim.Optimizer, cfg: Config, rng: tor
             batch.append(b)  # [Alg. 1, line 5]
             n += len(tuples[-1][0])
         obs, action, returns, steps, ended = (torch.cat(x) for x in zip(*tuples, strict=True))
-        for i in torch.randperm(n, generator=rng)[:2048].split(64):  # [Alg. 1, line 7]; leftovers are dropped [line 8]
+        for i in torch.randperm(n, generator=rng)[:2048].split(64):  # [Alg. 1, line 7]; leftovers are dropped  [Alg. 1, line 8]
             loss = -(cfg.c * returns[i] * agent.log_prob(obs[i], action[i])).mean()
             if not cfg.freeze_reward:
                 loss = loss + (agent.steps_to_go_loss(obs[i], steps[i]) * ended[i]).mean()

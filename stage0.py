@@ -5,8 +5,7 @@ more demonstrations to find out what "red" refers to (results/README.md has the 
 random scenes of a domain, in number tokens as PaliGemma does for detection:
 
     where is the red goal                   ->  <loc0021> <loc0030>      x and y in 32 bins
-    where is the red goal from the point    ->  <loc0019> <loc0008>
-    how far is the red goal from the point  ->  <loc0005>
+    from the point where is the red goal    ->  <loc0019> <loc0008>
     where was the point                     ->  <loc0012> <loc0016>      its wake, which shows its velocity
 
 No action, no goal to reach and no steps to go is in it. `stage1.py --obs images` starts from the newest Stage 0 run of
@@ -28,7 +27,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-import envs
 import model as models
 from common import Run, UserError
 from model import EFM, Tokenizer, UniformBins
@@ -39,7 +37,7 @@ class Config:
     domain: str = "pointmass"  # one of envs.DOMAINS
     model: str = "nano-vision"  # a preset of model.PRESETS
     seed: int = 0  # weights and scenes
-    updates: int = 5000  # optimiser steps
+    updates: int = 4000  # optimiser steps
     batch: int = 128  # fresh scenes per update, one question each
     lr: float = 2e-3  # AdamW, after a linear warm-up of 100 updates decaying to a tenth (cosine)
     eval_every: int = 250  # updates between two looks at 1,024 held-out scenes
@@ -51,27 +49,18 @@ ANSWER = UniformBins(32, 0.0, 1.0, 2)  # x and y as shares of the frame
 
 
 def answer_loss(model: EFM, images: Tensor, questions: list[str], answers: Tensor) -> Tensor:
-    """-log p(answer | images, question), averaged; images uint8 (B, 2, H, W, 3), answers float (B, 2) in [0, 1].
-
-    An answer of one number has NaN for its second, which is not counted.
-    """
-    tokens = ANSWER.encode(answers.nan_to_num()).to(images.device)
-    log_probs = model.log_probs({"images": images}, questions, tokens, ANSWER.ranges)
-    log_prob = torch.cat([lp.gather(1, tokens[:, i : i + 1]) for i, lp in enumerate(log_probs)], 1)  # (B, 2)
-    return -(log_prob * answers.isfinite().to(images.device)).sum(1).mean()
+    """-log p(answer | images, question), averaged; images uint8 (B, 2, H, W, 3), answers float (B, 2) in [0, 1]."""
+    return -model.log_prob({"images": images}, questions, ANSWER.encode(answers).to(images.device), ANSWER.ranges).mean()
 
 
 def main(cfg: Config) -> None:
     device = common.device()
     if cfg.model not in models.PRESETS:
         raise UserError(f"--model {cfg.model}: unknown; choose one of {', '.join(models.PRESETS)}")
-    for field in ("updates", "batch", "eval_every"):
-        if getattr(cfg, field) < 1:
-            raise UserError(f"--{field.replace('_', '-')} {getattr(cfg, field)}: must be at least 1")
-    try:
-        env = envs.make_vec(cfg.domain, 1, obs="images")
-    except ValueError as e:
-        raise UserError(e) from None
+    common.require(cfg, 0, "seed")
+    common.require(cfg, 1, "updates", "batch", "eval_every")
+    common.require(cfg, 1e-9, "lr")
+    env = common.make_env(cfg.domain, 1, obs="images")
     folder = Path(cfg.out) if cfg.out else common.run_folder(cfg.domain, "images", env.default_obs, "stage0", cfg.seed)
     run = Run(folder, cfg, cfg.resume)
     if run.done:
@@ -82,11 +71,11 @@ def main(cfg: Config) -> None:
     tokenizer = Tokenizer.train([*env.instructions(), *env.questions()])
     model = EFM(models.replace(models.PRESETS[cfg.model], image_size=env.size), tokenizer).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.01, fused=True)
-    rng, first = np.random.default_rng(cfg.seed), 0
+    rng, first, error = np.random.default_rng(cfg.seed), 0, float("nan")
     if run.state:
         model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
-        rng.bit_generator.state, first = run.state["rng"], run.state["update"]
+        rng.bit_generator.state, first, error = run.state["rng"], run.state["update"], run.state["error"]
 
     def scenes(rng: np.random.Generator, n: int) -> tuple[Tensor, list[str], Tensor]:
         images, questions, answers = env.scenes(rng, n)
@@ -106,14 +95,13 @@ def main(cfg: Config) -> None:
             with torch.no_grad():
                 valid = answer_loss(model, *held_out).item()
             tokens, _ = model.sample({"images": images}, questions, ANSWER.ranges, greedy=True)
-            error = (ANSWER.decode(tokens.cpu()) - answers).abs().nanmean().item()
+            error = (ANSWER.decode(tokens.cpu()) - answers).abs().mean().item()
             row = {"update": update + 1, "loss": loss.item(), "valid_loss": valid, "valid_error": error, "seconds": run.seconds()}
             run.log(update + 1, row)
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
             common.write_atomically(folder / "policy.safetensors", lambda p: models.save_model(model, p))
-            run.checkpoint(
-                model=model.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state, update=update + 1
-            )
+            run.checkpoint(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state,
+                           update=update + 1, error=error)  # fmt: skip
     summary = {"stage": "stage0", "domain": cfg.domain, "obs": "images", "seed": cfg.seed, "valid_error": error}
     print("\n".join(f"{k:12} {v}" for k, v in run.finish(summary).items()))
 

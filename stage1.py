@@ -130,7 +130,8 @@ def load_demonstrations(cfg: Config) -> dict[str, np.ndarray]:
         common.write_atomically(path, write)
     try:
         with np.load(path) as f:
-            return dict(f)
+            keys = ("state" if cfg.obs == "state" else "frames", "action", "start", "length", "instruction")
+            return {key: f[key] for key in keys}
     except Exception as e:  # a damaged zip raises many kinds
         raise UserError(f"{path}: damaged ({type(e).__name__}); delete it and it is recorded again") from None
 
@@ -176,18 +177,18 @@ def steps_to_go_loss(model: EFM, obs: dict[str, Tensor], goals: list[str], token
 # --- training ---------------------------------------------------------------------------------------------------------
 def main(cfg: Config) -> None:
     device = common.device()
-    try:
-        env = envs.make_vec(cfg.domain, 1)
-        cfg.obs = cfg.obs or env.default_obs
-        env = envs.make_vec(cfg.domain, 1, obs=cfg.obs)
-    except ValueError as e:
-        raise UserError(e) from None
+    env = common.make_env(cfg.domain, 1)
+    cfg.obs = cfg.obs or env.default_obs
+    env = common.make_env(cfg.domain, 1, obs=cfg.obs)
     cfg.model = cfg.model or ("nano" if cfg.obs == "state" else "nano-vision")
     if cfg.model not in models.PRESETS:
         raise UserError(f"--model {cfg.model}: unknown; choose one of {', '.join(models.PRESETS)}")
-    for field in ("episodes", "updates", "batch", "eval_every", "eval_episodes"):
-        if getattr(cfg, field) < 2:
-            raise UserError(f"--{field.replace('_', '-')} {getattr(cfg, field)}: must be at least 2")
+    common.require(cfg, 0, "seed")
+    common.require(cfg, 1, "updates", "eval_every", "eval_episodes")
+    common.require(cfg, 2, "episodes", "batch")
+    common.require(cfg, 1e-9, "lr")
+    if cfg.init not in ("", "none") and cfg.obs == "state":
+        raise UserError(f"--init {cfg.init}: Stage 0 is for --obs images; leave it out")
     init = common.stage0_run(cfg.init, cfg.domain) if cfg.obs == "images" else None
     cfg.init = str(init or "none")
     folder = Path(cfg.out) if cfg.out else common.run_folder(cfg.domain, cfg.obs, env.default_obs, "stage1", cfg.seed)
@@ -196,18 +197,9 @@ def main(cfg: Config) -> None:
         print(f"{folder}: this run is finished; nothing to resume")
         return
 
-    data = load_demonstrations(cfg)
-    held_out = np.arange(len(data["length"])) % 10 == 0  # split by episode
-    train, valid = (Demonstrations(data, np.flatnonzero(m), env.state_dim) for m in (~held_out, held_out))
-    actions, steps = action_tokenizer(**env.action_tokens), StepsToGo(env.steps_cap, env.steps_bins)
-
     torch.manual_seed(cfg.seed)
     if init:
-        model = common.load(init / "policy.safetensors")
-        if model.cfg.image_size != env.size:
-            raise UserError(
-                f"--init {init}: its model does not read frames of {env.size} pixels; name a Stage 0 run of {cfg.domain}"
-            )
+        model = common.load(init / "policy.safetensors", env)
     else:
         sizes = {"state_names": env.state_names, "state_dim": env.state_dim} if cfg.obs == "state" else {"image_size": env.size}
         tokenizer = Tokenizer.train([*env.instructions(), *env.state_names])
@@ -218,6 +210,11 @@ def main(cfg: Config) -> None:
         model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
         rng.bit_generator.state, first, best = run.state["rng"], run.state["update"], run.state["best"]
+
+    data = load_demonstrations(cfg)
+    held_out = np.arange(len(data["length"])) % 10 == 0  # split by episode
+    train, valid = (Demonstrations(data, np.flatnonzero(m), env.state_dim) for m in (~held_out, held_out))
+    actions, steps = action_tokenizer(**env.action_tokens), StepsToGo(env.steps_cap, env.steps_bins)
 
     def losses(demos: Demonstrations, bc_rows: np.ndarray, steps_rows: np.ndarray) -> tuple[Tensor, Tensor]:
         obs, action, goals, _ = demos.batch(bc_rows, device)

@@ -27,7 +27,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
-import envs
 import model as models
 from common import Run, UserError
 from model import EFM, QUESTION_ACTION, StepsToGo, action_tokenizer
@@ -143,13 +142,16 @@ def main(cfg: Config) -> None:
     stage1 = common.stage1_run(cfg.stage1)
     cfg.stage1 = str(stage1)
     settings = common.read_json(stage1 / "config.json")
+    if not {"domain", "obs", "seed", "init"} <= settings.keys():
+        raise UserError(f"{stage1}/config.json: not the configuration of a Stage 1 run; name another --stage1")
     cfg.seed = settings["seed"] if cfg.seed < 0 else cfg.seed
     domain, obs_mode = settings["domain"], settings["obs"]
-    for field in ("updates", "batch", "num_envs", "iterations", "patience", "eval_episodes"):
-        if getattr(cfg, field) < 1:
-            raise UserError(f"--{field.replace('_', '-')} {getattr(cfg, field)}: must be at least 1")
-    env = envs.make_vec(domain, cfg.num_envs, obs=obs_mode)
-    policy, reward_model = common.load(stage1 / "policy.safetensors"), common.load(stage1 / "reward.safetensors")
+    common.require(cfg, 1, "updates", "batch", "num_envs", "iterations", "patience", "eval_episodes")
+    common.require(cfg, 1e-9, "lr")
+    if not 0 <= cfg.gamma <= 1:
+        raise UserError(f"--gamma {cfg.gamma}: must be between 0 and 1")
+    env = common.make_env(domain, cfg.num_envs, obs=obs_mode)
+    policy, reward_model = (common.load(stage1 / f"{name}.safetensors", env) for name in ("policy", "reward"))
     reward_model.requires_grad_(False)
     folder = Path(cfg.out) if cfg.out else common.run_folder(domain, obs_mode, env.default_obs, "stage2", cfg.seed)
     run = Run(folder, cfg, cfg.resume)
@@ -157,7 +159,6 @@ def main(cfg: Config) -> None:
         print(f"{folder}: this run is finished; nothing to resume")
         return
 
-    run.start()
     ranges = action_tokenizer(**env.action_tokens).ranges
     # the ViT is frozen by feeding its features: no gradient reaches it, and AdamW skips it
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0.0)
@@ -165,6 +166,7 @@ def main(cfg: Config) -> None:
         optimizer.load_state_dict(
             {**optimizer.state_dict(), "state": common.load_state(stage1 / "resume.pt")["optimizer"]["state"]}
         )
+    run.start()
     generator = torch.Generator().manual_seed(cfg.seed)
     first, env_steps, episodes, best, best_at = 0, 0, 0, float("inf"), 0
     recent: deque[float] = deque(maxlen=5)

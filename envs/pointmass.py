@@ -55,10 +55,13 @@ def instructions() -> list[str]:
 
 
 def questions() -> list[str]:
-    """What Stage 0 asks of a scene: each goal by each of its names, in the frame, from the point, how far; point and wake."""
-    names = [f"the {c} {n}" for c, n in itertools.product(COLOURS, NOUNS)]
-    forms = ("where is {}", "where is {} from the point", "how far is {} from the point")
-    return [form.format(n) for form in forms for n in names] + ["where is the point", "where was the point"]
+    """What Stage 0 asks of a scene: each goal by each of its names, in the frame and from the point; the point; its wake.
+
+    A goal's name comes last, as in an instruction: what is learnt about it here is found again there.
+    """
+    forms, names = ("where is", "from the point where is"), itertools.product(COLOURS, NOUNS)
+    goals = [f"{form} the {c} {n}" for form, (c, n) in itertools.product(forms, names)]
+    return [*goals, "where is the point", "where was the point"]
 
 
 def draw(pos: np.ndarray, wake: np.ndarray, goals: np.ndarray, size: int) -> np.ndarray:
@@ -166,19 +169,16 @@ class PointmassVectorEnv(VectorEnv):
     def scenes(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str], np.ndarray]:
         """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers float (n, 2) in [0, 1].
 
-        Positions are shares of the frame, "from the point" of two frames; "was" is the wake, in the current frame; "how
-        far" is one number, a share of two frames, and its second is NaN.
+        Positions are shares of the frame, "from the point" of two frames; "was" is the wake, in the current frame.
         """
         pos, goals = rng.uniform(-WALL, WALL, (n, 2)), rng.uniform(-pointmass.GOAL, pointmass.GOAL, (n, 3, 2))
         wake = np.clip(pos - rng.normal(0, 0.06 * WAKE, (n, 2)), -WALL, WALL)
         step = (pos - wake) / WAKE
         images = np.stack([draw(pos - step, wake - step, goals, self.size), draw(pos, wake, goals, self.size)], 1)
-        asked, names = rng.integers(11, size=n), rng.integers(len(NOUNS), size=n)
-        away = (goals - pos[:, None]) / 2  # (n, 3, 2)
-        far = np.stack([np.linalg.norm(away, axis=2) - WALL, np.full((n, 3), np.nan)], 2)
-        every = np.concatenate([goals, away, far, pos[:, None], wake[:, None]], 1)  # (n, 11, 2)
+        asked, names = rng.integers(8, size=n), rng.integers(len(NOUNS), size=n)
+        every = np.concatenate([goals, (goals - pos[:, None]) / 2, pos[:, None], wake[:, None]], 1)  # (n, 8, 2)
         places = every[np.arange(n), asked]  # (n, 2)
-        texts = [questions()[3 * a + b if a < 9 else 18 + a] for a, b in zip(asked, names, strict=True)]
+        texts = [questions()[3 * a + b if a < 6 else 12 + a] for a, b in zip(asked, names, strict=True)]
         return images, texts, np.clip(places / (2 * WALL) + 0.5, 0, 1).astype(np.float32)
 
     def render(self) -> tuple[np.ndarray, ...]:
