@@ -39,7 +39,7 @@ class Config:
     seed: int = 0  # weights, demonstrations, batches
     episodes: int = 5000  # demonstrations to record with the domain's expert
     dataset: str = ""  # or the id of a Minari dataset with the domain's spaces
-    updates: int = 9000  # optimiser steps
+    updates: int = 7000  # optimiser steps
     batch: int = 128  # samples per update, split evenly over the objectives
     lr: float = 1e-3  # AdamW, after a linear warm-up of 100 updates decaying to a tenth (cosine)
     eval_every: int = 500  # updates between two looks at the held-out episodes

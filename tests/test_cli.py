@@ -219,10 +219,10 @@ CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was don
     ("stage1", f"--obs images --init runs/nothing {NEW}", None, "runs/nothing"),
     ("stage1", f"--obs images --init {ZERO} {NEW}", lambda: truncate(f"{ZERO}/policy.safetensors"), ZERO),
     ("stage1", f"--obs images --init {ONE} {NEW}", None, ONE),  # it reads states
-    ("stage1", f"--obs images --init runs/other {NEW}",
-     lambda: model("runs/other/policy.safetensors", "images", ["where is the cup"]), "runs/other/policy.safetensors"),  # it knows no colours
-    ("stage1", f"--obs images --init runs/other {NEW}",
-     lambda: model("runs/other/policy.safetensors", "images", size=64), "runs/other/policy.safetensors"),  # of larger frames
+    ("stage1", f"--obs images --init runs/other {NEW}",  # it knows no colours
+     lambda: model("runs/other/policy.safetensors", "images", ["where is the cup"]), "runs/other/policy.safetensors"),
+    ("stage1", f"--obs images --init runs/other {NEW}",  # of larger frames
+     lambda: model("runs/other/policy.safetensors", "images", size=64), "runs/other/policy.safetensors"),
     # --stage1
     ("stage2", NEW, lambda: remove("runs"), "--stage1"),
     ("stage2", f"--stage1 runs/nothing {NEW}", None, "runs/nothing/config.json"),
