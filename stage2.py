@@ -45,8 +45,8 @@ class Config:
     lr: float = 1e-4  # AdamW
     keep_optimizer: bool = False  # go on with Stage 1's AdamW moments, as the authors' notebook does, or start afresh
     num_envs: int = 16  # simulations that practise at once
-    iterations: int = 120  # of Algorithm 1's loop, at most
-    patience: int = 40  # stop after so many iterations without a better policy, as far as the model can see
+    iterations: int = 200  # of Algorithm 1's loop, at most
+    patience: int = 100  # stop after so many iterations without a better policy, as far as the model can see
     eval_episodes: int = 500  # rollouts of the best policy, for summary.json
     out: str = ""  # the run's folder; empty: runs/{domain}-stage2-s{seed}
     resume: bool = False  # continue an interrupted run
