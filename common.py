@@ -37,7 +37,7 @@ def cli(config: type, main: Callable[[Any], Any]) -> None:
         errors = io.StringIO()
         try:
             with contextlib.redirect_stderr(errors):
-                cfg = tyro.cli(config, description=sys.modules["__main__"].__doc__, config=(tyro.conf.FlagConversionOff,)[:0])
+                cfg = tyro.cli(config, description=sys.modules["__main__"].__doc__)
         except SystemExit as e:
             if e.code:
                 text = re.sub(r"[^\x20-\x7e]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", errors.getvalue()))
@@ -50,7 +50,7 @@ def cli(config: type, main: Callable[[Any], Any]) -> None:
 
 
 def learning_rate(update: int, updates: int, peak: float) -> float:
-    """Linear warm-up over 100 updates, then a cosine from `peak` to a tenth of it."""
+    """A cosine from `peak` to a tenth of it, scaled down linearly over the first 100 updates."""
     return peak * min(1.0, (update + 1) / 100) * (0.55 + 0.45 * math.cos(math.pi * update / updates))
 
 
@@ -216,8 +216,11 @@ class Run:
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Write summary.json: the mark of a finished run."""
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                                cwd=Path(__file__).parent, check=False).stdout.strip()  # fmt: skip
+        try:
+            commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                                    cwd=Path(__file__).parent, check=False).stdout.strip()  # fmt: skip
+        except OSError:  # no git on this machine
+            commit = ""
         summary |= {"seconds": round(self.seconds(), 1), "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
                     "commit": commit or "unknown"}  # fmt: skip
         write_json(self.folder / "summary.json", summary)

@@ -36,7 +36,7 @@ class Config:
     run: str = ""  # folder of a Stage 1 or Stage 2 run; empty: the newest finished one
     episodes: int = 500  # evaluation episodes
     seed: int = 0  # of the episodes and the sampled actions
-    s: float = 3.0  # the detector's threshold
+    s: float = -1.0  # the detector's threshold; negative: the run's own, 3 for a Stage 1 run
     greedy: bool = False  # the most probable action instead of a sampled one
 
 
@@ -116,8 +116,8 @@ def film(folder: Path, seed: int, s: float, greedy: bool) -> None:
         ax.axis("off")
     fig.savefig(folder / "trajectories.png", dpi=130, bbox_inches="tight")
 
-    rows = [np.concatenate(list(frames[:4, min(t, frames.shape[1] - 1)]), 1) for t in range(int(length[:4].max()) + 1)]
-    pictures = [Image.fromarray(row) for row in rows]
+    last = range(int(length[:4].max()) + 1)  # an episode that has ended stands still
+    pictures = [Image.fromarray(np.concatenate([frames[i, min(t, length[i])] for i in range(4)], 1)) for t in last]
     pictures[0].save(folder / "episodes.gif", save_all=True, append_images=pictures[1:], duration=100, loop=0)
 
     reached = np.flatnonzero(r["truth"][:, -1].numpy())
@@ -133,7 +133,8 @@ def film(folder: Path, seed: int, s: float, greedy: bool) -> None:
         axes["d"].axvline(t, color="0.85", zorder=0)
     t = np.arange(length[i] + 1)
     axes["d"].plot(t, r["d"][i, : length[i] + 1], ".-", color=BLUE, label="d(o, g), predicted")
-    axes["d"].plot(t, length[i] - t, color=ORANGE, ls="--", label="steps truly left in this episode")
+    if len(reached):
+        axes["d"].plot(t, length[i] - t, color=ORANGE, ls="--", label="steps truly left in this episode")
     axes["d"].axhline(s, color=GREEN, ls=":", label=f"detector's threshold s = {s:g}")
     axes["d"].set(xlabel="t [steps]", ylabel="steps to go", title=f'"{goals[i]}"')
     axes["d"].legend(fontsize=8)
@@ -170,6 +171,7 @@ def main(cfg: Config) -> None:
         raise UserError("runs/: no finished run; run `python stage1.py` first or name a run with --run")
     if cfg.episodes < 1:
         raise UserError(f"--episodes {cfg.episodes}: must be at least 1")
+    cfg.s = cfg.s if cfg.s >= 0 else common.read_json(folder / "config.json").get("s", 3.0)
     stage2 = "gamma" in common.read_json(folder / "config.json")
     if stage2 and not (folder / "metrics.csv").exists():
         raise UserError(f"{folder}/metrics.csv: missing; name a finished run with --run")

@@ -1,7 +1,8 @@
 """EFM, a compact embodied foundation model: a ViT and a prefix-LM transformer that answers questions in tokens.
 
-The layout is PaliGemma's at every size, so that `paligemma-3b` is a preset and not another file: a SigLIP vision tower
-(Zhai et al., 2023), one linear projection, and a Gemma decoder (Gemma Team, 2024) used as a prefix LM. A question is
+The layout is PaliGemma's at every size (`paligemma-3b` is a preset; loading its weights is not written yet): a SigLIP
+vision tower (Zhai et al., 2023), one linear projection, and a Gemma decoder (Gemma Team, 2024) used as a prefix LM. A
+question is
 
     <image 1> <image 2> [state or joints] <bos> What robot action to move to the red goal \\n   -> <loc0007> <loc0012>
     <image 1> <image 2> [state or joints] <bos> How many steps to move to the red goal \\n      -> <loc0031>
@@ -322,7 +323,7 @@ class EFM(nn.Module):
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
         elif isinstance(m, nn.Embedding):  # tied: inputs are scaled by sqrt(D), outputs are not
-            nn.init.normal_(m.weight, std=m.embedding_dim**-0.5 if m.num_embeddings == self.cfg.vocab_size else 0.02)
+            nn.init.normal_(m.weight, std=m.embedding_dim**-0.5 if m is self.language_model.embed_tokens else 0.02)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """uint8 (B, 2, H, W, 3) -> float (B, 2, N, Dv). Each image on its own, so that features can be kept."""

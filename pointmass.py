@@ -194,7 +194,7 @@ def stage2(agent: Agent, optimizer: torch.optim.Optimizer, cfg: Config, rng: tor
     reward_model = copy.deepcopy(agent).requires_grad_(False) if cfg.freeze_reward else agent
     optimizer = optimizer if cfg.keep_optimizer else torch.optim.Adam(agent.parameters(), lr=3e-4, fused=True)
     rows, env_steps, episodes, best = [], 0, 0, (float("inf"), copy.deepcopy(agent.state_dict()))
-    while env_steps + 2 * 2048 <= cfg.stage2_steps:  # a whole iteration must fit  [Alg. 1, line 1]
+    while env_steps + 2 * 2048 <= cfg.stage2_steps:  # room for an iteration  [Alg. 1, line 1]
         batch, tuples, n = [], [], 0
         while n < 2048:  # whole episodes, enough for N = 32 updates of B = 64  [Alg. 1, line 2]
             b = rollout(agent, reward_model, 32, rng, cfg.success, cfg.success_threshold)
@@ -208,7 +208,7 @@ def stage2(agent: Agent, optimizer: torch.optim.Optimizer, cfg: Config, rng: tor
         for i in torch.randperm(n, generator=rng)[:2048].split(64):  # [Alg. 1, line 7]; leftovers are dropped  [Alg. 1, line 8]
             loss = -(cfg.c * returns[i] * agent.log_prob(obs[i], action[i])).mean()
             if not cfg.freeze_reward:
-                loss = loss + (agent.steps_to_go_loss(obs[i], steps[i]) * ended[i]).mean()
+                loss = loss + (agent.steps_to_go_loss(obs[i], steps[i], cfg.label_bug) * ended[i]).mean()
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(agent.policy.parameters(), 1.0)
@@ -286,8 +286,8 @@ def main(cfg: Config) -> None:
     figures(out / "figure9.png", data, [clone, agent], rows, summary)
     (out / "metrics.csv").write_text("".join(",".join(map(str, x)) + "\n" for x in (rows[0], *(r.values() for r in rows))))
     summary |= {"seed": cfg.seed, "command": shlex.join(["python", *sys.argv]), "seconds": round(time.time() - start, 1)}
-    summary["commit"] = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()[:7]
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(sys.argv[0]).resolve().parent, capture_output=True)
+    (out / "summary.json").write_text(json.dumps(summary | {"commit": git.stdout.decode().strip()}, indent=2) + "\n")
     print(json.dumps(summary, indent=2), f"\nwrote figure9.png, metrics.csv and summary.json to {out}/")
 
 

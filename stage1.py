@@ -39,7 +39,7 @@ class Config:
     seed: int = 0  # weights, demonstrations, batches
     episodes: int = 5000  # demonstrations to record with the domain's expert
     dataset: str = ""  # or the id of a Minari dataset with the domain's spaces
-    updates: int = 7000  # optimiser steps
+    updates: int = 9000  # optimiser steps
     batch: int = 128  # samples per update, split evenly over the objectives
     lr: float = 1e-3  # AdamW, after a linear warm-up of 100 updates decaying to a tenth (cosine)
     eval_every: int = 500  # updates between two looks at the held-out episodes
@@ -128,6 +128,8 @@ def load_demonstrations(cfg: Config) -> dict[str, np.ndarray]:
                 np.savez(f, **data)
 
         common.write_atomically(path, write)
+    else:
+        print(f"demonstrations from {path}; delete it to record them again")
     try:
         with np.load(path) as f:
             keys = ("state" if cfg.obs == "state" else "frames", "action", "start", "length", "instruction")
@@ -201,7 +203,9 @@ def main(cfg: Config) -> None:
     if init:
         model = common.load(init / "policy.safetensors", env)
     else:
-        sizes = {"state_names": env.state_names, "state_dim": env.state_dim} if cfg.obs == "state" else {"image_size": env.size}
+        sizes = {"image_size": env.size if cfg.obs == "images" else 0}
+        if cfg.obs == "state":
+            sizes |= {"state_names": env.state_names, "state_dim": env.state_dim}
         tokenizer = Tokenizer.train([*env.instructions(), *env.state_names])
         model = EFM(models.replace(models.PRESETS[cfg.model], **sizes), tokenizer).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.01, fused=True)

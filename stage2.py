@@ -43,7 +43,7 @@ class Config:
     updates: int = 16  # N, optimiser steps per iteration
     batch: int = 64  # B, tuples per optimiser step
     lr: float = 1e-4  # AdamW
-    keep_optimizer: bool = False  # go on with Stage 1's AdamW moments, as the authors' notebook does, or start afresh
+    keep_optimizer: bool = False  # go on with Stage 1's last AdamW moments, as the authors' notebook does
     num_envs: int = 16  # simulations that practise at once
     iterations: int = 200  # of Algorithm 1's loop, at most
     patience: int = 100  # stop after so many iterations without a better policy, as far as the model can see
@@ -168,8 +168,8 @@ def main(cfg: Config) -> None:
         )
     run.start()
     generator = torch.Generator().manual_seed(cfg.seed)
-    first, env_steps, episodes, best, best_at = 0, 0, 0, float("inf"), 0
     recent: deque[float] = deque(maxlen=5)
+    first, env_steps, episodes, best, best_at = 0, 0, 0, float("inf"), recent.maxlen
     if run.state:
         policy.load_state_dict(run.state["policy"])
         optimizer.load_state_dict(run.state["optimizer"])
@@ -212,19 +212,17 @@ def main(cfg: Config) -> None:
         length, detected = (np.concatenate([r[k] for r in rollouts]) for k in ("length", "detected"))
         truth = np.concatenate([r["truth"][:, -1].numpy() for r in rollouts])
         entropy = torch.cat([r["entropy"] for r in rollouts])
-        ended = detected if cfg.success == "detector" else truth
-        seen_steps = float(np.where(ended, length, env.horizon).mean())  # all that the model itself can see
-        recent.append(seen_steps)
+        recent.append(float(length.mean()))  # all that the model itself can see: how soon it believes to be there
         row = {"iteration": iteration + 1, "env_steps": env_steps, "episodes": episodes, "success": float(truth.mean()),
                "detected": float(detected.mean()), "false_positives": float((detected & ~truth).mean()),
-               "mean_steps": float(length.mean()), "seen_steps": seen_steps, "return_mean": returns.mean().item(),
+               "mean_steps": float(length.mean()), "return_mean": returns.mean().item(),
                "return_std": returns.std().item(), "return_negative": (returns < 0).float().mean().item(),
                "entropy": entropy.mean().item(), "grad_norm": grad_norm.item(), "seconds": run.seconds()}  # fmt: skip
         run.log(iteration + 1, row)
         if iteration % 10 == 9:
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
         score = float(np.mean(recent))
-        if len(recent) == recent.maxlen and score < 0.99 * best:  # the best so far, by what the model can see
+        if len(recent) == recent.maxlen and score < 0.99 * best:  # best so far; saved with the updates since
             best, best_at = score, iteration
             common.write_atomically(folder / "policy.safetensors", lambda p: models.save_model(policy, p))
         run.checkpoint(policy=policy.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
