@@ -99,7 +99,7 @@ class Agent(nn.Module):
 
     def __init__(self, data: dict[str, Tensor], bins: int):
         super().__init__()
-        self.policy, self.distance, self.width = mlp(4), mlp(bins), HORIZON / bins
+        self.policy, self.distance, self.width, self.floor = mlp(4), mlp(bins), HORIZON / bins, 0.01
         for name in ("pos", "vel", "action"):  # the goal is normalised with the position's statistics
             self.register_buffer(f"{name}_mean", data[name].mean(0))
             self.register_buffer(f"{name}_std", data[name].std(0))
@@ -111,8 +111,7 @@ class Agent(nn.Module):
 
     def action_distribution(self, obs: Tensor) -> torch.distributions.Normal:
         mean, raw_scale = self.policy(obs).chunk(2, -1)
-        # the notebook's floor is 0.01: there log p gets so steep that a few tuples blow up an update, and Stage 2 collapses
-        return torch.distributions.Normal(mean, F.softplus(raw_scale) + 0.2, validate_args=False)
+        return torch.distributions.Normal(mean, F.softplus(raw_scale) + self.floor, validate_args=False)
 
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
         """log p(a | o, g) of a z-scored action, float (B,)."""
@@ -193,6 +192,7 @@ def stage2(agent: Agent, optimizer: torch.optim.Optimizer, cfg: Config, rng: tor
     """Practise; leaves the best policy so far (fewest mean steps over 3 iterations) in `agent`. Returns metrics."""
     reward_model = copy.deepcopy(agent).requires_grad_(False) if cfg.freeze_reward else agent
     optimizer = optimizer if cfg.keep_optimizer else torch.optim.Adam(agent.parameters(), lr=3e-4, fused=True)
+    agent.floor = 0.2  # practice explores; with Stage 1's floor log p gets so steep that a few tuples blow up an update
     rows, env_steps, episodes, best = [], 0, 0, (float("inf"), copy.deepcopy(agent.state_dict()))
     while env_steps + 2 * 2048 <= cfg.stage2_steps:  # room for an iteration  [Alg. 1, line 1]
         batch, tuples, n = [], [], 0

@@ -142,7 +142,7 @@ def main(cfg: Config) -> None:
     stage1 = common.stage1_run(cfg.stage1)
     cfg.stage1 = str(stage1)
     settings = common.read_json(stage1 / "config.json")
-    if not {"domain", "obs", "seed", "init"} <= settings.keys():
+    if not {"domain", "obs", "seed"} <= settings.keys():
         raise UserError(f"{stage1}/config.json: not the configuration of a Stage 1 run; name another --stage1")
     cfg.seed = settings["seed"] if cfg.seed < 0 else cfg.seed
     domain, obs_mode = settings["domain"], settings["obs"]

@@ -203,7 +203,7 @@ def test_batch_equals_what_the_environment_shows():
     """The two frames a model learns from are the two it will see."""
     env = envs.make_vec("pointmass", 2, obs="images")
     data = stage1.record("pointmass", "images", 2, seed=4)
-    o, _ = env.reset(seed=4)
+    o, _ = env.reset(seed=4 * 10**6)
     start = next(i for i in data["start"] if np.array_equal(data["frames"][i], o["images"][0, 1]))
     episode = data["start"].tolist().index(start)
     demos = Demonstrations(data, np.array([episode]), 2)
