@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import csv
 import dataclasses
 import io
 import re
@@ -224,13 +223,3 @@ def test_the_results_table_is_the_collected_one():
     table = (ROOT / "results" / "table.md").read_text().strip()
     assert table.count("\n") >= 3
     assert table in README
-
-
-def test_the_ablation_table_is_the_mean_of_the_raw_rows():
-    rows = list(csv.DictReader(io.StringIO((ROOT / "results" / "pointmass_ablations.csv").read_text())))
-    for flags in {r["flags"] for r in rows}:
-        group = [r for r in rows if r["flags"] == flags]
-        success = sum(float(r["stage2_success"]) for r in group) / len(group)
-        steps = sum(float(r["stage2_mean_steps"]) for r in group) / len(group)
-        line = next(x for x in README.splitlines() if x.startswith(f"| `{flags}` |" if flags else "| default |"))
-        assert f"| {len(group)} |" in line and f"{success:.3f} (" in line and f"{steps:.1f} (" in line, line
