@@ -74,6 +74,7 @@ def main() -> None:
         bottom.axhline(YARDSTICK[title], color="#D55E00", ls="--", label="PD straight to the goal")
         bottom.set(xlabel="environment steps", ylabel="steps per practice episode", yscale="log")
         bottom.legend(fontsize=7)
+        bottom.xaxis.set_major_locator(plt.MaxNLocator(4))
     fig.tight_layout()
     fig.savefig(OUT / "learning.png", dpi=130)
 
