@@ -7,7 +7,7 @@ The frozen Stage 1 model says how many steps are left, d(o, g), and that is all 
 
 REINFORCE on Monte Carlo returns improves the policy. The domain's ground truth is logged, never learnt from.
 
-    python stage2.py                                    # continues the newest Stage 1 run, 3 minutes on two CPU cores
+    python stage2.py                                    # continues the newest Stage 1 run, 2 minutes on two CPU cores
     python stage2.py --stage1 runs/pointmass-stage1-s1  # a given one
     python stage2.py --success ground-truth --gamma 0   # an ablation
 """
