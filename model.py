@@ -36,6 +36,7 @@ from torch import Tensor, nn
 N_LOC = 1024  # number tokens in PaliGemma's vocabulary
 QUESTION_ACTION = "What robot action to {}"  # Question_action(g), Section 3.1
 QUESTION_STEPS = "How many steps to {}"  # Question_steps_to_go(g), Section 3.1
+QUESTION_INSTRUCTION = "What instruction was performed"  # of the first and last observation; Section 3.1 gives no wording
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,18 @@ class Tokenizer:
         ids = torch.tensor([[self.pad] * (longest - len(i)) + i for i in ids])
         return ids, ids != self.pad
 
+    def answers(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Ended by <eos>, padded on the right, where no earlier token sees it: ids long (B, L), valid bool (B, L)."""
+        ids = [self.tokenizer.encode(t, add_special_tokens=False).ids + [self.eos] for t in texts]
+        longest = max(map(len, ids))
+        ids = torch.tensor([i + [self.pad] * (longest - len(i)) for i in ids])
+        return ids, ids != self.pad
+
+    def text(self, ids: list[int]) -> str:
+        """An answer's ids up to <eos> -> its text."""
+        ids = ids[: ids.index(self.eos)] if self.eos in ids else ids
+        return self.tokenizer.decode(ids, skip_special_tokens=False).replace(" ,", ",")
+
 
 # --- vision tower (SigLIP layout) -----------------------------------------------------------------------------------
 class ViTBlock(nn.Module):
@@ -292,8 +305,8 @@ class EFM(nn.Module):
     """p(answer | observation, question). One module is policy and steps-to-go predictor: the question tells which.
 
     An observation is a dict of tensors: `images` uint8 (B, 2, H, W, 3) or, already encoded, `features` float
-    (B, 2, N, Dv); `state` float (B, S, d), S quantities of d numbers; any of them may be missing. A goal is known only
-    through the prompt's text.
+    (B, 2, N, Dv); `state` float (B, S, d), S quantities of d numbers, or (B, F, S, d) at F moments; any of them may be
+    missing. A goal is known only through the prompt's text.
     """
 
     def __init__(self, cfg: EFMConfig, tokenizer: Tokenizer):
@@ -337,7 +350,8 @@ class EFM(nn.Module):
         if "state" in obs:
             # a quantity enters by its name, in the prompt's own words: this is how "red" in the prompt finds the red goal
             names = self.state_average @ self.language_model.embed(self.state_words)  # (S, D)
-            parts.insert(0, torch.einsum("bsd,sdw->bsw", obs["state"], self.state_weight) + names)
+            state = obs["state"].flatten(1, -2).unflatten(1, (-1, len(names)))  # (B, F, S, d); rotary positions tell F apart
+            parts.insert(0, (torch.einsum("bfsd,sdw->bfsw", state, self.state_weight) + names).flatten(1, 2))  # (B, F S, D)
         if "features" in obs or "images" in obs:
             features = obs["features"] if "features" in obs else self.encode_images(obs["images"])  # (B, 2, N, Dv)
             parts.insert(0, self.multi_modal_projector(features).flatten(1, 2))  # (B, 2 N, D)
@@ -353,16 +367,20 @@ class EFM(nn.Module):
         first, end = allowed
         return torch.arange(first, end, device=self.language_model.embed_tokens.weight.device) + self.tokenizer.loc
 
+    def hidden(self, obs: dict[str, Tensor], prompts: list[str], ids: Tensor) -> Tensor:
+        """What predicts each token of an answer long (B, L), given those before it: float (B, L, D)."""
+        x, valid = self.prefix(obs, prompts)
+        P, L = x.shape[1], ids.shape[1]
+        x = torch.cat([x, self.language_model.embed(ids[:, :-1])], 1)  # (B, P + L - 1, D)
+        valid = torch.cat([valid, valid.new_ones(len(x), L - 1)], 1)
+        positions = valid.cumsum(1) - 1  # padding takes no position
+        return self.language_model(x, positions, prefix_mask(valid[:, :P], L - 1), keep=L)
+
     def log_probs(
         self, obs: dict[str, Tensor], prompts: list[str], answer: Tensor, ranges: list[tuple[int, int]]
     ) -> list[Tensor]:
         """log p of every allowed number at every answer position, given the answer before it: L x float (B, K)."""
-        x, valid = self.prefix(obs, prompts)
-        P, L = x.shape[1], answer.shape[1]
-        x = torch.cat([x, self.language_model.embed(answer[:, :-1] + self.tokenizer.loc)], 1)  # (B, P + L - 1, D)
-        valid = torch.cat([valid, valid.new_ones(len(x), L - 1)], 1)
-        positions = valid.cumsum(1) - 1  # padding takes no position
-        hidden = self.language_model(x, positions, prefix_mask(valid[:, :P], L - 1), keep=L)  # (B, L, D)
+        hidden = self.hidden(obs, prompts, answer + self.tokenizer.loc)  # (B, L, D)
         return [self.logits(hidden[:, i], self.number_ids(r)).float().log_softmax(-1) for i, r in enumerate(ranges)]
 
     def log_prob(self, obs: dict[str, Tensor], prompts: list[str], answer: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
@@ -398,6 +416,21 @@ class EFM(nn.Module):
             valid = torch.cat([valid, valid.new_ones(len(x), 1)], 1)
             positions, mask = valid.sum(1, keepdim=True) - 1, valid[:, None, None]
         return torch.stack(tokens, 1), torch.stack(entropies, 1)
+
+    def text_log_prob(self, obs: dict[str, Tensor], prompts: list[str], texts: list[str]) -> Tensor:
+        """log p(text | o, question): the sum over its tokens and <eos>, among the whole vocabulary, float (B,)."""
+        ids, valid = (x.to(self.language_model.embed_tokens.weight.device) for x in self.tokenizer.answers(texts))  # (B, L)
+        log_p = self.logits(self.hidden(obs, prompts, ids), None).float().log_softmax(-1)  # (B, L, vocabulary)
+        return (log_p.gather(2, ids[..., None])[..., 0] * valid).sum(1)
+
+    @torch.no_grad()
+    def generate_text(self, obs: dict[str, Tensor], prompts: list[str], longest: int = 64) -> list[str]:
+        """The most probable token again and again, up to <eos> or `longest` of them; for a look now and then: no cache."""
+        ids = torch.zeros(len(prompts), 0, dtype=torch.long, device=self.language_model.embed_tokens.weight.device)
+        while ids.shape[1] < longest and not (ids == self.tokenizer.eos).any(1).all():
+            hidden = self.hidden(obs, prompts, F.pad(ids, (0, 1)))[:, -1]  # (B, D); the added token is the one asked for
+            ids = torch.cat([ids, self.logits(hidden, None).argmax(-1, keepdim=True)], 1)
+        return [self.tokenizer.text(row) for row in ids.tolist()]
 
     def steps_to_go(self, obs: dict[str, Tensor], goals: list[str], steps: StepsToGo) -> Tensor:
         """d(o, g) = E_p(steps to go | o, Question_steps_to_go(g)) [steps to go], over the steps tokens only, float (B,)."""

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import common
 import model as models
 from common import Run, UserError
-from model import EFM, Tokenizer, UniformBins
+from model import EFM, QUESTION_INSTRUCTION, Tokenizer, UniformBins
 
 
 @dataclass
@@ -68,7 +68,7 @@ def main(cfg: Config) -> None:
         return
 
     torch.manual_seed(cfg.seed)
-    tokenizer = Tokenizer.train([*env.instructions(), *env.questions()])
+    tokenizer = Tokenizer.train([*env.instructions(), *env.questions()] + [QUESTION_INSTRUCTION] * env.predicts_instruction)
     model = EFM(models.replace(models.PRESETS[cfg.model], image_size=env.size), tokenizer).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.01, fused=True)
     rng, first, error = np.random.default_rng(cfg.seed), 0, float("nan")

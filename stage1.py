@@ -5,6 +5,10 @@ One model learns two questions about (observation, goal) pairs from demonstratio
     L_BC          = -E log p(a_t          | o_t, "What robot action to {g}")
     L_steps_to_go = -E log p(length(τ) - t | o_t, "How many steps to {g}")
 
+where the domain asks for it (the paper: LanguageTable) a third about the first and the last observation of an episode,
+
+    L_instruction = -E log p(g | o_first, o_last, "What instruction was performed")
+
 and two checkpoints are kept: the best at cloning on held-out episodes becomes Stage 2's policy, the best at steps to
 go its reward model and success detector. They need not be the same moment of training.
 
@@ -27,7 +31,7 @@ import common
 import envs
 import model as models
 from common import Run, UserError
-from model import EFM, QUESTION_ACTION, QUESTION_STEPS, StepsToGo, Tokenizer, action_tokenizer
+from model import EFM, QUESTION_ACTION, QUESTION_INSTRUCTION, QUESTION_STEPS, StepsToGo, Tokenizer, action_tokenizer
 
 
 @dataclass
@@ -149,21 +153,27 @@ class Demonstrations:
         self.previous = self.index - (t > 0)  # the frame before; the first frame is its own
         self.steps = torch.from_numpy(np.repeat(length, length) - 1 - t)  # (M,) 0 on the final observation
         self.acted = np.flatnonzero(self.steps.numpy() > 0)  # the final observation has no action
+        self.ends = np.stack([start, start + length - 1], 1)  # (episodes, 2) rows in data, first and last
         self.instruction, self.data, self.state_dim = data["instruction"][episodes], data, state_dim
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor, list[str], Tensor]:
         """(observation, action float (B, A), goals, steps to go long (B,)) of the given rows."""
         i = self.index[rows]
-        if "state" in self.data:
-            obs = {"state": torch.from_numpy(self.data["state"][i]).unflatten(1, (-1, self.state_dim))}
-        else:
-            frames = np.stack([self.data["frames"][self.previous[rows]], self.data["frames"][i]], 1)
-            obs = {"images": torch.from_numpy(frames)}  # (B, 2, H, W, 3)
-        obs = {k: v.to(device) for k, v in obs.items()}
+        obs = self.observe(i if "state" in self.data else np.stack([self.previous[rows], i], 1), device)
         return obs, torch.from_numpy(self.data["action"][i]), self.instruction[self.episode[rows]].tolist(), self.steps[rows]
 
+    def first_and_last(self, episodes: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], list[str]]:
+        """(the first and the last observation as one, goals) of the given episodes: what L_instruction is about."""
+        return self.observe(self.ends[episodes], device), self.instruction[episodes].tolist()
 
-# --- the two objectives of Section 3.1 --------------------------------------------------------------------------------
+    def observe(self, i: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+        """Rows (B,) of data -> state (B, S, d); pairs of rows (B, 2) -> state (B, 2, S, d) or images (B, 2, H, W, 3)."""
+        if "state" in self.data:
+            return {"state": torch.from_numpy(self.data["state"][i]).unflatten(-1, (-1, self.state_dim)).to(device)}
+        return {"images": torch.from_numpy(self.data["frames"][i]).to(device)}
+
+
+# --- the objectives of Section 3.1 ------------------------------------------------------------------------------------
 def bc_loss(model: EFM, obs: dict[str, Tensor], goals: list[str], tokens: Tensor, ranges: list) -> Tensor:
     """-log p(a | o, Question_action(g)), summed over the action's tokens (B, L), averaged over the batch."""
     prompts = [QUESTION_ACTION.format(g) for g in goals]
@@ -174,6 +184,11 @@ def steps_to_go_loss(model: EFM, obs: dict[str, Tensor], goals: list[str], token
     """-log p(length(τ) - t | o, Question_steps_to_go(g)), averaged over the batch."""
     prompts = [QUESTION_STEPS.format(g) for g in goals]
     return -model.log_prob(obs, prompts, tokens, ranges).mean()  # [L_steps_to_go]
+
+
+def instruction_loss(model: EFM, obs: dict[str, Tensor], goals: list[str]) -> Tensor:
+    """-log p(g | o_first, o_last, Question_instruction), summed over the instruction's tokens, averaged over the batch."""
+    return -model.text_log_prob(obs, [QUESTION_INSTRUCTION] * len(goals), goals).mean()  # [L_instruction]
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -187,7 +202,8 @@ def main(cfg: Config) -> None:
         raise UserError(f"--model {cfg.model}: unknown; choose one of {', '.join(models.PRESETS)}")
     common.require(cfg, 0, "seed")
     common.require(cfg, 1, "updates", "eval_every", "eval_episodes")
-    common.require(cfg, 2, "episodes", "batch")
+    common.require(cfg, 2, "episodes")
+    common.require(cfg, 2 + env.predicts_instruction, "batch")
     common.require(cfg, 1e-9, "lr")
     if cfg.init not in ("", "none") and cfg.obs == "state":
         raise UserError(f"--init {cfg.init}: Stage 0 is for --obs images; leave it out")
@@ -206,7 +222,7 @@ def main(cfg: Config) -> None:
         sizes = {"image_size": env.size if cfg.obs == "images" else 0}
         if cfg.obs == "state":
             sizes |= {"state_names": env.state_names, "state_dim": env.state_dim}
-        tokenizer = Tokenizer.train([*env.instructions(), *env.state_names])
+        tokenizer = Tokenizer.train([*env.instructions(), *env.state_names] + [QUESTION_INSTRUCTION] * env.predicts_instruction)
         model = EFM(models.replace(models.PRESETS[cfg.model], **sizes), tokenizer).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.01, fused=True)
     rng, first, best = np.random.default_rng(cfg.seed), 0, {"policy": float("inf"), "reward": float("inf")}
@@ -220,33 +236,37 @@ def main(cfg: Config) -> None:
     train, valid = (Demonstrations(data, np.flatnonzero(m), env.state_dim) for m in (~held_out, held_out))
     actions, steps = action_tokenizer(**env.action_tokens), StepsToGo(env.steps_cap, env.steps_bins)
 
-    def losses(demos: Demonstrations, bc_rows: np.ndarray, steps_rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def losses(demos: Demonstrations, bc_rows: np.ndarray, steps_rows: np.ndarray, episodes: np.ndarray) -> dict[str, Tensor]:
         obs, action, goals, _ = demos.batch(bc_rows, device)
-        bc = bc_loss(model, obs, goals, actions.encode(action).to(device), actions.ranges)
+        each = {"bc": bc_loss(model, obs, goals, actions.encode(action).to(device), actions.ranges)}
         obs, _, goals, to_go = demos.batch(steps_rows, device)
-        return bc, steps_to_go_loss(model, obs, goals, steps.encode(to_go).to(device), steps.ranges)
+        each["steps_to_go"] = steps_to_go_loss(model, obs, goals, steps.encode(to_go).to(device), steps.ranges)
+        if env.predicts_instruction:
+            each["instruction"] = instruction_loss(model, *demos.first_and_last(episodes, device))
+        return each
 
     run.start()
-    validation = np.random.default_rng(0)  # the same tuples at every look
-    valid_bc, valid_steps = validation.choice(valid.acted, 2048), validation.integers(len(valid.index), size=2048)
+    n, validation = 2048, np.random.default_rng(0)  # the same tuples at every look
+    look = validation.choice(valid.acted, n), validation.integers(len(valid.index), size=n), np.arange(len(valid.ends))[:n]
+    third = cfg.batch // 3 if env.predicts_instruction else 0  # split evenly over the objectives
+    half = (cfg.batch - third) // 2
     for update in tqdm(range(first, cfg.updates), initial=first, total=cfg.updates, desc="stage 1", disable=None):
-        half = cfg.batch // 2  # split evenly over the two objectives
-        bc, to_go = losses(train, rng.choice(train.acted, half), rng.integers(len(train.index), size=cfg.batch - half))
+        rows = rng.choice(train.acted, half), rng.integers(len(train.index), size=cfg.batch - third - half)
+        now = losses(train, *rows, rng.integers(len(train.ends), size=third))
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(update, cfg.updates, cfg.lr)
         optimizer.zero_grad()
-        (bc + to_go).backward()
+        sum(now.values()).backward()
         optimizer.step()
         if (update + 1) % cfg.eval_every == 0 or update + 1 == cfg.updates:
             with torch.no_grad():
-                v_bc, v_steps = (x.item() for x in losses(valid, valid_bc, valid_steps))
-            row = {"update": update + 1, "bc": bc.item(), "steps_to_go": to_go.item(),
-                   "valid_bc": v_bc, "valid_steps_to_go": v_steps, "seconds": run.seconds()}  # fmt: skip
+                held = {f"valid_{k}": v.item() for k, v in losses(valid, *look).items()}
+            row = {"update": update + 1} | {k: v.item() for k, v in now.items()} | held | {"seconds": run.seconds()}
             run.log(update + 1, row)
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
-            for name, loss in (("policy", v_bc), ("reward", v_steps)):  # best at cloning, best at steps to go
-                if loss < best[name]:
-                    best[name] = loss
+            for name, key in (("policy", "valid_bc"), ("reward", "valid_steps_to_go")):  # best at cloning, at steps to go
+                if row[key] < best[name]:
+                    best[name] = row[key]
                     common.write_atomically(folder / f"{name}.safetensors", lambda p: models.save_model(model, p))
             run.checkpoint(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state,
                            update=update + 1, best=best)  # fmt: skip

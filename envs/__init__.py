@@ -10,6 +10,7 @@ A domain is a `gymnasium.vector.VectorEnv` (autoreset disabled; `reset(options={
     steps_cap, steps_bins    the steps-to-go tokens: bins of steps_cap / steps_bins steps
     action_tokens            arguments of `model.action_tokenizer`
     state_names, state_dim   the quantities of obs="state", by name, and the numbers in each
+    predicts_instruction     whether Stage 1 also asks which instruction led from the first observation to the last
     size                     pixels of a side of a frame of obs="images"
     instructions()           every text of its grammar
     demonstrate(), expert()  actions for the present states: of the demonstrator, and of the best we can script
@@ -64,7 +65,17 @@ gym.register(
     entry_point="envs.pointmass:PointmassEnv",
     vector_entry_point="envs.pointmass:PointmassVectorEnv",
 )
-DOMAINS = {"pointmass": "nanoEFM/Pointmass-v0"}
+gym.register(
+    "nanoEFM/Tabletop-v0",
+    entry_point="envs.tabletop:TabletopEnv",
+    vector_entry_point="envs.tabletop:TabletopVectorEnv",
+)
+gym.register(
+    "nanoEFM/BananaTable-v0",
+    entry_point="envs.tabletop:BananaTableEnv",
+    vector_entry_point="envs.tabletop:BananaTableVectorEnv",
+)
+DOMAINS = {"pointmass": "nanoEFM/Pointmass-v0", "tabletop": "nanoEFM/Tabletop-v0", "bananatable": "nanoEFM/BananaTable-v0"}
 
 
 def make_vec(domain: str, num_envs: int, **kwargs: Any) -> VectorEnv:

@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 import envs
 import model as models
-from model import EFM, QUESTION_ACTION, QUESTION_STEPS, EFMConfig, SignMagnitude, StepsToGo, Tokenizer, UniformBins
+from model import (
+    EFM,
+    QUESTION_ACTION,
+    QUESTION_INSTRUCTION,
+    QUESTION_STEPS,
+    EFMConfig,
+    SignMagnitude,
+    StepsToGo,
+    Tokenizer,
+    UniformBins,
+)
 
 INSTRUCTIONS = ["move to the red goal", "go to the blue spot", "push the small red block slowly to the left of the green one"]
 TINY = EFMConfig(width=24, depth=2, heads=4, kv_heads=2, head_dim=8, mlp_dim=40, image_size=16, patch_size=8, vit_width=16,
@@ -273,6 +283,76 @@ def test_steps_to_go_asks_the_steps_question():
     assert d.tolist() == pytest.approx([sum(2 * k * math.exp(lp) for k, lp in enumerate(row)) for row in log_p], rel=1e-5)
 
 
+# --- text as an answer ------------------------------------------------------------------------------------------------
+def next_token(model: EFM, obs: dict[str, Tensor], prompt: str, ids: list[int]) -> Tensor:
+    """log p of every token of the vocabulary after the answer `ids`, of one row, alone: no padding, its own mask, no cache."""
+    x, valid = model.prefix(obs, [prompt])
+    assert valid.all()
+    table, P, T = model.language_model.embed_tokens.weight, x.shape[1], x.shape[1] + len(ids)
+    x = torch.cat([x, table[ids][None] * math.sqrt(model.cfg.width)], 1)
+    mask = torch.tensor([[key < P or key <= query for key in range(T)] for query in range(T)])
+    scores = model.language_model(x, torch.arange(T)[None], mask[None, None], keep=1)[0, 0] @ table.T
+    return scores - scores.exp().sum().log()
+
+
+def row(obs: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+    return {k: v[i : i + 1] for k, v in obs.items()}
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_text_log_prob_is_the_sum_over_the_tokens_and_eos(kv_heads):
+    model, obs, prompts, texts = tiny(kv_heads=kv_heads), observe(4), questions(4), [*INSTRUCTIONS[::-1], "blue"]
+    got = model.text_log_prob(obs, prompts, texts)
+    assert got.shape == (4,) and got.dtype == torch.float32
+    for i, text in enumerate(texts):  # prompts and texts of different lengths: some are padded, but not alone
+        ids = [model.tokenizer.tokenizer.token_to_id(word) for word in (*text.split(), "<eos>")]
+        expected = sum(next_token(model, row(obs, i), prompts[i], ids[:n])[t] for n, t in enumerate(ids))
+        torch.testing.assert_close(got[i], expected, atol=1e-4, rtol=1e-5)
+        alone = model.text_log_prob(row(obs, i), [prompts[i]], [text])[0]
+        torch.testing.assert_close(alone, got[i], atol=1e-4, rtol=1e-5)
+
+
+def test_generated_text_is_the_argmax_at_every_step():
+    model, obs, prompts = tiny(), observe(6), questions(6)
+    tokenizer, words = model.tokenizer, functools.partial(model.tokenizer.tokenizer.encode, add_special_tokens=False)
+    for layer in model.language_model.layers:  # tied embeddings say the last token again and again if the blocks say little
+        layer.o_proj.weight.mul_(4), layer.down_proj.weight.mul_(4)
+    said = words(model.generate_text(obs, prompts, longest=8)[0]).ids
+    tokenizer.eos = said[3]  # from now on at least this answer has an end
+    texts = model.generate_text(obs, prompts, longest=8)
+    for i, text in enumerate(texts):
+        ids = []
+        while len(ids) < 8 and tokenizer.eos not in ids:
+            ids.append(next_token(model, row(obs, i), prompts[i], ids).argmax().item())
+        assert words(text).ids == ids[: ids.index(tokenizer.eos) if tokenizer.eos in ids else None]
+        assert [text] == model.generate_text(row(obs, i), prompts[i : i + 1], longest=8)
+    assert len(set(said)) > 2 and len(words(texts[0]).ids) < 4
+
+
+def test_texts_survive_the_tokenizer():
+    texts = [*INSTRUCTIONS, "pull the red block apart from the blue cube, the moon, and the star"]
+    tokenizer = Tokenizer.train(texts)
+    ids, valid = tokenizer.answers(texts)
+    assert not valid.all() and valid[:, 0].all() and not (valid[:, 1:] > valid[:, :-1]).any()  # padded on the right
+    assert ((ids == tokenizer.eos).sum(1) == 1).all() and (ids[~valid] == tokenizer.pad).all()
+    assert [tokenizer.text(row) for row in ids.tolist()] == texts
+    assert tokenizer.text([]) == tokenizer.text([tokenizer.eos]) == ""
+
+
+def test_a_state_at_two_moments():
+    model, prompts, texts = tiny(), questions(3), INSTRUCTIONS
+    first, last = observe(3)["state"], observe(3, seed=1)["state"]
+    both = torch.stack([first, last], 1)  # (B, 2, S, d)
+    x, valid = model.prefix({"state": both}, prompts)
+    one, other = (model.prefix({"state": s}, prompts)[0] for s in (first, last))
+    torch.testing.assert_close(x, torch.cat([one[:, :2], other], 1), atol=1e-6, rtol=0)  # one moment after the other
+    assert valid.shape == x.shape[:2]
+    assert torch.equal(x, model.prefix({"state": both.flatten(1, 2)}, prompts)[0])  # (B, 2 S, d)
+    assert torch.equal(one, model.prefix({"state": both[:, :1]}, prompts)[0])  # (B, 1, S, d)
+    before, after = (model.text_log_prob({"state": s}, prompts, texts) for s in (both, both.flip(1)))
+    assert (before - after).abs().min() > 1e-3  # which is first, and which last, is seen
+
+
 # --- numbers as tokens ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tokens", [
     UniformBins(21, -3e-4, 3e-4, 2), UniformBins(256, [-1.0, 0.0], [2.0, 0.5], 2), UniformBins(7, 0, 1, 2)])  # fmt: skip
@@ -340,9 +420,10 @@ def test_action_tokenizer_builds_what_the_domains_ask_for():
 def test_tokenizer_knows_every_word_of_a_domain(domain):
     env = envs.make_vec(domain, 1)
     texts = env.instructions()
-    tokenizer = Tokenizer.train([*texts, *env.state_names])
+    asked = [QUESTION_INSTRUCTION] * env.predicts_instruction
+    tokenizer = Tokenizer.train([*texts, *env.state_names, *asked])
     unk = tokenizer.tokenizer.token_to_id("<unk>")
-    prompts = [q.format(g) for q in (QUESTION_ACTION, QUESTION_STEPS) for g in texts]
+    prompts = [q.format(g) for q in (QUESTION_ACTION, QUESTION_STEPS) for g in texts] + asked
     ids, valid = tokenizer.prompts(prompts)
     assert not (ids == unk).any()
     for row, ok, prompt in zip(ids, valid, prompts, strict=True):
@@ -438,10 +519,12 @@ def test_load_model_names_the_file_that_is_wrong(tmp_path, kind):
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------
-def test_every_weight_gets_a_gradient():
-    model = tiny().requires_grad_(True)
-    loss = -model.log_prob(observe(4), questions(4), torch.tensor([[1, 2]] * 4), [(0, 5), (0, 5)]).mean()
-    loss.backward()
+@pytest.mark.parametrize("answer", ["numbers", "text"])
+def test_every_weight_gets_a_gradient(answer):
+    model, obs, prompts = tiny().requires_grad_(True), observe(4), questions(4)
+    log_prob = (model.log_prob(obs, prompts, torch.tensor([[1, 2]] * 4), [(0, 5), (0, 5)]) if answer == "numbers" else
+                model.text_log_prob(obs, prompts, [*INSTRUCTIONS, INSTRUCTIONS[0]]))  # fmt: skip
+    (-log_prob.mean()).backward()
     dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     # a key's bias shifts all scores of a query alike: its gradient is rounding error at most
     assert [n for n in dead if not n.endswith("k_proj.bias")] == []

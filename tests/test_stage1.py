@@ -1,4 +1,4 @@
-"""Stage 1: recorded demonstrations, Minari datasets, batches, and that both objectives can be learnt."""
+"""Stage 1: recorded demonstrations, Minari datasets, batches, and that every objective can be learnt."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import model as models
 import pointmass
 import stage1
 from common import UserError
-from envs.pointmass import ACTION_LIMIT, WALL
-from model import EFM, EFMConfig, StepsToGo, Tokenizer, action_tokenizer
+from envs.pointmass import ACTION_LIMIT, WALL, PointmassVectorEnv
+from model import EFM, QUESTION_INSTRUCTION, EFMConfig, StepsToGo, Tokenizer, action_tokenizer
 from stage1 import Demonstrations
 
 EPISODES = 12
@@ -222,6 +222,21 @@ def test_state_batches_are_split_into_quantities(states):
     assert np.array_equal(obs["state"].flatten(1).numpy(), states["state"][rows])
 
 
+def test_first_and_last_observations_of_an_episode(recorded):
+    obs, data = recorded
+    chosen = np.array([7, 2, 9, 4])
+    demos, asked = Demonstrations(data, chosen, 2), np.array([3, 0, 0])
+    ends, goals = demos.first_and_last(asked, CPU)
+    key, shape = ("state", (3, 2, 5, 2)) if obs == "state" else ("frames", (3, 2, *data.get("frames", np.zeros(1)).shape[1:]))
+    (shown,) = ends.values()
+    assert list(ends) == [obs] and shown.shape == shape
+    for i, e in enumerate(chosen[asked]):
+        first, last = data["start"][e], data["start"][e] + data["length"][e] - 1
+        assert np.array_equal(shown[i, 0].numpy().reshape(data[key][0].shape), data[key][first])
+        assert np.array_equal(shown[i, 1].numpy().reshape(data[key][0].shape), data[key][last])
+        assert goals[i] == data["instruction"][e]
+
+
 # --- learning ---------------------------------------------------------------------------------------------------------
 def test_learning_rate_warms_up_and_decays_to_a_tenth():
     rates = [common.learning_rate(u, 1000, 2.0) for u in range(1000)]
@@ -243,13 +258,13 @@ def test_losses_are_those_of_the_two_questions(states):
             torch.testing.assert_close(loss(model, obs, goals, tokens, ranges), expected, atol=1e-5, rtol=1e-5)
 
 
-def small(obs: str) -> EFM:
+def small(obs: str, *texts: str) -> EFM:
     env = envs.make_vec("pointmass", 1, obs=obs)
     sizes = {"state_names": env.state_names, "state_dim": env.state_dim} if obs == "state" else {"image_size": env.size}
     cfg = EFMConfig(width=48, depth=2, heads=4, kv_heads=2, head_dim=12, mlp_dim=96, patch_size=8, vit_width=48, vit_depth=1,
                     vit_heads=4, vit_mlp_dim=96, **sizes)  # fmt: skip
     torch.manual_seed(0)
-    return EFM(cfg, Tokenizer.train([*env.instructions(), *env.state_names]))
+    return EFM(cfg, Tokenizer.train([*env.instructions(), *env.state_names, *texts]))
 
 
 def test_overfits_a_batch(recorded):
@@ -274,6 +289,47 @@ def test_overfits_a_batch(recorded):
     assert (model.steps_to_go(obs, goals, steps) - to_go).abs().max() < 15
 
 
+def test_instructions_can_be_predicted_from_first_and_last_observations(recorded):
+    obs_mode, data = recorded
+    model, demos = small(obs_mode, QUESTION_INSTRUCTION), Demonstrations(data, np.arange(EPISODES), 2)
+    obs, goals = demos.first_and_last(np.arange(EPISODES), CPU)
+    assert len(set(goals)) > 5
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+    for _ in range(150):
+        loss = stage1.instruction_loss(model, obs, goals)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 20 and losses[-1] < 0.2  # six tokens of a vocabulary of a thousand to begin with
+    prompts = ["What instruction was performed"] * EPISODES
+    torch.testing.assert_close(stage1.instruction_loss(model, obs, goals), -model.text_log_prob(obs, prompts, goals).mean())
+    assert model.generate_text(obs, prompts) == goals
+
+
+def test_a_domain_that_predicts_instructions_has_a_third_objective(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(PointmassVectorEnv, "predicts_instruction", True)
+    monkeypatch.setitem(models.PRESETS, "nano", dataclasses.replace(models.PRESETS["nano"], width=32, depth=1, mlp_dim=32))
+    asked = []
+    for name in ("bc_loss", "steps_to_go_loss", "instruction_loss"):
+        loss = getattr(stage1, name)
+        monkeypatch.setattr(
+            stage1, name, lambda m, obs, goals, *a, f=loss, n=name: asked.append((n, len(goals))) or f(m, obs, goals, *a)
+        )
+    cfg = stage1.Config(episodes=20, updates=20, eval_every=10, eval_episodes=2, out="run")
+    stage1.main(cfg)
+    assert asked[:3] == [("bc_loss", 43), ("steps_to_go_loss", 43), ("instruction_loss", 42)]
+    rows = np.genfromtxt("run/metrics.csv", delimiter=",", names=True)
+    assert rows.dtype.names == ("update", "bc", "steps_to_go", "instruction",
+                                "valid_bc", "valid_steps_to_go", "valid_instruction", "seconds")  # fmt: skip
+    assert rows["valid_instruction"][1] < rows["valid_instruction"][0] < 60
+    tokenizer = models.load_model(Path("run/policy.safetensors")).tokenizer.tokenizer
+    assert "<unk>" not in tokenizer.encode(QUESTION_INSTRUCTION, add_special_tokens=False).tokens
+    with pytest.raises(UserError, match="--batch 2"):
+        stage1.main(dataclasses.replace(cfg, batch=2, out="other"))
+
+
 def test_a_short_run_writes_what_stage2_reads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = dataclasses.replace(models.PRESETS["nano"], width=32, depth=1, heads=2, kv_heads=1, mlp_dim=32)
@@ -284,6 +340,7 @@ def test_a_short_run_writes_what_stage2_reads(tmp_path, monkeypatch):
     for name in ("config.json", "policy.safetensors", "reward.safetensors", "summary.json"):
         assert (Path("run") / name).stat().st_size > 0
     rows = np.genfromtxt("run/metrics.csv", delimiter=",", names=True)
+    assert rows.dtype.names == ("update", "bc", "steps_to_go", "valid_bc", "valid_steps_to_go", "seconds")
     assert rows["update"].tolist() == [10, 20] and rows["valid_bc"][1] < rows["valid_bc"][0]
     assert models.load_model(Path("run/policy.safetensors")).cfg.width == 32
     with pytest.raises(UserError, match="run"):

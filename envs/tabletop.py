@@ -1,0 +1,588 @@
+"""Tabletop-v0: Google's LanguageTable in MuJoCo. BananaTable-v0: the same table with one banana.
+
+Description
+    A round tool pushes blocks over a table to do what a sentence says, as in LanguageTable (Lynch et al., 2022), the
+    main domain of the paper. Geometry, camera, control, reset, grammar and success rules are those of
+    google-research/language-table; the physics are MuJoCo's, in the plane (blocks slide and turn, they do not tip).
+Action space
+    Box(-0.1, 0.1, (2,), float32) [m]: (dx, dy) added to the tool's *target*, which is then clipped to the workspace
+    x 0.15-0.60, y -0.3048-0.3048. x points away from the robot's base, which is down in the image; y points right.
+    10 Hz; the tool covers 10 % of what is left to its target every 1/240 s.
+Observation space (Dict)
+    instruction  text, e.g. "push the red moon to the blue cube"
+    obs="state"  state float32 (4 + 4 B,): the tool (x, y from the workspace's centre, then its target from the tool),
+                 each block (x, y from the tool, then cos, sin of its yaw); lengths in dm
+    obs="images" images uint8 (2, size, size, 3): the previous and the current frame, LanguageTable's 16:9 view of the
+                 table squeezed into a square
+Rewards
+    1 on success, else 0. Stage 2 never reads it.
+Starting state
+    Tool and blocks uniform in the workspace less 0.08 m a side, yaw uniform; blocks at least 0.0175 m apart and 0.06 m
+    from the tool, then pushed apart by the physics. Then an instruction is drawn that is not yet fulfilled.
+Episode end
+    terminated: the instruction's rule (`tabletop_language.py` for the words, `Task` for the rules); truncated: 100
+    steps with 4 blocks or the banana, 200 with 8. A block whose centre leaves the board, 0.4572 x 0.6096 m, has fallen
+    (`info["fallen"]`): it lies out of reach and sight until the next reset.
+Arguments
+    family   block2block | block2absolutelocation | block2relativelocation | block2block_relative_location |
+             separate_blocks | mixed (a family drawn at each reset)
+    blocks   4 | 8: LanguageTable's BLOCK_4, BLOCK_8
+    obs      "state" | "images"; size, the frame's pixels (64)
+    look     "sim" | "real": a second domain for sim-to-real at our scale. "real" has duller colours, a browner board,
+             light from the side, a camera moved by up to 1 cm and 1 degree at each reset, friction times 0.7-1.3,
+             and a tool that covers 6 % instead of 10 %.
+Version history
+    v0: first version. Against LanguageTable: episodes end at a horizon; the action's bound is enforced; friction with
+    the table is the same along each axis, not along the motion; the arm is not there, only its tool; blocks fall.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from envs import SingleView
+from envs import tabletop_language as language
+from envs.tabletop_language import Meaning
+
+if "MUJOCO_GL" not in os.environ and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+    os.environ["MUJOCO_GL"] = "egl"  # no display: MuJoCo must be told before it is imported
+import mujoco  # noqa: E402
+from mujoco.batch import Batch  # noqa: E402
+
+LOW, HIGH = np.array([0.15, -0.3048]), np.array([0.60, 0.3048])  # the tool's workspace [m]  (constants.py)
+CENTRE, INSET = (LOW + HIGH) / 2, 0.08  # where things start, less INSET a side
+BOARD_CENTRE, BOARD_HALF = np.array([0.35, 0.0]), np.array([0.2286, 0.3048])
+ACTION_LIMIT = 0.1  # [m] a step
+TOOL_RADIUS, BLOCK_HEIGHT = 0.0127, 0.0381  # [m]
+RGB = {"red": "1 .4 .4", "blue": ".4 .4 1", "green": ".4 1 .4", "yellow": "1 1 .4"}
+DULL = {"red": ".7 .25 .2", "blue": ".2 .3 .6", "green": ".25 .55 .3", "yellow": ".75 .65 .2"}
+CAMERA_POS, CAMERA_X, CAMERA_Y = np.array([0.75, 0, 0.5]), np.array([0, 1.0, 0]), np.array([-0.809017, 0, 0.587785])
+FOCAL = 0.803  # of the frame's width, vertically and horizontally
+SUBSTEPS = 24  # of 1/240 s
+_ARC = np.linspace(-0.75, 0.75, 6)
+BANANA = 0.1 * np.stack([np.cos(_ARC), np.sin(_ARC)], 1) - [0.0885, 0]  # its spine, 14 cm between the ends [m], (6, 2)
+
+
+def outline(shape: str) -> np.ndarray:
+    """A block's outline seen from above, float (n, 2) [m], counter-clockwise; sizes from LanguageTable's meshes."""
+    if shape == "cube":
+        return 0.0397 / 2 * np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
+    n = {"pentagon": 5, "star": 10, "moon": 18}[shape]
+    angle = 2 * np.pi * np.arange(n) / n
+    if shape == "moon":  # a crescent: half a disc, less half of a flatter ellipse
+        outer, inner = (np.linspace(-np.pi / 2, s * np.pi / 2, 9) for s in (1, 1))
+        points = np.concatenate([np.c_[np.cos(outer), np.sin(outer)], np.c_[0.4 * np.cos(inner), np.sin(inner)][-2:0:-1]])
+        return 0.02625 * (points - [0.6, 0])
+    radius = np.where(np.arange(n) % 2 == 0, 1.0, 0.5 if shape == "star" else 1.0)
+    return 0.02333 * radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+
+
+def prism(name: str, points: np.ndarray) -> str:
+    """A MuJoCo mesh, BLOCK_HEIGHT high. It is drawn as it is and collides as its convex hull, as in LanguageTable."""
+    n = len(points)
+    vertex = np.concatenate([np.c_[points, np.full(n, z)] for z in (0, BLOCK_HEIGHT)])
+    if name == "moon":  # strips between the outer (0..8) and the inner arc (8..17, 0)
+        inner = [0, *range(n - 1, 8, -1), 8]
+        top = [f for i in range(8) for f in ((i, i + 1, inner[i + 1]), (i, inner[i + 1], inner[i]))]
+        top = [f for f in top if len(set(f)) == 3]
+    else:  # a fan around the middle, which every other outline sees whole
+        vertex = np.concatenate([vertex, [[0, 0, 0], [0, 0, BLOCK_HEIGHT]]])
+        top = [(i, (i + 1) % n, n + 1) for i in range(n)]
+    roof = [[v + n for v in f] for f in top]
+    floor = [f[::-1] if name == "moon" else (f[1], f[0], 2 * n) for f in top]
+    sides = [f for i in range(n) for f in ((i, (i + 1) % n, n + (i + 1) % n), (i, n + (i + 1) % n, n + i))]
+    numbers = (" ".join(f"{x:.6g}" for x in np.ravel(a)) for a in (vertex, roof + floor + sides))
+    return '<mesh name="{}" vertex="{}" face="{}" inertia="exact"/>'.format(name, *numbers)
+
+
+def body(name: str, geoms: str, mass: float, grip: float) -> str:
+    """A thing that slides and turns in the plane; friction 0.5 with the table, `grip` [m] its mean lever arm."""
+    force = 0.5 * 9.8 * mass  # [N]
+    joints = "".join(f'<joint type="slide" axis="{a}" frictionloss="{force:.4g}"/>' for a in ("1 0 0", "0 1 0"))
+    return f'<body name="{name}">{joints}<joint type="hinge" axis="0 0 1" frictionloss="{force * grip:.4g}"/>{geoms}</body>'
+
+
+def scene(things: tuple[str, ...], look: str) -> str:
+    """The MJCF of a table with these things: blocks ("red moon") or "banana"."""
+    colours, real = (RGB, False) if look == "sim" else (DULL, True)
+    bodies = ""
+    for name in things:
+        if name == "banana":  # five capsules, 120 g
+            at, fat = BANANA, (0.012, 0.016, 0.018, 0.016, 0.012)
+            geoms = "".join(f'<geom type="capsule" fromto="{p[0]:.4f} {p[1]:.4f} .019 {q[0]:.4f} {q[1]:.4f} .019" size="{r}" '
+                            f'mass=".024" rgba=".95 .85 .2 1"/>' for p, q, r in zip(at[:-1], at[1:], fat, strict=True))  # fmt: skip
+            bodies += body(name, geoms, 0.12, 0.045)
+        else:
+            colour, shape = name.split()
+            bodies += body(name, f'<geom type="mesh" mesh="{shape}" mass=".01" rgba="{colours[colour]} 1"/>', 0.01, 0.015)
+    # 1 - e^(-1/240/lag) = 10 % (6 %) of the way a substep; a light tool on a stiff spring adds next to no delay
+    lag, kp = 1 / (-240 * np.log(0.94 if real else 0.9)), 1000
+    tool = "".join(
+        f'<joint name="tool {k}" type="slide" axis="{a}" damping="{kp * lag:.4g}"/>'
+        for k, a in zip("xy", ("1 0 0", "0 1 0"), strict=True)
+    )
+    light = 'pos=".4 1 1" dir="0 -.7 -.7" diffuse=".8 .75 .6"' if real else 'pos=".4 0 2" dir="0 0 -1" diffuse=".7 .7 .7"'
+    return f"""
+    <mujoco model="tabletop">
+      <option timestep="{1 / 240}" jacobian="dense" gravity="0 0 0" cone="pyramidal"/>
+      <visual>
+        <quality offsamples="0" shadowsize="0"/> <global offwidth="640" offheight="640"/> <map znear=".01" zfar="10"/>
+        <headlight ambient=".35 .35 .35" diffuse=".3 .3 .3" specular="0 0 0"/>
+      </visual>
+      <statistic extent="1" center=".35 0 0"/>
+      <default> <geom friction=".25 0 0" solref=".01 1"/> </default>
+      <asset> {"".join(prism(s, outline(s)) for s in ("cube", "moon", "pentagon", "star"))} </asset>
+      <worldbody>
+        <light {light} castshadow="false"/>
+        <camera name="front" pos="{" ".join(map(str, CAMERA_POS))}" xyaxes="{" ".join(map(str, [*CAMERA_X, *CAMERA_Y]))}"
+                resolution="320 180" sensorsize=".32 .18" focal="{0.32 * FOCAL} {0.32 * FOCAL}"/>
+        <geom type="plane" size="2 2 .1" pos="0 0 -.002" rgba="{".75 .7 .6" if real else ".9 .9 .9"} 1" contype="0" conaffinity="0"/>
+        <geom type="box" size="{BOARD_HALF[0]} {BOARD_HALF[1]} .001" pos="{BOARD_CENTRE[0]} 0 -.001"
+              rgba="{".35 .27 .2" if real else ".2 .2 .2"} 1" contype="0" conaffinity="0"/>
+        {bodies}
+        <body name="tool"> {tool}
+          <geom type="cylinder" size="{TOOL_RADIUS} .0675" pos="0 0 .0755" mass=".1" friction=".5 0 0" rgba=".5 .5 .5 1"/>
+        </body>
+      </worldbody>
+      <actuator> <position joint="tool x" kp="{kp}"/> <position joint="tool y" kp="{kp}"/> </actuator>
+    </mujoco>"""
+
+
+def pixels(points: np.ndarray) -> np.ndarray:
+    """Points float (..., 3) [m] -> (u right, v down) in shares of the frame's width and height, float (..., 2)."""
+    rel = points - CAMERA_POS
+    right, up, depth = rel @ CAMERA_X, rel @ CAMERA_Y, rel @ np.cross(CAMERA_Y, CAMERA_X)
+    return np.stack([0.5 + FOCAL * right / depth, 0.5 - FOCAL * 16 / 9 * up / depth], -1)
+
+
+@dataclass
+class Tasks:
+    """What each of N simulations is asked, as one rule: *a block is near one of ten points*.
+
+    The points are fixed + Σ_k weights_k pos_k + scale · offset + away · (unit vector from there to the block), and
+    where they hang on another block, that one has moved by at most `drift` since the reset. Radii from LanguageTable's
+    rewards/*.py.
+    """
+
+    block: np.ndarray  # int (N,)
+    fixed: np.ndarray  # float (N, 2) [m]
+    weights: np.ndarray  # float (N, B)
+    offset: np.ndarray  # float (N, 2) [m]
+    away: np.ndarray  # float (N,) [m]
+    radius: np.ndarray  # float (N,) [m]
+    drift: np.ndarray  # float (N,) [m]
+    anchor: np.ndarray  # float (N, 2) [m]: Σ weights pos at the reset
+
+    SCALES = np.linspace(0.5, 1.1, 10)
+
+    @classmethod
+    def empty(cls, n: int, blocks: int) -> Tasks:
+        shapes = ((n,), (n, 2), (n, blocks), (n, 2), (n,), (n,), (n,), (n, 2))
+        return cls(*(np.zeros(s, int if i == 0 else float) for i, s in enumerate(shapes)))
+
+    def assign(self, i: int, meaning: Meaning, pos: np.ndarray) -> None:
+        """Simulation i is asked `meaning`; pos float (B, 2) [m] now."""
+        for array in (self.fixed, self.weights, self.offset, self.away):
+            array[i] = 0
+        self.block[i], self.drift[i] = meaning.block, np.inf
+        match meaning.family:
+            case "block2block":
+                self.weights[i, meaning.target], self.radius[i] = 1, 0.05
+            case "block2absolutelocation":
+                self.fixed[i] = language.PLACES[meaning.target]
+                self.radius[i] = 0.10 if meaning.target == "center" else 0.115
+            case "block2relativelocation":
+                direction, distance = meaning.target
+                self.fixed[i] = pos[meaning.block] + np.multiply(
+                    language.DIRECTIONS[direction], {"near": 0.15, "far": 0.25}[distance]
+                )
+                self.radius[i] = 0.10
+            case "block2block_relative_location":
+                direction, other = meaning.target
+                length = 0.08 if len(direction.split()) == 1 else 0.04 * 2**0.5
+                self.weights[i, other], self.offset[i] = 1, np.multiply(language.DIRECTIONS[direction], length)
+                self.radius[i], self.drift[i] = 0.04, 0.05
+            case "separate_blocks":
+                self.weights[i, list(meaning.target)], self.away[i], self.radius[i] = 1 / len(meaning.target), 0.10, 0.025
+        self.anchor[i] = self.weights[i] @ pos
+
+    def points(self, pos: np.ndarray, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
+        """The ten points, float (N, 10, 2) [m], for blocks at pos float (N, B, 2)."""
+        anchor = np.einsum("nb,nbd->nd", self.weights[rows], pos)
+        gap = pos[np.arange(len(pos)), self.block[rows]] - anchor
+        unit = gap / np.maximum(np.linalg.norm(gap, axis=1, keepdims=True), 1e-9)
+        point = self.fixed[rows] + anchor + self.away[rows, None] * unit
+        return point[:, None] + self.SCALES[:, None] * self.offset[rows][:, None]
+
+    def solved(self, pos: np.ndarray, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
+        """The rule, bool (N,), for blocks at pos float (N, B, 2)."""
+        block = pos[np.arange(len(pos)), self.block[rows]]
+        near = np.linalg.norm(self.points(pos, rows) - block[:, None], axis=2).min(1) < self.radius[rows]
+        moved = np.linalg.norm(np.einsum("nb,nbd->nd", self.weights[rows], pos) - self.anchor[rows], axis=1)
+        return near & (moved <= self.drift[rows])
+
+
+def around(start: np.ndarray, goal: np.ndarray, obstacles: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """The next point of a way from start to goal past round obstacles, all float (N, 2); (N, K, 2) and (N, K) [m].
+
+    The nearest obstacle in the way is passed on the side on which it lies less; a start inside one leaves it first.
+    """
+    way = goal - start
+    length = np.maximum(np.linalg.norm(way, axis=1), 1e-9)
+    unit = way / length[:, None]
+    left = np.stack([-unit[:, 1], unit[:, 0]], 1)
+    rel = obstacles - start[:, None]  # (N, K, 2)
+    along, across = np.einsum("nkd,nd->nk", rel, unit), np.einsum("nkd,nd->nk", rel, left)
+    blocking = (along > 0) & (along < length[:, None]) & (np.abs(across) < radius)
+    first = np.where(blocking, along, np.inf).argmin(1)
+    rows = np.arange(len(start))
+    side = -np.sign(across[rows, first] + 1e-12)
+    corner = obstacles[rows, first] + (side * radius[rows, first] * 1.15)[:, None] * left
+    return np.where(blocking.any(1)[:, None], corner, goal)
+
+
+class TabletopVectorEnv(VectorEnv):
+    """N tables at once. See the module's docstring for spaces, success and episode end."""
+
+    name, default_obs = "tabletop", "state"
+    # [m] between the tool and a thing's middle: at the start, when passing, before a push
+    clearance, girth, reach = 0.06, 0.045, 0.05
+    steps_cap, steps_bins = 100, 50
+    predicts_instruction = True
+    action_tokens = {"kind": "sign-magnitude", "limit": 0.03, "dims": 2}
+    state_dim = 4
+    metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, num_envs: int = 1, family: str = "block2block", blocks: int = 4, obs: str = "state", size: int = 64,
+                 look: str = "sim", render_mode: str | None = None):  # fmt: skip
+        if family not in (*language.FAMILIES, "mixed"):
+            raise ValueError(f"--family {family}: choose one of {', '.join(language.FAMILIES)} or mixed")
+        if blocks not in language.BLOCK_SETS:
+            raise ValueError(f"--blocks {blocks}: choose 4 or 8")
+        self.families = language.FAMILIES if family == "mixed" else (family,)
+        self.things = language.BLOCK_SETS[blocks]
+        self.horizon = 100 if blocks == 4 else 200
+        self._build(num_envs, obs, size, look, render_mode)
+
+    def _build(self, num_envs: int, obs: str, size: int, look: str, render_mode: str | None) -> None:
+        for flag, value, known in (("obs", obs, ("state", "images")), ("look", look, ("sim", "real"))):
+            if value not in known:
+                raise ValueError(f"--{flag} {value}: choose {' or '.join(known)}")
+        self.num_envs, self.obs, self.size, self.look, self.render_mode = num_envs, obs, size, look, render_mode
+        n, B = num_envs, len(self.things)
+        self.state_names = ("tool", *self.things)
+        self.single_action_space = gym.spaces.Box(-ACTION_LIMIT, ACTION_LIMIT, (2,), np.float32)
+        spaces: dict[str, gym.Space] = {"instruction": gym.spaces.Text(200, charset=frozenset("abcdefghijklmnopqrstuvwxyz ,"))}
+        if obs == "state":
+            spaces["state"] = gym.spaces.Box(-np.inf, np.inf, (4 + 4 * B,), np.float32)
+        else:
+            spaces["images"] = gym.spaces.Box(0, 255, (2, size, size, 3), np.uint8)
+        self.single_observation_space = gym.spaces.Dict(spaces)
+        self.action_space = batch_space(self.single_action_space, n)
+        self.observation_space = batch_space(self.single_observation_space, n)
+        self.model = mujoco.MjModel.from_xml_string(scene(self.things, look))
+        self.sim = Batch(self.model, n)
+        self.friction = self.sim.expand("dof_frictionloss") if look == "real" else None
+        self.shared: mujoco.MjData | None = None  # what is drawn
+        self.renderers: dict[tuple[int, int], mujoco.Renderer] = {}
+        self.rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(n)]
+        self.target, self.t, self.texts = np.zeros((n, 2)), np.zeros(n, int), [""] * n
+        self.camera = np.zeros((n, 2, 3))  # what "real" adds to the camera's position [m] and orientation [rad]
+        self.tasks, self.fallen = Tasks.empty(n, B), np.zeros((n, B), bool)
+        self.meanings: list[Meaning | None] = [None] * n
+        self.frames = np.zeros((n, 2, size, size, 3), np.uint8)
+        # the demonstrator's habits: its speed [m/step], wobble now [m/step], steps of pause left, a place to pass by first
+        self.speed, self.wobble, self.pause, self.detour = np.zeros(n), np.zeros((n, 2)), np.zeros(n, int), np.zeros((n, 2))
+
+    # --- Gymnasium ----------------------------------------------------------------------------------------------------
+    def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        """Reset all simulations, or those of options["reset_mask"] (bool (N,)). Simulation i gets seed + i."""
+        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
+        if seed is not None:
+            seeds = range(seed, seed + self.num_envs) if isinstance(seed, int | np.integer) else seed
+            self.rngs = [np.random.default_rng(s) if m else r for s, r, m in zip(seeds, self.rngs, mask, strict=True)]
+        pending = np.flatnonzero(mask)
+        while len(pending):  # until every simulation has an instruction
+            self._place(pending)
+            pending = pending[[not self._ask(i) for i in pending]]
+        self.t[mask] = 0
+        self._draw(mask, first=True)
+        return self._observe(), self._info()
+
+    def ask(self, mask: np.ndarray) -> tuple[dict, dict]:
+        """A new instruction where `mask` (bool (N,)) says so and everything stays where it is: practice without resets.
+
+        Where no instruction can be asked of the present scene, the old one stays. Returns what `reset` does.
+        """
+        for i in np.flatnonzero(mask):
+            self._ask(i)
+        self.t[mask] = 0
+        return self._observe(), self._info()
+
+    def step(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
+        """One step of every simulation; actions float (N, 2) [m], clipped to the action space."""
+        actions = np.clip(np.asarray(actions, float), -ACTION_LIMIT, ACTION_LIMIT)
+        self.target = np.clip(self.target + actions, LOW, HIGH)
+        self.sim.ctrl = self.target
+        self.sim.step(nstep=SUBSTEPS)
+        self._drop(np.arange(self.num_envs))
+        self.t += 1
+        self._draw(np.ones(self.num_envs, bool))
+        info = self._info()
+        success = info["is_success"]
+        return self._observe(), success.astype(float), success.copy(), self.t >= self.horizon, info
+
+    def render(self) -> tuple[np.ndarray, ...]:
+        return tuple(self._render(i, 180, 320) for i in range(self.num_envs))
+
+    def track(self) -> np.ndarray:
+        """Where the tool meets the table, in shares of the rendered frame (x right, y down), float (N, 2); for figures."""
+        return pixels(np.c_[self.tool, np.zeros(self.num_envs)])
+
+    def close(self) -> None:
+        for renderer in self.renderers.values():
+            renderer.close()
+        self.renderers = {}
+
+    def instructions(self) -> list[str]:
+        return language.instructions(self.families, len(self.things))
+
+    # --- the scene ----------------------------------------------------------------------------------------------------
+    @property
+    def pos(self) -> np.ndarray:
+        """The blocks' centres, float (N, B, 2) [m]."""
+        return self.sim.qpos[:, :-2].reshape(self.num_envs, -1, 3)[:, :, :2]
+
+    @property
+    def yaw(self) -> np.ndarray:
+        return self.sim.qpos[:, 2:-2:3]  # (N, B) [rad]
+
+    @property
+    def tool(self) -> np.ndarray:
+        return self.sim.qpos[:, -2:]  # (N, 2) [m]
+
+    def _place(self, rows: np.ndarray) -> None:
+        """Tool and blocks of the simulations `rows` at random, then 200 settling steps of 1/240 s."""
+        low, high = LOW + INSET, HIGH - INSET
+        self.sim.reset(rows, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
+        for i in rows:
+            rng, tool, placed = self.rngs[i], None, []
+            while len(placed) < len(self.things):
+                if tool is None:
+                    tool = rng.uniform(low, high)
+                at = next((p for p in rng.uniform(low, high, (21, 2)) if np.linalg.norm(p - tool) > self.clearance
+                           and all(np.linalg.norm(p - q) > 0.0175 for q in placed)), None)  # fmt: skip
+                if at is None:  # LanguageTable gives up here; we start again
+                    tool, placed = None, []
+                else:
+                    placed.append(at)
+            yaw = rng.uniform(0, 2 * np.pi, len(placed))
+            self.sim.qpos[i] = [*np.c_[placed, yaw].ravel(), *tool]
+            self.target[i] = tool
+            if self.look == "real":
+                self.friction[i] = self.model.dof_frictionloss * rng.uniform(0.7, 1.3)
+                self.camera[i] = rng.uniform(-1, 1, (2, 3)) * [[0.01], [np.pi / 180]]
+            self.speed[i], self.wobble[i], self.pause[i] = 0.03 * rng.uniform(0.45, 1.0), 0, 0
+            self.detour[i] = rng.uniform(low, high) if rng.uniform() < 0.5 else np.nan
+        self.sim.ctrl = self.target
+        self.sim.step(rows, nstep=200)
+        self.sim.qvel[rows] = 0
+        self.fallen[rows] = False
+        self._drop(rows)
+
+    def _drop(self, rows: np.ndarray) -> None:
+        """Blocks whose centre has left the board lie where no camera sees and no tool reaches them."""
+        off = (np.abs(self.pos[rows] - BOARD_CENTRE) > BOARD_HALF).any(2)
+        for i, k in zip(*np.nonzero(off & ~self.fallen[rows]), strict=True):
+            self.fallen[rows[i], k] = True
+            self.pos[rows[i], k] = -0.4, 0.1 * (k - len(self.things) / 2)
+            self.sim.qvel[rows[i], 3 * k : 3 * k + 3] = 0
+
+    def _ask(self, i: int) -> bool:
+        """Draw an instruction for simulation i that its scene does not fulfil yet; False if there is none."""
+        rng, pos = self.rngs[i], self.pos[i]
+        meaning = propose(self.families[rng.integers(len(self.families))], pos, ~self.fallen[i], self.things, rng)
+        if meaning is None:
+            return False
+        self.tasks.assign(i, meaning, pos)
+        if self.tasks.solved(pos[None], np.array([i]))[0]:
+            return False
+        self.meanings[i], self.texts[i] = meaning, self._say(meaning, rng)
+        return True
+
+    def _say(self, meaning: Meaning, rng: np.random.Generator) -> str:
+        return language.sample(meaning, len(self.things), rng)
+
+    def _info(self) -> dict[str, np.ndarray]:
+        fallen = self.fallen[np.arange(self.num_envs), self.tasks.block]
+        return {"is_success": self.tasks.solved(self.pos) & ~fallen, "fallen": self.fallen.any(1)}
+
+    def _observe(self) -> dict[str, Any]:
+        if self.obs == "images":
+            seen = {"images": self.frames.copy()}
+        else:
+            tool = np.concatenate([self.tool - CENTRE, self.target - self.tool], 1)[:, None] * 10
+            blocks = np.concatenate(
+                [(self.pos - self.tool[:, None]) * 10, np.cos(self.yaw)[..., None], np.sin(self.yaw)[..., None]], 2
+            )
+            seen = {"state": np.concatenate([tool, blocks], 1).reshape(self.num_envs, -1).astype(np.float32)}
+        return {"instruction": tuple(self.texts)} | seen
+
+    def _draw(self, mask: np.ndarray, first: bool = False) -> None:
+        if self.obs == "images":
+            for i in np.flatnonzero(mask):
+                self.frames[i, 0] = self.frames[i, 1]
+                self.frames[i, 1] = self._render(i, self.size, self.size)
+                if first:
+                    self.frames[i, 0] = self.frames[i, 1]
+
+    def _render(self, i: int, height: int, width: int) -> np.ndarray:
+        return self._picture(self.sim.qpos[i], self.camera[i], height, width)
+
+    def _picture(self, qpos: np.ndarray, camera: np.ndarray, height: int, width: int) -> np.ndarray:
+        """uint8 (height, width, 3) of a scene."""
+        if (height, width) not in self.renderers:
+            try:
+                self.renderers[height, width] = mujoco.Renderer(self.model, height, width)
+            except Exception as e:  # each GL backend raises its own kind
+                raise ValueError(f"--obs images: MuJoCo cannot render here ({e}); install EGL or OSMesa (libegl1, libosmesa6) "
+                                 "and set MUJOCO_GL to egl or osmesa") from e  # fmt: skip
+            self.shared = mujoco.MjData(self.model)
+        renderer, data = self.renderers[height, width], self.shared
+        data.qpos[:] = qpos
+        mujoco.mj_kinematics(self.model, data)
+        mujoco.mj_camlight(self.model, data)
+        data.cam_xpos[0] += camera[0]
+        turn = np.zeros(9)
+        mujoco.mju_quat2Mat(turn, np.concatenate([[1.0], camera[1] / 2]) / np.linalg.norm([1.0, *(camera[1] / 2)]))
+        data.cam_xmat[0] = (turn.reshape(3, 3) @ data.cam_xmat[0].reshape(3, 3)).ravel()
+        renderer.update_scene(data, 0)
+        return renderer.render()
+
+    # --- who shows how ------------------------------------------------------------------------------------------------
+    def expert(self) -> np.ndarray:
+        """The best we can script, actions float (N, 2) [m]: straight and as fast as action tokens go."""
+        return self._push(np.full(self.num_envs, 0.03))
+
+    def demonstrate(self) -> np.ndarray:
+        """People's way, actions float (N, 2) [m]: each at a pace of its own, unsteady, with pauses, half by a detour."""
+        action = self._push(self.speed)
+        to_detour = self.detour - self.target
+        far = np.linalg.norm(to_detour, axis=1)
+        self.detour[far < 0.03] = np.nan
+        action = np.where((far > 0.03)[:, None], self._free(self.detour, self.speed), action)
+        for i, rng in enumerate(self.rngs):
+            self.wobble[i] = 0.8 * self.wobble[i] + 0.3 * self.speed[i] * rng.normal(size=2)
+            if self.pause[i] == 0 and rng.uniform() < 0.03:
+                self.pause[i] = rng.integers(2, 9)
+        still = self.pause > 0
+        self.pause = np.maximum(self.pause - 1, 0)
+        return np.clip(np.where(still[:, None], 0.0, action + self.wobble), -0.03, 0.03)
+
+    def _free(self, to: np.ndarray, speed: np.ndarray) -> np.ndarray:
+        """Actions (N, 2) that move the tool towards `to` without touching a block where there is a way."""
+        way = around(self.target, np.clip(to, LOW, HIGH), self.pos, np.full(self.pos.shape[:2], self.girth)) - self.target
+        return way * np.minimum(1, speed / np.maximum(np.linalg.norm(way, axis=1), 1e-9))[:, None]
+
+    def _push(self, speed: np.ndarray) -> np.ndarray:
+        """Actions (N, 2) of going round the block and pushing it from behind, at most `speed` (N,) [m] long."""
+        rows, tasks = np.arange(self.num_envs), self.tasks
+        p, goal = self.pos[rows, tasks.block], tasks.points(self.pos)[:, 6]  # 0.9 of the offset
+        goal = BOARD_CENTRE + np.clip(goal - BOARD_CENTRE, 0.05 - BOARD_HALF, BOARD_HALF - 0.05)  # not over the edge
+        # what the block's own way avoids: the others, except those it is to meet or to leave
+        clear = np.full(self.pos.shape[:2], 0.055)
+        clear[rows, tasks.block] = 0
+        clear[(tasks.weights > 0) & ~tasks.offset.any(1)[:, None]] = 0
+        way = around(p, goal, self.pos, clear) - p
+        left = np.linalg.norm(way, axis=1)
+        u = way / np.maximum(left, 1e-9)[:, None]
+        side = np.stack([-u[:, 1], u[:, 0]], 1)
+        rel = self.target - p
+        along, across = (rel * u).sum(1), (rel * side).sum(1)
+        behind = (along < 0) & (along > -self.reach - 0.025) & (np.abs(across) < 0.015)
+        pace = np.clip(0.4 * left, 0.006, speed)
+        push = u * pace[:, None] - side * np.clip(0.7 * across, -0.01, 0.01)[:, None]
+        return np.where(behind[:, None], push, self._free(p - self.reach * u, speed))
+
+
+def propose(family: str, pos: np.ndarray, there: np.ndarray, things: tuple[str, ...], rng: np.random.Generator) -> Meaning | None:
+    """A task of the family for blocks at pos float (B, 2), as LanguageTable draws it; None where it finds none.
+
+    there bool (B,): which blocks have not fallen.
+    """
+    low, high = LOW + INSET, HIGH - INSET
+    blocks = np.flatnonzero(there)
+    inside = lambda p: bool(((p >= low) & (p <= high)).all())  # noqa: E731
+    if len(blocks) < (1 if len(things) == 1 else 2):
+        return None
+    match family:
+        case "block2block":
+            for _ in range(11):
+                a, b = rng.choice(blocks, 2, replace=False)
+                if np.linalg.norm(pos[a] - pos[b]) >= 0.06:
+                    return Meaning(family, int(a), int(b))
+        case "block2absolutelocation":
+            return Meaning(family, int(rng.choice(blocks)), str(rng.choice(list(language.PLACES))))
+        case "block2relativelocation" | "block2block_relative_location":
+            for _ in range(101):
+                direction = str(rng.choice(list(language.DIRECTIONS)))
+                vector = np.array(language.DIRECTIONS[direction])
+                if family == "block2relativelocation":
+                    a, distance = rng.choice(blocks), str(rng.choice(["near", "far"]))
+                    if inside(pos[a] + {"near": 0.15, "far": 0.25}[distance] * vector):
+                        return Meaning(family, int(a), (direction, distance))
+                else:
+                    a, b = rng.choice(blocks, 2, replace=False)
+                    if inside(pos[b] + (0.08 if len(direction.split()) == 1 else 0.04 * 2**0.5) * vector):
+                        return Meaning(family, int(a), (direction, int(b)))
+        case "separate_blocks":
+            gap = np.linalg.norm(pos[blocks, None] - pos[None, blocks], axis=2)
+            close = (gap < 0.08) & ~np.eye(len(blocks), dtype=bool)
+            mean = np.where(close.any(1), (gap * close).sum(1) / np.maximum(close.sum(1), 1), np.inf)
+            k = int(mean.argmin())
+            if np.isfinite(mean[k]):
+                centroid = pos[blocks[close[k]]].mean(0)
+                away = pos[blocks[k]] - centroid
+                if inside(centroid + 0.10 * away / max(np.linalg.norm(away), 1e-9)):
+                    return Meaning(family, int(blocks[k]), tuple(int(b) for b in blocks[close[k]]))
+    return None
+
+
+class TabletopEnv(SingleView):
+    """One table. See the module's docstring."""
+
+    vector_class = TabletopVectorEnv
+
+
+class BananaTableVectorEnv(TabletopVectorEnv):
+    """N tables with a banana each: "push the banana to the top left of the table". Rules as for block2absolutelocation."""
+
+    name, things, families, horizon = "bananatable", ("banana",), ("block2absolutelocation",), 100
+    clearance, girth, reach = 0.12, 0.085, 0.095
+
+    def __init__(self, num_envs: int = 1, obs: str = "state", size: int = 64, look: str = "sim", render_mode: str | None = None):
+        self._build(num_envs, obs, size, look, render_mode)
+
+    def instructions(self) -> list[str]:
+        return [f"{verb} banana to the {place} of the table" for verb in language.PUSH for place in BANANA_PLACES.values()]
+
+    def _say(self, meaning: Meaning, rng: np.random.Generator) -> str:
+        verb, place = language.PUSH[rng.integers(len(language.PUSH))], BANANA_PLACES[meaning.target]
+        return f"{verb} banana to the {place} of the table"
+
+
+BANANA_PLACES = {p: "center" if p == "center" else p.replace("center_", "").replace("_", " ") for p in language.PLACES}
+
+
+class BananaTableEnv(SingleView):
+    """One table with a banana. See BananaTableVectorEnv."""
+
+    vector_class = BananaTableVectorEnv
