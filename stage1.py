@@ -38,12 +38,13 @@ from model import EFM, QUESTION_ACTION, QUESTION_INSTRUCTION, QUESTION_STEPS, St
 class Config:
     domain: str = "pointmass"  # one of envs.DOMAINS
     obs: str = ""  # state or images; empty: the domain's default
-    model: str = ""  # a preset of model.PRESETS; empty: nano for states, nano-vision for images
+    model: str = ""  # a preset of model.PRESETS; empty: the domain's for its kind of observation
     init: str = ""  # folder of a Stage 0 run to start from; empty: the domain's newest if obs is images; "none": from scratch
     seed: int = 0  # weights, demonstrations, batches
-    episodes: int = 5000  # demonstrations to record with the domain's expert
+    episodes: int = 0  # demonstrations to record with the domain's expert; 0: what the domain takes
+    data_fraction: float = 1.0  # share of the demonstrations to learn from; smaller shares are parts of larger ones
     dataset: str = ""  # or the id of a Minari dataset with the domain's spaces
-    updates: int = 9000  # optimiser steps
+    updates: int = 0  # optimiser steps; 0: what the domain takes
     batch: int = 128  # samples per update, split evenly over the objectives
     lr: float = 1e-3  # AdamW, after a linear warm-up of 100 updates decaying to a tenth (cosine)
     eval_every: int = 500  # updates between two looks at the held-out episodes
@@ -142,6 +143,12 @@ def load_demonstrations(cfg: Config) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: damaged ({type(e).__name__}); delete it and it is recorded again") from None
 
 
+def split(episodes: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which episodes are held out, a tenth, and which are used at all: bool (episodes,) each, nested in `fraction`."""
+    rank = np.random.default_rng(0).permutation(episodes)  # not the first ones: those are the short ones
+    return np.arange(episodes) % 10 == 0, rank < fraction * episodes
+
+
 class Demonstrations:
     """Tuples (o, a, g, steps to go) of some episodes, ready for batches."""
 
@@ -197,14 +204,15 @@ def main(cfg: Config) -> None:
     env = common.make_env(cfg.domain, 1)
     cfg.obs = cfg.obs or env.default_obs
     env = common.make_env(cfg.domain, 1, obs=cfg.obs)
-    cfg.model = cfg.model or ("nano" if cfg.obs == "state" else "nano-vision")
+    for field, usual in env.recipes[cfg.obs].items():
+        setattr(cfg, field, getattr(cfg, field) or usual)
     if cfg.model not in models.PRESETS:
         raise UserError(f"--model {cfg.model}: unknown; choose one of {', '.join(models.PRESETS)}")
     common.require(cfg, 0, "seed")
     common.require(cfg, 1, "updates", "eval_every", "eval_episodes")
     common.require(cfg, 2, "episodes")
     common.require(cfg, 2 + env.predicts_instruction, "batch")
-    common.require(cfg, 1e-9, "lr")
+    common.require(cfg, 1e-9, "lr", "data_fraction")
     if cfg.init not in ("", "none") and cfg.obs == "state":
         raise UserError(f"--init {cfg.init}: Stage 0 is for --obs images; leave it out")
     init = common.stage0_run(cfg.init, cfg.domain) if cfg.obs == "images" else None
@@ -225,15 +233,18 @@ def main(cfg: Config) -> None:
         tokenizer = Tokenizer.train([*env.instructions(), *env.state_names] + [QUESTION_INSTRUCTION] * env.predicts_instruction)
         model = EFM(models.replace(models.PRESETS[cfg.model], **sizes), tokenizer).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.01, fused=True)
-    rng, first, best = np.random.default_rng(cfg.seed), 0, {"policy": float("inf"), "reward": float("inf")}
+    rng, first, best = np.random.default_rng(cfg.seed), 0, dict.fromkeys(("policy", "reward", "instruction"), float("inf"))
+    asks = env.predicts_instruction  # until the answers on held-out episodes get worse: a few thousand are soon learnt by heart
     if run.state:
         model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
-        rng.bit_generator.state, first, best = run.state["rng"], run.state["update"], run.state["best"]
+        rng.bit_generator.state, first, best, asks = (run.state[k] for k in ("rng", "update", "best", "asks"))
 
     data = load_demonstrations(cfg)
-    held_out = np.arange(len(data["length"])) % 10 == 0  # split by episode
-    train, valid = (Demonstrations(data, np.flatnonzero(m), env.state_dim) for m in (~held_out, held_out))
+    held_out, used = split(len(data["length"]), cfg.data_fraction)
+    if not (used & held_out).any() or not (used & ~held_out).any():
+        raise UserError(f"--data-fraction {cfg.data_fraction}: too few of {len(used)} episodes; ask for more with --episodes")
+    train, valid = (Demonstrations(data, np.flatnonzero(m & used), env.state_dim) for m in (~held_out, held_out))
     actions, steps = action_tokenizer(**env.action_tokens), StepsToGo(env.steps_cap, env.steps_bins)
 
     def losses(demos: Demonstrations, bc_rows: np.ndarray, steps_rows: np.ndarray, episodes: np.ndarray) -> dict[str, Tensor]:
@@ -241,16 +252,17 @@ def main(cfg: Config) -> None:
         each = {"bc": bc_loss(model, obs, goals, actions.encode(action).to(device), actions.ranges)}
         obs, _, goals, to_go = demos.batch(steps_rows, device)
         each["steps_to_go"] = steps_to_go_loss(model, obs, goals, steps.encode(to_go).to(device), steps.ranges)
-        if env.predicts_instruction:
+        if len(episodes):
             each["instruction"] = instruction_loss(model, *demos.first_and_last(episodes, device))
         return each
 
     run.start()
     n, validation = 2048, np.random.default_rng(0)  # the same tuples at every look
-    look = validation.choice(valid.acted, n), validation.integers(len(valid.index), size=n), np.arange(len(valid.ends))[:n]
-    third = cfg.batch // 3 if env.predicts_instruction else 0  # split evenly over the objectives
-    half = (cfg.batch - third) // 2
+    look = validation.choice(valid.acted, n), validation.integers(len(valid.index), size=n)
+    look += (np.arange(len(valid.ends))[: n * env.predicts_instruction],)
     for update in tqdm(range(first, cfg.updates), initial=first, total=cfg.updates, desc="stage 1", disable=None):
+        third = cfg.batch // 3 if asks else 0  # split evenly over the objectives
+        half = (cfg.batch - third) // 2
         rows = rng.choice(train.acted, half), rng.integers(len(train.index), size=cfg.batch - third - half)
         now = losses(train, *rows, rng.integers(len(train.ends), size=third))
         for group in optimizer.param_groups:
@@ -260,22 +272,25 @@ def main(cfg: Config) -> None:
         optimizer.step()
         if (update + 1) % cfg.eval_every == 0 or update + 1 == cfg.updates:
             with torch.no_grad():
-                held = {f"valid_{k}": v.item() for k, v in losses(valid, *look).items()}
-            row = {"update": update + 1} | {k: v.item() for k, v in now.items()} | held | {"seconds": run.seconds()}
+                held = {k: v.item() for k, v in losses(valid, *look).items()}
+            row = {"update": update + 1} | {k: now[k].item() if k in now else float("nan") for k in held}
+            row |= {f"valid_{k}": v for k, v in held.items()} | {"seconds": run.seconds()}
             run.log(update + 1, row)
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
             for name, key in (("policy", "valid_bc"), ("reward", "valid_steps_to_go")):  # best at cloning, at steps to go
                 if row[key] < best[name]:
                     best[name] = row[key]
                     common.write_atomically(folder / f"{name}.safetensors", lambda p: models.save_model(model, p))
+            asks = asks and held["instruction"] < best["instruction"]
+            best["instruction"] = min(best["instruction"], held.get("instruction", 0.0))
             run.checkpoint(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state,
-                           update=update + 1, best=best)  # fmt: skip
+                           update=update + 1, best=best, asks=asks)  # fmt: skip
 
     import eval as evaluation  # it imports the stages
 
     summary = evaluation.evaluate(folder, episodes=cfg.eval_episodes, seed=cfg.seed)
     print(evaluation.describe(run.finish({"stage": "stage1", "domain": cfg.domain, "obs": cfg.obs, "seed": cfg.seed,
-                                          "episodes": len(data["length"])} | summary)))  # fmt: skip
+                                          "episodes": int(used.sum())} | summary)))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class Config:
     lr: float = 1e-4  # AdamW
     keep_optimizer: bool = False  # go on with Stage 1's last AdamW moments, as the authors' notebook does
     num_envs: int = 16  # simulations that practise at once
+    operator: bool = False  # practise without resets, but for an operator's: the paper's protocol on real robots
     iterations: int = 200  # of Algorithm 1's loop, at most
     patience: int = 100  # stop after so many iterations without a better policy, as far as the model can see
     eval_episodes: int = 500  # rollouts of the best policy, for summary.json
@@ -91,19 +92,51 @@ def look(model: EFM, obs: dict, rows: np.ndarray, before: dict[str, Tensor] | No
     return {"features": torch.cat([before["features"][:, 1:], model.encode_images(frames[:, 1:])], 1)}
 
 
+class Operator:
+    """Who looks after the stations (Section 5.2): resets one when something has fallen, or 3-5 minutes after the last time.
+
+    Every other episode begins where the one before it ended, with a new instruction. A robot-hour is one station's hour
+    of practice. The state is what an exact resume needs.
+    """
+
+    def __init__(self, env: VectorEnv, seed: int):
+        self.env, self.rng = env, np.random.default_rng(seed)
+        self.interventions, self.steps = 0, np.full(env.num_envs, 10**9)  # steps: since the station's last reset
+        self.due = self.rng.uniform(180, 300, env.num_envs) * env.metadata["render_fps"]  # [steps]
+
+    def begin(self, seed: int) -> tuple[dict, dict]:
+        """The observation and info that an episode begins with in every station; a drop-in for `env.reset`."""
+        first = self.steps.min() >= 10**9
+        needs = np.ones(self.env.num_envs, bool) if first else self.env.fallen.any(1) | (self.steps > self.due)
+        self.interventions += 0 if first else int(needs.sum())
+        self.steps[needs] = 0
+        self.due[needs] = self.rng.uniform(180, 300, int(needs.sum())) * self.env.metadata["render_fps"]
+        if needs.any():
+            self.env.reset(seed=seed, options={"reset_mask": needs})
+        return self.env.ask(~needs)
+
+    def state_dict(self) -> dict:
+        return {k: v for k, v in vars(self).items() if k != "env"} | {"env": self.env.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.env.set_state(state["env"])
+        vars(self).update({k: v for k, v in state.items() if k != "env"})
+
+
 @torch.no_grad()
 def rollout(policy: EFM, reward_model: EFM, env: VectorEnv, seed: int, generator: torch.Generator, end: str = "detector",
-            s: float = 3.0, greedy: bool = False, watch: Callable[[], None] = lambda: None) -> dict:  # fmt: skip
+            s: float = 3.0, greedy: bool = False, watch: Callable[[], None] = lambda: None,
+            begin: Callable[..., tuple[dict, dict]] | None = None) -> dict:  # fmt: skip
     """One episode in each of the n simulations, ended by `end` ("detector" or "ground-truth") or the horizon.
 
     Returns, over M tuples in all: obs (dict of tensors (M, ...)), tokens long (M, L), entropy (M,) in nats, goals (M),
     row and t long (M,): simulation and time; and per simulation: d float (n, T + 1), truth bool (n, T + 1) of every
     observation, both frozen at the episode's end, length int (n,), detected bool (n,): the episode ended in d <= s.
-    `watch` is called after the reset and after each step.
+    `watch` is called after the reset and after each step; `begin(seed=...)` stands in for `env.reset`.
     """
     actions, steps = action_tokenizer(**env.action_tokens), StepsToGo(env.steps_cap, env.steps_bins)
     n, alive = env.num_envs, np.arange(env.num_envs)  # alive: the simulations whose episode goes on
-    obs, info = env.reset(seed=seed)
+    obs, info = (begin or env.reset)(seed=seed)
     goals = np.array(obs["instruction"], dtype=object)
     sees, reward_sees = look(policy, obs, alive, None), look(reward_model, obs, alive, None)
     d, truth = [reward_model.steps_to_go(reward_sees, goals.tolist(), steps).cpu()], [torch.from_numpy(info["is_success"].copy())]
@@ -151,6 +184,8 @@ def main(cfg: Config) -> None:
     if not 0 <= cfg.gamma <= 1:
         raise UserError(f"--gamma {cfg.gamma}: must be between 0 and 1")
     env = common.make_env(domain, cfg.num_envs, obs=obs_mode)
+    if cfg.operator and not hasattr(env, "ask"):
+        raise UserError(f"--operator: {domain} cannot go on without a reset; practise on tabletop or bananatable")
     policy, reward_model = (common.load(stage1 / f"{name}.safetensors", env) for name in ("policy", "reward"))
     reward_model.requires_grad_(False)
     folder = Path(cfg.out) if cfg.out else common.run_folder(domain, obs_mode, env.default_obs, "stage2", cfg.seed)
@@ -168,12 +203,15 @@ def main(cfg: Config) -> None:
         )
     run.start()
     generator = torch.Generator().manual_seed(cfg.seed)
+    operator = Operator(env, cfg.seed) if cfg.operator else None
     recent: deque[float] = deque(maxlen=5)
     first, env_steps, episodes, best, best_at = 0, 0, 0, float("inf"), recent.maxlen
     if run.state:
         policy.load_state_dict(run.state["policy"])
         optimizer.load_state_dict(run.state["optimizer"])
         generator.set_state(run.state["generator"].cpu())
+        if operator:
+            operator.load_state_dict(run.state["operator"])
         first, env_steps, episodes, best, best_at = (
             run.state[k] for k in ("iteration", "env_steps", "episodes", "best", "best_at")
         )
@@ -189,7 +227,10 @@ def main(cfg: Config) -> None:
             break
         rollouts, buffer, collected = [], [], 0
         while collected < cfg.updates * cfg.batch:  # [Alg. 1, line 2]
-            r = rollout(policy, reward_model, env, 10**9 * (cfg.seed + 1) + episodes, generator, cfg.success, cfg.s)
+            r = rollout(policy, reward_model, env, 10**9 * (cfg.seed + 1) + episodes, generator, cfg.success, cfg.s,
+                        begin=operator and operator.begin)  # fmt: skip
+            if operator:
+                operator.steps += r["length"]
             returns = monte_carlo_returns(rewards(r["d"]), cfg.gamma)  # [Alg. 1, line 4]
             buffer.append((r["obs"], r["tokens"], r["goals"], returns[r["row"], r["t"]].to(device)))  # [Alg. 1, line 5]
             rollouts.append(r)
@@ -218,6 +259,9 @@ def main(cfg: Config) -> None:
                "mean_steps": float(length.mean()), "return_mean": returns.mean().item(),
                "return_std": returns.std().item(), "return_negative": (returns < 0).float().mean().item(),
                "entropy": entropy.mean().item(), "grad_norm": grad_norm.item(), "seconds": run.seconds()}  # fmt: skip
+        if operator:
+            hours = env_steps / env.metadata["render_fps"] / 3600
+            row |= {"interventions": operator.interventions, "robot_hours": hours}
         run.log(iteration + 1, row)
         if iteration % 10 == 9:
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
@@ -227,7 +271,7 @@ def main(cfg: Config) -> None:
             common.write_atomically(folder / "policy.safetensors", lambda p: models.save_model(policy, p))
         run.checkpoint(policy=policy.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
                        iteration=iteration + 1, env_steps=env_steps, episodes=episodes, best=best, best_at=best_at,
-                       recent=list(recent))  # fmt: skip
+                       recent=list(recent), operator=operator and operator.state_dict())  # fmt: skip
 
     import eval as evaluation  # it imports the stages
 

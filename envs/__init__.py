@@ -7,6 +7,7 @@ A domain is a `gymnasium.vector.VectorEnv` (autoreset disabled; `reset(options={
 
     name, default_obs        "pointmass", "state"
     horizon                  steps until truncation
+    recipes                  what Stage 1 takes by kind of observation: model, demonstrations, updates
     steps_cap, steps_bins    the steps-to-go tokens: bins of steps_cap / steps_bins steps
     action_tokens            arguments of `model.action_tokenizer`
     state_names, state_dim   the quantities of obs="state", by name, and the numbers in each
@@ -15,6 +16,7 @@ A domain is a `gymnasium.vector.VectorEnv` (autoreset disabled; `reset(options={
     instructions()           every text of its grammar
     demonstrate(), expert()  actions for the present states: of the demonstrator, and of the best we can script
     questions(), scenes()    Stage 0's questions, and random scenes with a question and its answer
+    ask(), fallen, get_state(), set_state()   where a domain can go on without a reset: `stage2.py --operator`
     track()                  what moves, in shares of the rendered frame; for figures
 
 Ground truth is in `info["is_success"]`, on every step and reset, and nowhere in an observation.

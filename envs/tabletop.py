@@ -38,6 +38,7 @@ Version history
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from dataclasses import dataclass
@@ -253,6 +254,8 @@ class TabletopVectorEnv(VectorEnv):
     """N tables at once. See the module's docstring for spaces, success and episode end."""
 
     name, default_obs = "tabletop", "state"
+    recipes = {"state": {"model": "nano-deep", "episodes": 20_000, "updates": 16_000},
+               "images": {"model": "nano-vision", "episodes": 5000, "updates": 24_000}}  # fmt: skip
     # [m] between the tool and a thing's middle: at the start, when passing, before a push
     clearance, girth, reach = 0.06, 0.045, 0.05
     steps_cap, steps_bins = 100, 50
@@ -355,6 +358,20 @@ class TabletopVectorEnv(VectorEnv):
     def instructions(self) -> list[str]:
         return language.instructions(self.families, len(self.things))
 
+    KEPT = ("target", "t", "texts", "camera", "tasks", "fallen", "meanings", "frames", "speed", "wobble", "pause", "detour", "rngs")
+
+    def get_state(self) -> dict[str, Any]:
+        """All that `set_state` needs to go on exactly from here."""
+        return copy.deepcopy({k: getattr(self, k) for k in self.KEPT} | {"sim": self.sim.state, "friction": self.friction})
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        state = copy.deepcopy(state)
+        self.sim.state[:] = state.pop("sim")
+        friction = state.pop("friction")
+        if friction is not None:
+            self.friction[:] = friction
+        vars(self).update(state)
+
     # --- the scene ----------------------------------------------------------------------------------------------------
     @property
     def pos(self) -> np.ndarray:
@@ -390,8 +407,8 @@ class TabletopVectorEnv(VectorEnv):
             if self.look == "real":
                 self.friction[i] = self.model.dof_frictionloss * rng.uniform(0.7, 1.3)
                 self.camera[i] = rng.uniform(-1, 1, (2, 3)) * [[0.01], [np.pi / 180]]
-            self.speed[i], self.wobble[i], self.pause[i] = 0.03 * rng.uniform(0.45, 1.0), 0, 0
-            self.detour[i] = rng.uniform(low, high) if rng.uniform() < 0.5 else np.nan
+            self.speed[i], self.wobble[i], self.pause[i] = 0.03 * rng.uniform(0.3, 0.9), 0, 0
+            self.detour[i] = rng.uniform(low, high) if rng.uniform() < 0.25 else np.nan
         self.sim.ctrl = self.target
         self.sim.step(rows, nstep=200)
         self.sim.qvel[rows] = 0
@@ -473,15 +490,15 @@ class TabletopVectorEnv(VectorEnv):
         return self._push(np.full(self.num_envs, 0.03))
 
     def demonstrate(self) -> np.ndarray:
-        """People's way, actions float (N, 2) [m]: each at a pace of its own, unsteady, with pauses, half by a detour."""
+        """People's way, actions float (N, 2) [m]: each at a pace of its own, unsteady, with pauses, a quarter by a detour."""
         action = self._push(self.speed)
         to_detour = self.detour - self.target
         far = np.linalg.norm(to_detour, axis=1)
         self.detour[far < 0.03] = np.nan
         action = np.where((far > 0.03)[:, None], self._free(self.detour, self.speed), action)
         for i, rng in enumerate(self.rngs):
-            self.wobble[i] = 0.8 * self.wobble[i] + 0.3 * self.speed[i] * rng.normal(size=2)
-            if self.pause[i] == 0 and rng.uniform() < 0.03:
+            self.wobble[i] = 0.8 * self.wobble[i] + 0.15 * self.speed[i] * rng.normal(size=2)
+            if self.pause[i] == 0 and rng.uniform() < 0.02:
                 self.pause[i] = rng.integers(2, 9)
         still = self.pause > 0
         self.pause = np.maximum(self.pause - 1, 0)

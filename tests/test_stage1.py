@@ -12,6 +12,7 @@ import torch
 
 import common
 import envs
+import eval as evaluation
 import model as models
 import pointmass
 import stage1
@@ -328,6 +329,54 @@ def test_a_domain_that_predicts_instructions_has_a_third_objective(tmp_path, mon
     assert "<unk>" not in tokenizer.encode(QUESTION_INSTRUCTION, add_special_tokens=False).tokens
     with pytest.raises(UserError, match="--batch 2"):
         stage1.main(dataclasses.replace(cfg, batch=2, out="other"))
+
+
+def test_the_third_objective_ends_when_the_held_out_answers_get_worse(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(PointmassVectorEnv, "predicts_instruction", True)
+    monkeypatch.setitem(models.PRESETS, "nano", dataclasses.replace(models.PRESETS["nano"], width=32, depth=1, mlp_dim=32))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: {})
+    cfg = stage1.Config(episodes=11, updates=120, eval_every=10, lr=1e-2, out="run")  # nine episodes are soon learnt by heart
+    stage1.main(cfg)
+    rows = np.genfromtxt("run/metrics.csv", delimiter=",", names=True)
+    worse = np.flatnonzero(np.diff(rows["valid_instruction"]) >= 0)
+    assert len(worse) and worse[0] + 2 < len(rows)
+    asked = np.isfinite(rows["instruction"])
+    assert asked[: worse[0] + 2].all() and not asked[worse[0] + 2 :].any() and np.isfinite(rows["valid_instruction"]).all()
+
+    class Killed(Exception):
+        pass
+
+    def kill(*_, **__):
+        raise Killed
+
+    cut = dataclasses.replace(cfg, out="cut")
+    log, looks = common.Run.log, []
+    monkeypatch.setattr(common.Run, "log", lambda self, *a: kill() if len(looks) > worse[0] + 2 else looks.append(log(self, *a)))
+    with pytest.raises(Killed):
+        stage1.main(cut)
+    monkeypatch.setattr(common.Run, "log", log)
+    stage1.main(dataclasses.replace(cut, resume=True))
+    again = np.genfromtxt("cut/metrics.csv", delimiter=",", names=True)
+    for name in rows.dtype.names[:-1]:  # all but the seconds
+        np.testing.assert_array_equal(rows[name], again[name])
+
+
+def test_data_fractions_are_nested_and_not_the_short_episodes():
+    n, parts = 1000, [stage1.split(1000, f) for f in (0.1, 0.2, 0.8, 1.0)]
+    assert [used.sum() for _, used in parts] == [100, 200, 800, n]
+    for (held, small), (held_too, large) in zip(parts, parts[1:], strict=False):
+        assert not (small & ~large).any() and np.array_equal(held, held_too)
+    held, used = parts[0]
+    assert held.sum() == n // 10 and 3 <= (held & used).sum() <= 20  # a tenth of each part is held out
+    assert 350 < np.flatnonzero(used).mean() < 650  # `record` keeps the short episodes first
+
+
+def test_a_fraction_without_episodes_to_hold_out_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--data-fraction 0.05.*--episodes"):
+        stage1.main(stage1.Config(episodes=12, data_fraction=0.05, updates=1, out="run"))
+    assert not Path("run").exists()
 
 
 def test_a_short_run_writes_what_stage2_reads(tmp_path, monkeypatch):
