@@ -62,7 +62,8 @@ LOW, HIGH = np.array([0.15, -0.3048]), np.array([0.60, 0.3048])  # the tool's wo
 CENTRE, INSET = (LOW + HIGH) / 2, 0.08  # where things start, less INSET a side
 BOARD_CENTRE, BOARD_HALF = np.array([0.35, 0.0]), np.array([0.2286, 0.3048])
 ACTION_LIMIT = 0.1  # [m] a step
-TOOL_RADIUS, BLOCK_HEIGHT = 0.0127, 0.0381  # [m]
+TOOL_RADIUS, TOOL_MASS, BLOCK_HEIGHT = 0.0127, 0.1, 0.0381  # [m], [kg], [m]
+SIZES = {"cube": (0.0397, 0.0397), "moon": (0.0257, 0.0525), "pentagon": (0.0413, 0.0444), "star": (0.0408, 0.0444)}  # x, y [m]
 RGB = {"red": "1 .4 .4", "blue": ".4 .4 1", "green": ".4 1 .4", "yellow": "1 1 .4"}
 DULL = {"red": ".7 .25 .2", "blue": ".2 .3 .6", "green": ".25 .55 .3", "yellow": ".75 .65 .2"}
 CAMERA_POS, CAMERA_X, CAMERA_Y = np.array([0.75, 0, 0.5]), np.array([0, 1.0, 0]), np.array([-0.809017, 0, 0.587785])
@@ -73,24 +74,25 @@ BANANA = 0.1 * np.stack([np.cos(_ARC), np.sin(_ARC)], 1) - [0.0885, 0]  # its sp
 
 
 def outline(shape: str) -> np.ndarray:
-    """A block's outline seen from above, float (n, 2) [m], counter-clockwise; sizes from LanguageTable's meshes."""
+    """A block's outline seen from above, float (n, 2) [m], counter-clockwise; as wide and long as LanguageTable's meshes."""
     if shape == "cube":
-        return 0.0397 / 2 * np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
-    n = {"pentagon": 5, "star": 10, "moon": 18}[shape]
-    angle = 2 * np.pi * np.arange(n) / n
-    if shape == "moon":  # a crescent: half a disc, less half of a flatter ellipse
-        outer, inner = (np.linspace(-np.pi / 2, s * np.pi / 2, 9) for s in (1, 1))
-        points = np.concatenate([np.c_[np.cos(outer), np.sin(outer)], np.c_[0.4 * np.cos(inner), np.sin(inner)][-2:0:-1]])
-        return 0.02625 * (points - [0.6, 0])
-    radius = np.where(np.arange(n) % 2 == 0, 1.0, 0.5 if shape == "star" else 1.0)
-    return 0.02333 * radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+        points = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
+    elif shape == "moon":  # a crescent: half a disc, less half of a flatter ellipse
+        arc = np.linspace(-np.pi / 2, np.pi / 2, 9)
+        outer, inner = (np.c_[flat * np.cos(arc), np.sin(arc)] for flat in (1, 0.4))
+        points = np.concatenate([outer, inner[-2:0:-1]]) - [0.6, 0]
+    else:
+        n, dent = {"pentagon": (5, 1), "star": (10, 0.5)}[shape]
+        angle, radius = 2 * np.pi * np.arange(n) / n, np.where(np.arange(n) % 2 == 0, 1, dent)
+        points = radius[:, None] * np.c_[np.cos(angle), np.sin(angle)]
+    return points * SIZES[shape] / np.ptp(points, 0)
 
 
 def prism(name: str, points: np.ndarray) -> str:
     """A MuJoCo mesh, BLOCK_HEIGHT high. It is drawn as it is and collides as its convex hull, as in LanguageTable."""
     n = len(points)
     vertex = np.concatenate([np.c_[points, np.full(n, z)] for z in (0, BLOCK_HEIGHT)])
-    if name == "moon":  # strips between the outer (0..8) and the inner arc (8..17, 0)
+    if name == "moon":  # strips between the outer (0..8) and the inner arc (8..15, 0)
         inner = [0, *range(n - 1, 8, -1), 8]
         top = [f for i in range(8) for f in ((i, i + 1, inner[i + 1]), (i, inner[i + 1], inner[i]))]
         top = [f for f in top if len(set(f)) == 3]
@@ -117,17 +119,22 @@ def scene(things: tuple[str, ...], look: str) -> str:
     bodies = ""
     for name in things:
         if name == "banana":  # five capsules, 120 g
-            at, fat = BANANA, (0.012, 0.016, 0.018, 0.016, 0.012)
-            geoms = "".join(f'<geom type="capsule" fromto="{p[0]:.4f} {p[1]:.4f} .019 {q[0]:.4f} {q[1]:.4f} .019" size="{r}" '
-                            f'mass=".024" rgba=".95 .85 .2 1"/>' for p, q, r in zip(at[:-1], at[1:], fat, strict=True))  # fmt: skip
+            ends, fat = [f"{x:.4f} {y:.4f} .019" for x, y in BANANA], (0.012, 0.016, 0.018, 0.016, 0.012)
+            geoms = "".join(
+                f'<geom type="capsule" fromto="{p} {q}" size="{r}" mass=".024" rgba=".95 .85 .2 1"/>'
+                for p, q, r in zip(ends[:-1], ends[1:], fat, strict=True)
+            )
             bodies += body(name, geoms, 0.12, 0.045)
         else:
             colour, shape = name.split()
             bodies += body(name, f'<geom type="mesh" mesh="{shape}" mass=".01" rgba="{colours[colour]} 1"/>', 0.01, 0.015)
-    # 1 - e^(-1/240/lag) = 10 % (6 %) of the way a substep; a light tool on a stiff spring adds next to no delay
-    lag, kp = 1 / (-240 * np.log(0.94 if real else 0.9)), 1000
+    # LanguageTable's tool is one substep late, then covers 10 % (6 %) of what is left in each: e_n = slow^(n-1). A spring
+    # and a damper on a mass have e_n = A slow^n + B fast^n; this `fast` makes A = 1 / slow
+    slow = 0.94 if real else 0.9
+    fast = slow / (1 + slow)
+    stiff = 240**2 * TOOL_MASS * (1 - slow) * (1 - fast) / (slow * fast)
     tool = "".join(
-        f'<joint name="tool {k}" type="slide" axis="{a}" damping="{kp * lag:.4g}"/>'
+        f'<joint name="tool {k}" type="slide" axis="{a}" damping="{240 * TOOL_MASS * (1 / (slow * fast) - 1):.6g}"/>'
         for k, a in zip("xy", ("1 0 0", "0 1 0"), strict=True)
     )
     light = 'pos=".4 1 1" dir="0 -.7 -.7" diffuse=".8 .75 .6"' if real else 'pos=".4 0 2" dir="0 0 -1" diffuse=".7 .7 .7"'
@@ -145,15 +152,17 @@ def scene(things: tuple[str, ...], look: str) -> str:
         <light {light} castshadow="false"/>
         <camera name="front" pos="{" ".join(map(str, CAMERA_POS))}" xyaxes="{" ".join(map(str, [*CAMERA_X, *CAMERA_Y]))}"
                 resolution="320 180" sensorsize=".32 .18" focal="{0.32 * FOCAL} {0.32 * FOCAL}"/>
-        <geom type="plane" size="2 2 .1" pos="0 0 -.002" rgba="{".75 .7 .6" if real else ".9 .9 .9"} 1" contype="0" conaffinity="0"/>
+        <geom type="plane" size="2 2 .1" pos="0 0 -.002" contype="0" conaffinity="0"
+              rgba="{".75 .7 .6" if real else ".9 .9 .9"} 1"/>
         <geom type="box" size="{BOARD_HALF[0]} {BOARD_HALF[1]} .001" pos="{BOARD_CENTRE[0]} 0 -.001"
               rgba="{".35 .27 .2" if real else ".2 .2 .2"} 1" contype="0" conaffinity="0"/>
         {bodies}
         <body name="tool"> {tool}
-          <geom type="cylinder" size="{TOOL_RADIUS} .0675" pos="0 0 .0755" mass=".1" friction=".5 0 0" rgba=".5 .5 .5 1"/>
+          <geom type="cylinder" size="{TOOL_RADIUS} .0675" pos="0 0 .0755" mass="{TOOL_MASS}" friction=".5 0 0"
+                rgba=".5 .5 .5 1"/>
         </body>
       </worldbody>
-      <actuator> <position joint="tool x" kp="{kp}"/> <position joint="tool y" kp="{kp}"/> </actuator>
+      <actuator> <position joint="tool x" kp="{stiff:.6g}"/> <position joint="tool y" kp="{stiff:.6g}"/> </actuator>
     </mujoco>"""
 
 
@@ -215,20 +224,20 @@ class Tasks:
                 self.weights[i, list(meaning.target)], self.away[i], self.radius[i] = 1 / len(meaning.target), 0.10, 0.025
         self.anchor[i] = self.weights[i] @ pos
 
-    def points(self, pos: np.ndarray, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
+    def points(self, pos: np.ndarray) -> np.ndarray:
         """The ten points, float (N, 10, 2) [m], for blocks at pos float (N, B, 2)."""
-        anchor = np.einsum("nb,nbd->nd", self.weights[rows], pos)
-        gap = pos[np.arange(len(pos)), self.block[rows]] - anchor
+        anchor = np.einsum("nb,nbd->nd", self.weights, pos)
+        gap = pos[np.arange(len(pos)), self.block] - anchor
         unit = gap / np.maximum(np.linalg.norm(gap, axis=1, keepdims=True), 1e-9)
-        point = self.fixed[rows] + anchor + self.away[rows, None] * unit
-        return point[:, None] + self.SCALES[:, None] * self.offset[rows][:, None]
+        point = self.fixed + anchor + self.away[:, None] * unit
+        return point[:, None] + self.SCALES[:, None] * self.offset[:, None]
 
-    def solved(self, pos: np.ndarray, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
+    def solved(self, pos: np.ndarray) -> np.ndarray:
         """The rule, bool (N,), for blocks at pos float (N, B, 2)."""
-        block = pos[np.arange(len(pos)), self.block[rows]]
-        near = np.linalg.norm(self.points(pos, rows) - block[:, None], axis=2).min(1) < self.radius[rows]
-        moved = np.linalg.norm(np.einsum("nb,nbd->nd", self.weights[rows], pos) - self.anchor[rows], axis=1)
-        return near & (moved <= self.drift[rows])
+        block = pos[np.arange(len(pos)), self.block]
+        near = np.linalg.norm(self.points(pos) - block[:, None], axis=2).min(1) < self.radius
+        moved = np.linalg.norm(np.einsum("nb,nbd->nd", self.weights, pos) - self.anchor, axis=1)
+        return near & (moved <= self.drift)
 
 
 def around(start: np.ndarray, goal: np.ndarray, obstacles: np.ndarray, radius: np.ndarray) -> np.ndarray:
@@ -313,9 +322,10 @@ class TabletopVectorEnv(VectorEnv):
             seeds = range(seed, seed + self.num_envs) if isinstance(seed, int | np.integer) else seed
             self.rngs = [np.random.default_rng(s) if m else r for s, r, m in zip(seeds, self.rngs, mask, strict=True)]
         pending = np.flatnonzero(mask)
+        asked = {i: self._family(i) for i in pending}  # once: else the rare ones, like separate_blocks, get rarer
         while len(pending):  # until every simulation has an instruction
             self._place(pending)
-            pending = pending[[not self._ask(i) for i in pending]]
+            pending = pending[[not self._ask(i, asked[i]) for i in pending]]
         self.t[mask] = 0
         self._draw(mask, first=True)
         return self._observe(), self._info()
@@ -326,7 +336,9 @@ class TabletopVectorEnv(VectorEnv):
         Where no instruction can be asked of the present scene, the old one stays. Returns what `reset` does.
         """
         for i in np.flatnonzero(mask):
-            self._ask(i)
+            for _ in range(20):  # a draw may be fulfilled already
+                if self._ask(i, self._family(i)):
+                    break
         self.t[mask] = 0
         return self._observe(), self._info()
 
@@ -358,7 +370,8 @@ class TabletopVectorEnv(VectorEnv):
     def instructions(self) -> list[str]:
         return language.instructions(self.families, len(self.things))
 
-    KEPT = ("target", "t", "texts", "camera", "tasks", "fallen", "meanings", "frames", "speed", "wobble", "pause", "detour", "rngs")
+    KEPT = ("target", "t", "texts", "camera", "tasks", "fallen", "meanings", "frames", "speed", "wobble", "pause", "detour",
+            "rngs")  # fmt: skip
 
     def get_state(self) -> dict[str, Any]:
         """All that `set_state` needs to go on exactly from here."""
@@ -423,15 +436,19 @@ class TabletopVectorEnv(VectorEnv):
             self.pos[rows[i], k] = -0.4, 0.1 * (k - len(self.things) / 2)
             self.sim.qvel[rows[i], 3 * k : 3 * k + 3] = 0
 
-    def _ask(self, i: int) -> bool:
-        """Draw an instruction for simulation i that its scene does not fulfil yet; False if there is none."""
-        rng, pos = self.rngs[i], self.pos[i]
-        meaning = propose(self.families[rng.integers(len(self.families))], pos, ~self.fallen[i], self.things, rng)
+    def _family(self, i: int) -> str:
+        return self.families[self.rngs[i].integers(len(self.families))]
+
+    def _ask(self, i: int, family: str) -> bool:
+        """Draw an instruction for simulation i; False, and all as before, if its scene has none or already fulfils it."""
+        rng, pos, trial = self.rngs[i], self.pos[i], Tasks.empty(1, len(self.things))
+        meaning = propose(family, pos, ~self.fallen[i], self.things, rng)
         if meaning is None:
             return False
-        self.tasks.assign(i, meaning, pos)
-        if self.tasks.solved(pos[None], np.array([i]))[0]:
+        trial.assign(0, meaning, pos)
+        if trial.solved(pos[None])[0]:
             return False
+        self.tasks.assign(i, meaning, pos)
         self.meanings[i], self.texts[i] = meaning, self._say(meaning, rng)
         return True
 
@@ -439,8 +456,9 @@ class TabletopVectorEnv(VectorEnv):
         return language.sample(meaning, len(self.things), rng)
 
     def _info(self) -> dict[str, np.ndarray]:
-        fallen = self.fallen[np.arange(self.num_envs), self.tasks.block]
-        return {"is_success": self.tasks.solved(self.pos) & ~fallen, "fallen": self.fallen.any(1)}
+        part = self.tasks.weights > 0  # in the rule: where a fallen block lies must not fulfil it either
+        part[np.arange(self.num_envs), self.tasks.block] = True
+        return {"is_success": self.tasks.solved(self.pos) & ~(part & self.fallen).any(1), "fallen": self.fallen.any(1)}
 
     def _observe(self) -> dict[str, Any]:
         if self.obs == "images":
@@ -471,7 +489,7 @@ class TabletopVectorEnv(VectorEnv):
                 self.renderers[height, width] = mujoco.Renderer(self.model, height, width)
             except Exception as e:  # each GL backend raises its own kind
                 raise ValueError(f"--obs images: MuJoCo cannot render here ({e}); install EGL or OSMesa (libegl1, libosmesa6) "
-                                 "and set MUJOCO_GL to egl or osmesa") from e  # fmt: skip
+                                 "and set MUJOCO_GL to egl or osmesa before mujoco is imported") from e  # fmt: skip
             self.shared = mujoco.MjData(self.model)
         renderer, data = self.renderers[height, width], self.shared
         data.qpos[:] = qpos
@@ -487,7 +505,7 @@ class TabletopVectorEnv(VectorEnv):
     # --- who shows how ------------------------------------------------------------------------------------------------
     def expert(self) -> np.ndarray:
         """The best we can script, actions float (N, 2) [m]: straight and as fast as action tokens go."""
-        return self._push(np.full(self.num_envs, 0.03))
+        return np.clip(self._push(np.full(self.num_envs, 0.03)), -0.03, 0.03)
 
     def demonstrate(self) -> np.ndarray:
         """People's way, actions float (N, 2) [m]: each at a pace of its own, unsteady, with pauses, a quarter by a detour."""
@@ -569,7 +587,7 @@ def propose(family: str, pos: np.ndarray, there: np.ndarray, things: tuple[str, 
                 centroid = pos[blocks[close[k]]].mean(0)
                 away = pos[blocks[k]] - centroid
                 if inside(centroid + 0.10 * away / max(np.linalg.norm(away), 1e-9)):
-                    return Meaning(family, int(blocks[k]), tuple(int(b) for b in blocks[close[k]]))
+                    return Meaning(family, int(blocks[k]), tuple(int(blocks[b]) for b in gap[k].argsort() if close[k, b]))
     return None
 
 

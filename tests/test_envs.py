@@ -17,14 +17,17 @@ from envs.pointmass import ACTION_LIMIT, COLOURS, POINT_RADIUS, WALL, draw
 
 MODES = ["state", "images"]
 N = 6
+RENDERED = {"pointmass": (256, 256, 3), "tabletop": (180, 320, 3), "bananatable": (180, 320, 3)}
+every_domain = pytest.mark.parametrize("name", list(envs.DOMAINS))
 
 
-def domain(num_envs: int = N, obs: str = "state", **kwargs):
-    return envs.make_vec("pointmass", num_envs, obs=obs, **kwargs)
+def domain(num_envs: int = N, obs: str = "state", name: str = "pointmass", **kwargs):
+    return envs.make_vec(name, num_envs, obs=obs, **kwargs)
 
 
-def actions(rng: np.random.Generator, n: int = N) -> np.ndarray:
-    return rng.uniform(-ACTION_LIMIT, ACTION_LIMIT, (n, 2)).astype(np.float32)
+def actions(rng: np.random.Generator, n: int = N, name: str = "pointmass") -> np.ndarray:
+    limit = {"pointmass": ACTION_LIMIT, "tabletop": 0.1, "bananatable": 0.1}[name]
+    return rng.uniform(-limit, limit, (n, 2)).astype(np.float32)
 
 
 def same(a: dict, b: dict) -> bool:
@@ -34,21 +37,22 @@ def same(a: dict, b: dict) -> bool:
 
 # --- the contract of a domain -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("obs", MODES)
-@pytest.mark.parametrize("name", list(envs.DOMAINS))
+@every_domain
 def test_gymnasium_accepts_the_single_view(name, obs):
     env = gym.make(envs.DOMAINS[name], obs=obs, render_mode="rgb_array").unwrapped
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*(infinity|-inf|inf).*")  # a state has no bounds
         check_env(env)
     assert set(env.observation_space.keys()) == {"instruction", obs}  # nothing else, the goal's position neither
-    assert env.render().shape == (256, 256, 3) and env.render().dtype == np.uint8
+    assert env.render().shape == RENDERED[name] and env.render().dtype == np.uint8
     env.close()
 
 
 @pytest.mark.parametrize("obs", MODES)
-def test_single_view_and_batch_give_the_same_trajectories(obs):
-    batch, rng = domain(obs=obs), np.random.default_rng(0)
-    singles = [gym.make(envs.DOMAINS["pointmass"], obs=obs).unwrapped for _ in range(N)]
+@every_domain
+def test_single_view_and_batch_give_the_same_trajectories(name, obs):
+    batch, rng = domain(obs=obs, name=name), np.random.default_rng(0)
+    singles = [gym.make(envs.DOMAINS[name], obs=obs).unwrapped for _ in range(N)]
     ours, theirs = batch.reset(seed=100), [env.reset(seed=100 + i) for i, env in enumerate(singles)]
     for _ in range(12):
         assert set(ours[0]) == {"instruction", obs}
@@ -57,23 +61,27 @@ def test_single_view_and_batch_give_the_same_trajectories(obs):
             assert all(np.array_equal(single[k], ours[0][k][i]) for k in single)
             assert rest == [x[i] for x in ours[1:-1]]  # reward, terminated, truncated, after a step
             assert info.keys() == ours[-1].keys() and all(info[k] == ours[-1][k][i] for k in info)
-        a = actions(rng)
+        a = actions(rng, name=name)
         ours, theirs = batch.step(a), [env.step(x) for env, x in zip(singles, a, strict=True)]
 
 
 @pytest.mark.parametrize("obs", MODES)
-def test_the_same_seed_gives_the_same_batch(obs):
-    (first, _), (second, _), (other, _), (listed, _) = (domain(obs=obs).reset(seed=s) for s in (5, 5, 50, list(range(5, 5 + N))))
+@every_domain
+def test_the_same_seed_gives_the_same_batch(name, obs):
+    (first, _), (second, _), (other, _), (listed, _) = (
+        domain(obs=obs, name=name).reset(seed=s) for s in (5, 5, 50, list(range(5, 5 + N)))
+    )
     assert same(first, second) and same(first, listed) and not same(first, other)
     assert len({x.tobytes() for x in first[obs]}) == N  # and its simulations differ
 
 
 @pytest.mark.parametrize("obs", MODES)
-def test_partial_reset_leaves_the_others_untouched(obs):
-    env, untouched, rng = domain(obs=obs), domain(obs=obs), np.random.default_rng(1)
+@every_domain
+def test_partial_reset_leaves_the_others_untouched(name, obs):
+    env, untouched, rng = domain(obs=obs, name=name), domain(obs=obs, name=name), np.random.default_rng(1)
     env.reset(seed=3), untouched.reset(seed=3)
     for _ in range(5):
-        a = actions(rng)
+        a = actions(rng, name=name)
         before, untouched_obs = env.step(a)[0], untouched.step(a)[0]
     mask = np.array([True, False, False, True, False, False])
     after, info = env.reset(options={"reset_mask": mask})
@@ -82,7 +90,7 @@ def test_partial_reset_leaves_the_others_untouched(obs):
         [t for t, m in zip(before["instruction"], mask, strict=True) if not m]  # fmt: skip
     assert env.t[mask].tolist() == [0, 0] and env.t[~mask].tolist() == [5] * 4 and not info["is_success"].any()
     for _ in range(5):
-        a = actions(rng)
+        a = actions(rng, name=name)
         ours, theirs = env.step(a), untouched.step(a)
         assert np.array_equal(ours[0][obs][~mask], theirs[0][obs][~mask])
         for x, y in zip(ours[1:4], theirs[1:4], strict=True):
@@ -90,34 +98,37 @@ def test_partial_reset_leaves_the_others_untouched(obs):
     assert not same(ours[0], untouched_obs)
 
 
-def test_a_partial_reset_of_nobody_changes_nothing():
+@every_domain
+def test_a_partial_reset_of_nobody_changes_nothing(name):
     for obs in MODES:
-        env = domain(obs=obs)
+        env = domain(obs=obs, name=name)
         before, _ = env.reset(seed=0)
         assert same(env.reset(options={"reset_mask": np.zeros(N, bool)})[0], before)
 
 
-def test_nothing_resets_by_itself():
-    env = domain(2)
+@every_domain
+def test_nothing_resets_by_itself(name):
+    env = domain(2, name=name)
     assert env.metadata["autoreset_mode"] is AutoresetMode.DISABLED
     env.reset(seed=0)
     for t in range(env.horizon + 3):
         _, _, terminated, truncated, _ = env.step(np.zeros((2, 2)))
-        assert not terminated.any()  # at rest, a start is 0.3 from every goal
+        assert not terminated.any()  # at rest, and no start is in its goal
         assert truncated.all() == truncated.any() == (t + 1 >= env.horizon)
     assert env.t.tolist() == [env.horizon + 3] * 2
 
 
 @pytest.mark.parametrize("obs", MODES)
-def test_observations_handed_out_do_not_change_later(obs):
-    env, rng, kept = domain(obs=obs), np.random.default_rng(2), []
+@every_domain
+def test_observations_handed_out_do_not_change_later(name, obs):
+    env, rng, kept = domain(obs=obs, name=name), np.random.default_rng(2), []
 
     def keep(*values):
         kept.append((values, copy.deepcopy(values)))
 
     keep(*env.reset(seed=0))
     for t in range(8):
-        keep(*env.step(actions(rng)))
+        keep(*env.step(actions(rng, name=name)))
         if t % 3 == 2:
             keep(*env.reset(options={"reset_mask": np.arange(N) % 2 == 0}))
     for now, then in kept:
@@ -126,23 +137,30 @@ def test_observations_handed_out_do_not_change_later(obs):
 
 
 @pytest.mark.parametrize("obs", MODES)
-def test_observations_are_in_the_space(obs):
-    env, rng = domain(obs=obs), np.random.default_rng(3)
+@every_domain
+def test_observations_are_in_the_space(name, obs):
+    env, rng = domain(obs=obs, name=name), np.random.default_rng(3)
     o, _ = env.reset(seed=0)
     for _ in range(4):
         for i in range(N):
             assert env.single_observation_space.contains({k: v[i] for k, v in o.items()})
-        assert env.single_action_space.contains(actions(rng)[0])
-        o = env.step(actions(rng))[0]
+        assert env.single_action_space.contains(actions(rng, name=name)[0])
+        o = env.step(actions(rng, name=name))[0]
     assert len(env.demonstrate()) == N
 
 
-def test_every_instruction_is_in_the_grammar_and_the_grammar_in_the_instructions():
+def test_the_pointmass_asks_all_of_its_grammar():
     seen = set(domain(2000).reset(seed=0)[0]["instruction"])
     grammar = envs.make_vec("pointmass", 1).instructions()
     assert len(grammar) == len(set(grammar)) == 36
     assert seen == set(grammar)
-    space = domain(1).single_observation_space["instruction"]
+
+
+@every_domain
+def test_every_instruction_is_in_the_grammar_and_the_space(name):
+    env = domain(300, name=name, **({"family": "mixed", "blocks": 8} if name == "tabletop" else {}))
+    grammar, space = env.instructions(), env.single_observation_space["instruction"]
+    assert len(grammar) == len(set(grammar)) and set(env.reset(seed=0)[0]["instruction"]) <= set(grammar)
     assert all(space.contains(text) for text in grammar)
 
 
