@@ -529,7 +529,8 @@ def fill(module: nn.Module, files: list[Path], way_out: str, rename: Callable[[s
 def save_model(model: EFM, path: Path) -> None:
     """Weights, sizes and vocabulary in one safetensors file."""
     # one entry: safetensors writes several in random order, and equal models would be unequal files
-    meta = {"nanoEFM": json.dumps({"config": asdict(model.cfg), "tokenizer": model.tokenizer.tokenizer.to_str()})}
+    made_with = {"config": asdict(model.cfg), "tokenizer": model.tokenizer.tokenizer.to_str()}
+    meta = {"nanoEFM": json.dumps(made_with, ensure_ascii=False)}
     safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path, meta)
 
 

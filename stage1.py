@@ -15,7 +15,7 @@ go its reward model and success detector. They need not be the same moment of tr
     python stage1.py                          # pointmass from states, 3 minutes on two CPU cores
     python stage1.py --obs images --seed 1    # the same from 32 x 32 frames
     python stage1.py --resume                 # continue an interrupted run, exactly
-    python stage1.py --model paligemma --weights google/paligemma-3b-pt-224 --batch 8 --lr 1e-5    # a GPU of 80 GB
+    python stage1.py --model paligemma --weights google/paligemma-3b-pt-224 --batch 8 --lr 1e-5
 """
 
 from __future__ import annotations

@@ -168,9 +168,15 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(torchvision_ops, tmp_
         got = ours.get_parameter(models.rename(key))
         assert got.dtype == torch.bfloat16 and torch.equal(got, p), key
     exact, images = models.load_paligemma(tmp_path, dtype=torch.float32), frames("grouped")
+    inputs, seen = reference_inputs(half, images, WORDS, TEXTS), []
+    ours.vision_tower.patch_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    ours.encode_images(images)
+    assert torch.equal(seen[0], inputs["pixel_values"])  # rounded once
+    embeddings = half.get_input_embeddings()(inputs["input_ids"])
+    assert torch.equal(ours.language_model.embed(inputs["input_ids"]), embeddings)  # as is the factor sqrt(D)
     ids, valid = ours.tokenizer.answers(TEXTS)
     with torch.no_grad():
-        expected = half(**reference_inputs(half, images, WORDS, TEXTS)).logits.float()
+        expected = half(**inputs).logits.float()
         got, exact = (m.logits(m.hidden({"images": images}, WORDS, ids), None).float() for m in (ours, exact))
     lengths = valid.sum(1).tolist()
     error = torch.cat([got[i, :n] - exact[i, :n] for i, n in enumerate(lengths)]).pow(2).mean().sqrt()
@@ -365,11 +371,13 @@ def test_memory_peaks_at_the_size_of_the_weights(tmp_path):
     script = """
 import re, sys, torch, model
 def memory(what): return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+kept = []
 for dtype in (torch.bfloat16, torch.float32):
     model.load_paligemma(sys.argv[1] + "/small", dtype)
     open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
     before = memory("VmRSS")
-    size = sum(p.nbytes for p in model.load_paligemma(sys.argv[1] + "/large", dtype).parameters())
+    kept = kept + [model.load_paligemma(sys.argv[1] + "/large", dtype)]  # a freed one would make room unseen
+    size = sum(p.nbytes for p in kept[-1].parameters())
     print(size, (memory("VmHWM") - before) / size)
 """
     out = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True,
