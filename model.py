@@ -470,10 +470,10 @@ def blame(path: Path | str, way_out: str) -> Iterator[None]:
     """Whatever goes wrong inside is the fault of `path`: a ValueError of one line with a way out."""
     try:
         yield
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; {way_out}") from None
     except Exception as e:  # safetensors, tokenizers, torch and the hub each raise their own kinds
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        if isinstance(e, FileNotFoundError) and isinstance(path, Path):
+            reason = "no such file"
         raise ValueError(f"{path}: {reason}; {way_out}") from None
 
 
@@ -577,6 +577,7 @@ def sizes(config: dict, names: dict[str, tuple[str, Any]], **must: tuple) -> dic
 
 
 def decoder_sizes(text: dict) -> dict[str, Any]:
+    """The decoder's fields of EFMConfig from Gemma's config.json, or PaliGemma's text_config. Raises ValueError as `sizes`."""
     if text.get("model_type") == "gemma2":
         raise ValueError("the decoder is Gemma 2, with more norms and capped logits; model.py has PaliGemma 1's")
     rope = text.get("rope_parameters") or {"rope_theta": text.get("rope_theta", 10_000.0)} | (text.get("rope_scaling") or {})
@@ -587,8 +588,11 @@ def decoder_sizes(text: dict) -> dict[str, Any]:
     return found | {"rope_theta": float(rope.get("rope_theta", 10_000.0))}
 
 
-def published(weights: str | Path, model_type: str) -> tuple[dict, Tokenizer | tokenizers.Tokenizer, list[Path]]:
-    """config.json, tokenizer and safetensors files of a folder, or of the hub repository that `weights` names."""
+def published(weights: str | Path, model_type: str) -> tuple[dict, tokenizers.Tokenizer, list[Path]]:
+    """config.json, tokenizer and safetensors files of a folder, or of the hub repository that `weights` names.
+
+    Raises ValueError, one line, if one of them is missing or damaged, or if they are not of a `model_type`.
+    """
     folder = Path(weights)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(weights)):
@@ -605,7 +609,7 @@ def published(weights: str | Path, model_type: str) -> tuple[dict, Tokenizer | t
     names = ["model.safetensors"]
     if index.exists():
         with blame(index, way_out):
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values())) or names
     return config, tokenizer, [folder / name for name in names]
 
 
@@ -647,9 +651,9 @@ def timm_vit(name: str, pretrained: bool) -> tuple[dict[str, int], dict[str, Ten
     Ours: no class token, learned positions, pre-LayerNorm blocks, tanh GELU, pixels in [-1, 1]. SigLIP's pooling head is
     dropped. SigLIP was trained with the tanh GELU (jax.nn.gelu in big_vision); some of timm's entries have the exact one.
     """
-    with blame(f"timm:{name}", "choose a SigLIP tower, such as timm:vit_so400m_patch14_siglip_224"):
+    with blame(f"timm:{name}", "pip install timm"):
         import timm
-
+    with blame(f"timm:{name}", "choose a SigLIP tower, such as timm:vit_so400m_patch14_siglip_224"):
         gelu = {"act_layer": "gelu_tanh"} if "siglip" in name else {}
         vit = timm.create_model(name, pretrained=pretrained, num_classes=0, **gelu)
         block, side, patch = vit.blocks[0], vit.patch_embed.img_size, vit.patch_embed.patch_size

@@ -330,9 +330,10 @@ def test_a_missing_shard(oracle, tmp_path):
     gone.unlink()
     with pytest.raises(ValueError, match=f"{re.escape(str(gone))}: no such file"):
         models.load_paligemma(folder)
-    (folder / "model.safetensors.index.json").write_text("[")
-    with pytest.raises(ValueError, match="index.json"):
-        models.load_paligemma(folder)
+    for content, culprit in (("[", "index.json"), ("{}", "index.json"), ('{"weight_map": {}}', "model.safetensors: no such")):
+        (folder / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(ValueError, match=culprit):
+            models.load_paligemma(folder)
 
 
 def test_a_hub_id_out_of_reach_says_what_to_do(monkeypatch):
@@ -341,6 +342,7 @@ def test_a_hub_id_out_of_reach_says_what_to_do(monkeypatch):
     with pytest.raises(ValueError, match=r"google/paligemma-3b-pt-224: .*; accept its licence .*hf auth login.*folder") as error:
         models.load_paligemma("google/paligemma-3b-pt-224")
     assert "\n" not in str(error.value)
+    assert "offline" in str(error.value).lower()
     for name in ("weights", "a/b/c", "../weights/x", "~/x", ""):
         with pytest.raises(ValueError, match="neither a folder nor the id") as error:
             models.load_paligemma(name or "no such folder")
@@ -435,6 +437,12 @@ def test_another_vit_is_refused_in_one_line(timm_models, monkeypatch, name, sett
     with pytest.raises(ValueError, match=rf"^timm:{name}: .*; choose") as error:
         models.timm_vit(name, pretrained=False)
     assert "\n" not in str(error.value)
+
+
+def test_without_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="^timm:vit_base_patch16_siglip_224: .*timm.*; pip install timm$"):
+        models.timm_vit("vit_base_patch16_siglip_224", pretrained=True)
 
 
 @pytest.mark.parametrize("numbers", [False, True])
