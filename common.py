@@ -80,8 +80,9 @@ def load(path: Path, env: VectorEnv) -> EFM:
     except ValueError as e:
         raise UserError(e) from None
     needs = (env.size, ()) if env.obs == "images" else (0, env.state_names)
+    reads = env.size if model.cfg.resize else model.cfg.image_size
     words = model.tokenizer.tokenizer.encode(" ".join(env.instructions()), add_special_tokens=False).tokens
-    if (model.cfg.image_size, model.cfg.state_names) != needs or "<unk>" in words:
+    if (reads, model.cfg.state_names) != needs or "<unk>" in words:
         raise UserError(f"{path}: this model is not for --domain {env.name} --obs {env.obs}; name another run")
     return model
 

@@ -15,6 +15,7 @@ go its reward model and success detector. They need not be the same moment of tr
     python stage1.py                          # pointmass from states, 3 minutes on two CPU cores
     python stage1.py --obs images --seed 1    # the same from 32 x 32 frames
     python stage1.py --resume                 # continue an interrupted run, exactly
+    python stage1.py --model paligemma --weights google/paligemma-3b-pt-224 --batch 8 --lr 1e-5
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,14 +33,16 @@ import common
 import envs
 import model as models
 from common import Run, UserError
-from model import EFM, QUESTION_ACTION, QUESTION_INSTRUCTION, QUESTION_STEPS, StepsToGo, Tokenizer, action_tokenizer
+from model import EFM, QUESTION_ACTION, QUESTION_INSTRUCTION, QUESTION_STEPS, EFMConfig, StepsToGo, Tokenizer, action_tokenizer
 
 
 @dataclass
 class Config:
     domain: str = "pointmass"  # one of envs.DOMAINS
     obs: str = ""  # state or images; empty: the domain's default
-    model: str = ""  # a preset of model.PRESETS; empty: the domain's for its kind of observation
+    model: str = ""  # a preset of model.PRESETS or, with --weights, paligemma; empty: the domain's
+    weights: str = ""  # folder or hub id of PaliGemma, or, with --vit, of Gemma
+    vit: str = ""  # timm:NAME, a vision tower of its own: the paper's Uni-PaLI; without --weights the decoder is random
     init: str = ""  # folder of a Stage 0 run to start from; empty: the domain's newest if obs is images; "none": from scratch
     seed: int = 0  # weights, demonstrations, batches
     episodes: int = 0  # demonstrations to record with the domain's expert; 0: what the domain takes
@@ -199,15 +203,38 @@ def instruction_loss(model: EFM, obs: dict[str, Tensor], goals: list[str]) -> Te
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
+def initial_model(cfg: Config, env: VectorEnv, init: Path | None) -> EFM:
+    """From a Stage 0 run, from pre-trained weights or from scratch: the paper's PaLI, Uni-PaLI and Scratch variants."""
+    if init:
+        return common.load(init / "policy.safetensors", env)
+    tokenizer = Tokenizer.train([*env.instructions(), *env.state_names] + [QUESTION_INSTRUCTION] * env.predicts_instruction)
+    try:
+        if cfg.vit:
+            sizes = models.PRESETS.get(cfg.model, EFMConfig())
+            return models.load_unimodal(cfg.vit, cfg.weights, sizes, tokenizer).to(common.device())
+        if cfg.weights:
+            return models.load_paligemma(cfg.weights).to(common.device())
+    except ValueError as e:
+        raise UserError(e) from None
+    sizes = {"image_size": env.size} if cfg.obs == "images" else {"state_names": env.state_names, "state_dim": env.state_dim}
+    return EFM(models.replace(models.PRESETS[cfg.model], **sizes), tokenizer).to(common.device())
+
+
 def main(cfg: Config) -> None:
     device = common.device()
     env = common.make_env(cfg.domain, 1)
-    cfg.obs = cfg.obs or env.default_obs
+    cfg.obs = cfg.obs or ("images" if cfg.weights or cfg.vit else env.default_obs)
     env = common.make_env(cfg.domain, 1, obs=cfg.obs)
     for field, usual in env.recipes[cfg.obs].items():
         setattr(cfg, field, getattr(cfg, field) or usual)
-    if cfg.model not in models.PRESETS:
-        raise UserError(f"--model {cfg.model}: unknown; choose one of {', '.join(models.PRESETS)}")
+    if cfg.model not in (*models.PRESETS, "paligemma"):
+        raise UserError(f"--model {cfg.model}: unknown; choose paligemma or one of {', '.join(models.PRESETS)}")
+    if (cfg.model == "paligemma") != bool(cfg.weights):
+        raise UserError("--model paligemma and --weights FOLDER_OR_HUB_ID go together: give both or neither")
+    if (cfg.weights or cfg.vit) and cfg.obs == "state":
+        raise UserError("--obs state: a pre-trained model reads images; leave it out")
+    if (cfg.weights or cfg.vit) and cfg.init not in ("", "none"):
+        raise UserError(f"--init {cfg.init}: the model starts from --weights or --vit; leave one of them out")
     common.require(cfg, 0, "seed")
     common.require(cfg, 1, "updates", "eval_every", "eval_episodes")
     common.require(cfg, 2, "episodes")
@@ -215,7 +242,8 @@ def main(cfg: Config) -> None:
     common.require(cfg, 1e-9, "lr", "data_fraction")
     if cfg.init not in ("", "none") and cfg.obs == "state":
         raise UserError(f"--init {cfg.init}: Stage 0 is for --obs images; leave it out")
-    init = common.stage0_run(cfg.init, cfg.domain) if cfg.obs == "images" else None
+    fresh = cfg.obs == "images" and not (cfg.weights or cfg.vit)
+    init = common.stage0_run(cfg.init, cfg.domain) if fresh else None
     cfg.init = str(init or "none")
     folder = Path(cfg.out) if cfg.out else common.run_folder(cfg.domain, cfg.obs, env.default_obs, "stage1", cfg.seed)
     run = Run(folder, cfg, cfg.resume)
@@ -224,14 +252,7 @@ def main(cfg: Config) -> None:
         return
 
     torch.manual_seed(cfg.seed)
-    if init:
-        model = common.load(init / "policy.safetensors", env)
-    else:
-        sizes = {"image_size": env.size if cfg.obs == "images" else 0}
-        if cfg.obs == "state":
-            sizes |= {"state_names": env.state_names, "state_dim": env.state_dim}
-        tokenizer = Tokenizer.train([*env.instructions(), *env.state_names] + [QUESTION_INSTRUCTION] * env.predicts_instruction)
-        model = EFM(models.replace(models.PRESETS[cfg.model], **sizes), tokenizer).to(device)
+    model = initial_model(cfg, env, init)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.01, fused=True)
     rng, first, best = np.random.default_rng(cfg.seed), 0, dict.fromkeys(("policy", "reward", "instruction"), float("inf"))
     asks = env.predicts_instruction  # until the answers on held-out episodes get worse: a few thousand are soon learnt by heart
@@ -257,7 +278,8 @@ def main(cfg: Config) -> None:
         return each
 
     run.start()
-    n, validation = 2048, np.random.default_rng(0)  # the same tuples at every look
+    # the same tuples at every look; of a pre-trained model no more than fit where a batch does
+    n, validation = 2 * cfg.batch if cfg.weights or cfg.vit else 2048, np.random.default_rng(0)
     look = validation.choice(valid.acted, n), validation.integers(len(valid.index), size=n)
     look += (np.arange(len(valid.ends))[: n * env.predicts_instruction],)
     for update in tqdm(range(first, cfg.updates), initial=first, total=cfg.updates, desc="stage 1", disable=None):

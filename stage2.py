@@ -35,6 +35,7 @@ from model import EFM, QUESTION_ACTION, StepsToGo, action_tokenizer
 @dataclass
 class Config:
     stage1: str = ""  # folder of the Stage 1 run; empty: the newest finished one
+    reward_run: str = ""  # folder of another Stage 1 run whose reward model judges (Figure 4's ablation); empty: the same run
     seed: int = -1  # rollouts and batches; -1: Stage 1's
     gamma: float = 0.9  # discount of the Monte Carlo returns
     c: float = 0.05  # scale of the REINFORCE loss
@@ -186,7 +187,12 @@ def main(cfg: Config) -> None:
     env = common.make_env(domain, cfg.num_envs, obs=obs_mode)
     if cfg.operator and not hasattr(env, "ask"):
         raise UserError(f"--operator: {domain} cannot go on without a reset; practise on tabletop or bananatable")
-    policy, reward_model = (common.load(stage1 / f"{name}.safetensors", env) for name in ("policy", "reward"))
+    judge = Path(cfg.reward_run) if cfg.reward_run else stage1
+    trained = common.read_json(judge / "config.json")
+    if (trained.get("domain"), trained.get("obs")) != (domain, obs_mode):
+        raise UserError(f"--reward-run {judge}: not a Stage 1 run of --domain {domain} --obs {obs_mode}; name another")
+    policy = common.load(stage1 / "policy.safetensors", env)
+    reward_model = common.load(judge / "reward.safetensors", env)
     reward_model.requires_grad_(False)
     folder = Path(cfg.out) if cfg.out else common.run_folder(domain, obs_mode, env.default_obs, "stage2", cfg.seed)
     run = Run(folder, cfg, cfg.resume)

@@ -476,8 +476,12 @@ def damage(kind: str, path) -> None:
     model = tiny()
     models.save_model(model, path)
     whole, weights = path.read_bytes(), {k: v.contiguous() for k, v in model.state_dict().items()}
-    meta = {"config": json.dumps(dataclasses.asdict(model.cfg)), "tokenizer": model.tokenizer.tokenizer.to_str()}
+    config = dataclasses.asdict(model.cfg)
     save = functools.partial(safetensors.torch.save_file, filename=path)
+
+    def meta(**changes) -> dict[str, str]:
+        return {"nanoEFM": json.dumps({"config": config, "tokenizer": model.tokenizer.tokenizer.to_str()} | changes)}
+
     if kind == "missing":
         path.unlink()
     elif kind == "truncated":
@@ -490,29 +494,37 @@ def damage(kind: str, path) -> None:
         path.unlink()
         path.mkdir()
     elif kind == "wrong shapes":
-        save(weights | {"language_model.norm.weight": torch.zeros(5)}, metadata=meta)
+        save(weights | {"language_model.norm.weight": torch.zeros(5)}, metadata=meta())
     elif kind == "missing weight":
-        save({k: v for k, v in weights.items() if k != "language_model.norm.weight"}, metadata=meta)
+        save({k: v for k, v in weights.items() if k != "language_model.norm.weight"}, metadata=meta())
+    elif kind == "a weight too many":
+        save(weights | {"language_model.norm.bias": torch.zeros(24)}, metadata=meta())
+    elif kind == "integers":
+        save({k: v.to(torch.int32) for k, v in weights.items()}, metadata=meta())
     elif kind == "no metadata":
         save(weights)
     elif kind == "not our config":
-        save(weights, metadata=meta | {"config": json.dumps({"state_names": [], "hidden_size": 3})})
+        save(weights, metadata=meta(config={"state_names": [], "hidden_size": 3}))
     elif kind == "config is not JSON":
-        save(weights, metadata=meta | {"config": "{"})
+        save(weights, metadata={"nanoEFM": "{"})
     elif kind == "not a tokenizer":
-        save(weights, metadata=meta | {"tokenizer": "{}"})
+        save(weights, metadata=meta(tokenizer="{}"))
     elif kind == "not our tokenizer":
         import tokenizers
 
         other = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
-        save(weights, metadata=meta | {"tokenizer": other.to_str()})
+        save(weights, metadata=meta(tokenizer=other.to_str()))
+    elif kind == "nothing":  # so that the others fail for what is wrong with them
+        save(weights, metadata=meta())
 
 
 @pytest.mark.parametrize("kind", [
-    "missing", "truncated", "empty", "text", "a folder", "wrong shapes", "missing weight", "no metadata", "not our config",
-    "config is not JSON", "not a tokenizer", "not our tokenizer"])  # fmt: skip
+    "missing", "truncated", "empty", "text", "a folder", "wrong shapes", "missing weight", "a weight too many", "integers",
+    "no metadata", "not our config", "config is not JSON", "not a tokenizer", "not our tokenizer"])  # fmt: skip
 def test_load_model_names_the_file_that_is_wrong(tmp_path, kind):
     path = tmp_path / "policy.safetensors"
+    damage("nothing", path)
+    models.load_model(path)
     damage(kind, path)
     with pytest.raises(ValueError, match=re.escape(str(path))):
         models.load_model(path)
