@@ -181,7 +181,7 @@ CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was don
     *(("stage2", f"--{f} 0 {NEW}", None, f"--{f} 0")
       for f in ("updates", "batch", "num-envs", "iterations", "patience", "eval-episodes")),
     ("stage2", f"--num-envs -2 {NEW}", None, "--num-envs -2"),
-    ("eval", "--episodes 0", None, "--episodes 0"),
+    ("eval", "--episodes 1", None, "--episodes 0"),
     ("eval", "--episodes -4", None, "--episodes -4"),
     ("stage0", f"--seed -1 {NEW}", None, "--seed"),
     ("stage1", f"--seed -1 {NEW}", None, "--seed"),
