@@ -75,7 +75,17 @@ gym.register(
     entry_point="envs.tabletop:BananaTableEnv",
     vector_entry_point="envs.tabletop:BananaTableVectorEnv",
 )
-DOMAINS = {"pointmass": "nanoEFM/Pointmass-v0", "tabletop": "nanoEFM/Tabletop-v0", "bananatable": "nanoEFM/BananaTable-v0"}
+gym.register(
+    "nanoEFM/AlohaInsertion-v0",
+    entry_point="envs.aloha:AlohaInsertionEnv",
+    vector_entry_point="envs.aloha:AlohaInsertionVectorEnv",
+)
+DOMAINS = {
+    "pointmass": "nanoEFM/Pointmass-v0",
+    "tabletop": "nanoEFM/Tabletop-v0",
+    "bananatable": "nanoEFM/BananaTable-v0",
+    "aloha": "nanoEFM/AlohaInsertion-v0",
+}
 
 
 def make_vec(domain: str, num_envs: int, **kwargs: Any) -> VectorEnv:
