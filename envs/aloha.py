@@ -19,7 +19,8 @@ Observation space (Dict)
     obs="images" images uint8 (2, size, size, 3): top over front, left over right wrist, with a black gap; joints float32
                  (14,), the first two quantities of the state. Each camera's 4:3 view fills its half
 Rewards
-    1 on success, else 0. Stage 2 never reads it. `info["stage"]` is gym-aloha's reward, 0 to 4, see `stages`.
+    1 on success, else 0. Stage 2 never reads it. `info["stage"]` is gym-aloha's reward, 0 to 4 (`stages`), of what
+    touched in the last 0.1 s.
 Starting state
     Arms at START; 5 cm above the table the peg, x 0.1-0.2, y 0.4-0.6, and the socket, x -0.2 - -0.1, y 0.4-0.6 [m].
 Episode end
@@ -80,6 +81,17 @@ LINKS = (
 GRIP = np.array([0.1465, 0, 0])  # between the fingertips, 7 mm from their ends, in the gripper's frame [m]
 
 
+DEFAULTS = """
+    <compiler angle="radian"/>
+    <default>
+      <geom rgba=".45 .45 .5 1"/>
+      <default class="grip"> <geom condim="4" solimp="2 1 .01" solref=".01 1" friction="1 .005 .0001"/> </default>
+      <default class="object">
+        <geom condim="4" solimp="2 1 .01" solref=".01 1" friction="1 .005 .0001" contype="4" conaffinity="7"/>
+      </default>
+    </default>"""
+
+
 def arm(side: str, pos: str = "0 0 0", euler: str = "0 0 0") -> str:
     """The bodies of an arm. Its links touch the other arm, the table and the objects, not each other."""
     touch = 'contype="1" conaffinity="2"' if side == "left" else 'contype="2" conaffinity="1"'
@@ -89,7 +101,8 @@ def arm(side: str, pos: str = "0 0 0", euler: str = "0 0 0") -> str:
         fingers += f"""
         <body name="{side}/{finger}_finger" pos=".0687 0 0" gravcomp="1">
           <joint name="{side}/{finger}_finger" type="slide" axis="0 1 0" range="{low} {high}" armature=".05"/>
-          <geom class="grip" type="box" size=".0275 .005 .006" pos=".0575 {-0.01743 * sign} 0" mass=".02" {touch} rgba=".2 .2 .25 1"/>
+          <geom class="grip" type="box" size=".0275 .005 .006" pos=".0575 {-0.01743 * sign} 0" mass=".02" {touch}
+                rgba=".2 .2 .25 1"/>
           <geom class="grip" type="box" size=".0175 .011 .018" pos=".0125 {-0.01143 * sign} 0" mass=".0148" {touch}/>
         </body>"""
     focus = f'<body name="{side}/focus" pos=".15 0 .01"/>'
@@ -132,20 +145,13 @@ def scene() -> str:
     sensors = "".join(f'<contact body1="{a}" body2="{b}" num="1" data="found"/>' for a, b in pairs)
     return f"""
     <mujoco model="aloha">
-      <compiler angle="radian"/>
       <option timestep="{STEP_S}" jacobian="dense" integrator="implicitfast"/>
       <visual>
         <quality offsamples="0" shadowsize="0"/> <global offwidth="640" offheight="640"/> <map znear=".02" zfar="10"/>
         <headlight ambient=".4 .4 .4" diffuse=".4 .4 .4" specular="0 0 0"/>
       </visual>
       <statistic extent="1" center="0 .6 0"/>
-      <default>
-        <geom rgba=".45 .45 .5 1"/>
-        <default class="grip"> <geom condim="4" solimp="2 1 .01" solref=".01 1" friction="1 .005 .0001"/> </default>
-        <default class="object">
-          <geom condim="4" solimp="2 1 .01" solref=".01 1" friction="1 .005 .0001" contype="4" conaffinity="7"/>
-        </default>
-      </default>
+      {DEFAULTS}
       <worldbody>
         <light pos="0 1 2" dir="0 -.3 -1" diffuse=".4 .4 .4" castshadow="false"/>
         <geom type="plane" size="3 3 .1" pos="0 .6 -.4" rgba=".8 .8 .8 1" contype="4" conaffinity="3"/>
@@ -270,6 +276,7 @@ class AlohaInsertionVectorEnv(VectorEnv):
         self.xpos, self.xquat, self.sensed = (self.sim.bind(k) for k in ("xpos", "xquat", "sensordata"))
         self.gripper_ids = [self.model.body(f"{side}/gripper").id for side in SIDES]
         self.command = np.zeros((n, 16))  # the servos' targets at the end of the last decision
+        self.touch = np.zeros((n, 8), bool)  # what touched what in the last 0.1 s, pairs as in `scene`
         self.stage, self.t, self.texts = np.zeros(n, int), np.zeros(n, int), [""] * n
         self.shared: mujoco.MjData | None = None  # what is drawn
         self.renderers: dict[tuple[int, int], mujoco.Renderer] = {}
@@ -305,9 +312,10 @@ class AlohaInsertionVectorEnv(VectorEnv):
         share = (np.arange(steps)[:, None] + 1) / steps
         control = (before[:, :, None] + share * (after - before)[:, :, None]).reshape(self.num_envs, -1, 16)
         sensed = self.sim.rollout(control.shape[1], control, record=("sensordata",))["sensordata"]  # (N, 100, 8)
-        self.sim.forward()
+        self.sim.forward(stage=mujoco.mjtStage.mjSTAGE_POS.value)  # where the hands are now
         self.command = after[:, -1]
-        self.stage = np.where((sensed[:, :, -1] > 0).any(1), 4, stages(self.sensed > 0))
+        self.touch = (sensed[:, -steps:] > 0).any(1)  # rigid things that press together part for single steps
+        self.stage = np.where((sensed[:, :, -1] > 0).any(1), 4, stages(self.touch))
         self.t += 1
         self._draw(np.arange(self.num_envs))
         info = self._info()
@@ -363,7 +371,7 @@ class AlohaInsertionVectorEnv(VectorEnv):
     @property
     def held(self) -> np.ndarray:
         """Whether both fingers of an arm touch its object, bool (N, 2)."""
-        return (self.sensed[:, :4] > 0).reshape(-1, 2, 2).all(2)
+        return self.touch[:, :4].reshape(-1, 2, 2).all(2)
 
     def _place(self, rows: np.ndarray) -> None:
         self.sim.reset(rows, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
@@ -376,7 +384,8 @@ class AlohaInsertionVectorEnv(VectorEnv):
             self._acquire_habits(i, rng)
         self.command[rows] = start
         self.sim.forward(rows)
-        self.stage[rows], self.t[rows] = stages(self.sensed[rows] > 0), 0
+        self.touch[rows] = self.sensed[rows] > 0
+        self.stage[rows], self.t[rows] = stages(self.touch[rows]), 0
 
     def _info(self) -> dict[str, np.ndarray]:
         return {"is_success": self.stage == 4, "stage": self.stage.copy()}
@@ -443,9 +452,7 @@ class AlohaInsertionVectorEnv(VectorEnv):
     def _invert(self, q: np.ndarray, pos: np.ndarray, quat: np.ndarray) -> np.ndarray:
         """Joints float (N, 2, 6) near q that bring the hands to pos (N, 2, 3) [m], quat (N, 2, 4): damped least squares."""
         if self.arms is None:
-            xml = f"<mujoco><compiler angle='radian'/><worldbody>{arm('left')}</worldbody></mujoco>"
-            # its fingers' class is of the whole scene
-            model = mujoco.MjModel.from_xml_string(xml.replace('class="grip"', ""))
+            model = mujoco.MjModel.from_xml_string(f"<mujoco>{DEFAULTS}<worldbody>{arm('left')}</worldbody></mujoco>")
             self.arms, self.arm_gripper = Batch(model, 2 * self.num_envs), model.body("left/gripper").id
             self.arm_xpos, self.arm_xquat = self.arms.bind("xpos"), self.arms.bind("xquat")
         shape, (low, high) = q.shape, np.array([j[1:3] for j in JOINTS]).T
@@ -463,51 +470,49 @@ class AlohaInsertionVectorEnv(VectorEnv):
         return q.reshape(shape)
 
     def _plan(self, pace: np.ndarray, wobble: np.ndarray, miss: np.ndarray, drop: np.ndarray) -> np.ndarray:
-        """Actions float (N, 70): both hands move by rules, five times in thought, and joints follow.
+        """Actions float (N, 70): the hands move by rules, five targets ahead in thought, and the joints follow.
 
-        A hand without its object goes above it, down, and closes; a hand that holds it brings it level to the middle of
-        the table; when both are there and straight they push. pace (N,) scales the speeds; the hands are `wobble`
+        A hand without its object goes above it, down, and closes; one that holds it brings it, level, to the middle of
+        the table; when both are there and in line they push. pace (N,) scales the speeds; the hands go `wobble`
         (N, 2, 3) [m] beside the plan, grasp `miss` (N, 2, 3) [m] beside the object, and let go where `drop` (N, 2).
         """
         joints, held = self.joints, self.held & ~drop
         start, opening = joints[..., :6], joints[..., 6]
         (hand, quat), (obj, obj_quat) = self.hands, self.objects
         axis = rotate(obj_quat, np.array([1.0, 0, 0]))  # (N, 2, 3), along the peg and the socket
-        yaw = np.arctan2(axis[..., 1], axis[..., 0])
-        yaw = (yaw + np.pi / 2) % np.pi - np.pi / 2  # either end is as good
-        grasp_quat = multiply(from_vector(yaw[..., None] * [0, 0, 1]), GRASP)
-        grasp = obj + miss + [0, 0, 0.004]  # not to scratch the table
+        # to grasp: across the axis, either end ahead; 4 mm high, not to scratch the table
+        yaw = (np.arctan2(axis[..., 1], axis[..., 0]) + np.pi / 2) % np.pi - np.pi / 2
+        grasp, grasp_quat = obj + miss + [0, 0, 0.004], multiply(from_vector(yaw[..., None] * [0, 0, 1]), GRASP)
+        # to hold: what is in the hand stays there as it is, and the hand turns until the axis is x
         in_hand, axis_in_hand = rotate(inverse(quat), obj - hand), rotate(inverse(quat), axis)
-        ahead = np.where(axis[..., :1] < 0, -1.0, 1.0) * [1, 0, 0]
-        level_quat = multiply(from_vector(np.cross(axis, ahead)), quat)  # turns the axis into x
-        both = held.all(1)
+        level_quat = multiply(from_vector(np.cross(axis, np.sign(axis[..., :1]) * [1, 0, 0])), quat)
+        goal_quat, both = np.where(held[..., None], level_quat, grasp_quat), held.all(1)
         plan, q = [], start
         for _ in range(CHUNK):
-            # holding: where the objects are, if the hands are where they should be
-            gap = np.diff(hand + rotate(quat, in_hand), axis=1)[:, 0]  # (N, 3), from the socket to the peg
-            tilt = np.linalg.norm(rotate(quat, axis_in_hand)[..., 1:], axis=-1).max(1)
-            straight = both & (np.linalg.norm(gap[:, 1:], axis=1) < np.where(gap[:, 0] < 0.12, 0.007, 0.004)) & (tilt < 0.06)
-            apart = np.where(straight, 0.09, np.where(both, 0.16, 0.26))
+            gap = np.diff(hand + rotate(quat, in_hand), axis=1)[:, 0]  # (N, 3), from the socket's middle to the peg's
+            slant = np.linalg.norm(rotate(quat, axis_in_hand)[..., 1:], axis=2).max(1)
+            play = np.where(gap[:, 0] < 0.12, 0.007, 0.004)  # [m]; 8 mm inside, where it is too late to be choosy
+            in_line = both & (np.linalg.norm(gap[:, 1:], axis=1) < play) & (slant < 0.06)
+            apart = np.where(in_line, 0.09, np.where(both, 0.16, 0.26))  # they touch the pin at 0.10, each other at 0.12
             meet = apart[:, None, None] * [[-0.5, 0, 0], [0.5, 0, 0]] + [0, 0.5, 0.15]  # (N, 2, 3)
-            # not holding: above, down, closed
-            off = hand - grasp
-            aside, turned = np.linalg.norm(off[..., :2], axis=-1), np.linalg.norm(to_vector(multiply(grasp_quat, inverse(quat))), axis=-1)
-            there = (np.linalg.norm(off, axis=-1) < 0.006) & (turned < 0.1)
+
+            off, turn = hand - grasp, to_vector(multiply(goal_quat, inverse(quat)))
+            aside, turned = np.linalg.norm(off[..., :2], axis=2), np.linalg.norm(turn, axis=2)
+            there = ~held & (np.linalg.norm(off, axis=2) < 0.006) & (turned < 0.1)
             over = there | (aside < 0.012) & (turned < 0.2) & (opening > 0.8)
-            above = np.where(((off[..., 2] < 0.05) & (aside > 0.03))[..., None], hand, grasp)
+            above = np.where(((off[..., 2] < 0.05) & (aside > 0.03))[..., None], hand, grasp)  # from beside it: up first
             above[..., 2] = grasp[..., 2] + 0.08
-            to = np.where(held[..., None], meet - rotate(level_quat, in_hand), np.where(over[..., None], grasp, above))
-            to_quat = np.where(held[..., None], level_quat, grasp_quat)
-            speed = np.where(held, np.where(straight, 0.08, 0.2)[:, None], np.where(over, 0.16, 0.28)) * pace[:, None]  # [m/s]
-            hand = hand + within(to - hand, speed * TARGET_S)
-            turn = to_vector(multiply(to_quat, inverse(quat)))
-            quat = multiply(from_vector(within(turn, 1.1 * pace[:, None] * TARGET_S)), quat)
             close = held | there & ~drop
-            opening = np.where(close, opening, np.minimum(opening + 0.5, 1))
-            step = RATE * TARGET_S
-            q = q + np.clip(self._invert(q, hand + wobble, quat) - q, -step, step)
-            plan.append(np.concatenate([q - start, np.where(close, 0.0, 1.0)[..., None]], -1))  # (N, 2, 7)
-        return np.stack(plan, 1).reshape(self.num_envs, -1)
+
+            goal = np.where(over[..., None], grasp, above)
+            goal = np.where(held[..., None], meet - rotate(level_quat, in_hand), goal)
+            speed = np.where(held, np.where(in_line, 0.08, 0.2)[:, None], np.where(over, 0.16, 0.28))  # [m/s]
+            step, angle = pace[:, None] * speed * TARGET_S, pace[:, None] * 1.1 * TARGET_S  # 1.1 rad/s
+            hand, quat = hand + within(goal - hand, step), multiply(from_vector(within(turn, angle)), quat)
+            opening = np.where(close, opening, np.minimum(opening + 0.5, 1))  # it opens in 0.2 s
+            q = q + np.clip(self._invert(q, hand + wobble, quat) - q, -RATE * TARGET_S, RATE * TARGET_S)
+            plan.append(np.concatenate([q - start, np.where(close, 0.0, 1.0)[..., None]], 2))  # (N, 2, 7)
+        return np.clip(np.stack(plan, 1).reshape(self.num_envs, -1), self.low, self.high)
 
 
 class AlohaInsertionEnv(SingleView):
