@@ -437,7 +437,7 @@ class AlohaInsertionVectorEnv(VectorEnv):
     def demonstrate(self) -> np.ndarray:
         """People's way, actions float (N, 70): each at a pace of its own, unsteady; some miss, or drop, and grasp again."""
         held = self.held
-        self.miss[(self.joints[..., 6] < 0.3) & ~held] = 0  # closed on nothing: aim anew
+        self.miss[(self.joints[..., 6] < 0.3) & ~held & (self.t > 0)[:, None]] = 0  # closed on nothing: aim anew
         drop = self.drops & held & (self.objects[0][..., 2] > 0.05)
         self.drops &= ~drop
         for i, rng in enumerate(self.rngs):
