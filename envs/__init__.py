@@ -11,7 +11,7 @@ A domain is a `gymnasium.vector.VectorEnv` (autoreset disabled; `reset(options={
     action_tokens            arguments of `model.action_tokenizer`
     state_names, state_dim   the quantities of obs="state", by name, and the numbers in each
     predicts_instruction     whether Stage 1 also asks which instruction led from the first observation to the last
-    size                     pixels of a side of a frame of obs="images"
+    size                     pixels of a side of a frame of obs="images"; a robot's `joints` may come with them
     instructions()           every text of its grammar
     demonstrate(), expert()  actions for the present states: of the demonstrator, and of the best we can script
     questions(), scenes()    Stage 0's questions, and random scenes with a question and its answer

@@ -419,6 +419,20 @@ def test_the_expert_inserts_in_500_episodes():
     assert np.isfinite(best).mean() >= 0.95
 
 
+@pytest.mark.slow
+def test_both_stages_run(tmp_path, monkeypatch):
+    """From states, on tiny settings: 70 tokens through training, decoding and practice."""
+    import common
+    import stage1
+    import stage2
+
+    monkeypatch.chdir(tmp_path)
+    stage1.main(stage1.Config(domain="aloha", episodes=20, updates=10, batch=16, eval_every=5, eval_episodes=4))
+    stage2.main(stage2.Config(iterations=1, updates=1, batch=16, num_envs=4, eval_episodes=4))
+    for stage in ("stage1", "stage2"):
+        assert common.read_json(tmp_path / f"runs/aloha-{stage}-s0" / "summary.json")["eval_episodes"] == 4
+
+
 # --- its images -------------------------------------------------------------------------------------------------------
 def test_four_cameras_are_stacked_in_pairs_with_a_black_gap():
     env = domain(2, obs="images", size=64)
