@@ -12,7 +12,7 @@ A domain is a `gymnasium.vector.VectorEnv` (autoreset disabled; `reset(options={
     action_tokens            arguments of `model.action_tokenizer`
     state_names, state_dim   the quantities of obs="state", by name, and the numbers in each
     predicts_instruction     whether Stage 1 also asks which instruction led from the first observation to the last
-    size                     pixels of a side of a frame of obs="images"
+    size                     pixels of a side of a frame of obs="images"; a robot's `joints` may come with them
     instructions()           every text of its grammar
     demonstrate(), expert()  actions for the present states: of the demonstrator, and of the best we can script
     questions(), scenes()    Stage 0's questions, and random scenes with a question and its answer
@@ -77,7 +77,17 @@ gym.register(
     entry_point="envs.tabletop:BananaTableEnv",
     vector_entry_point="envs.tabletop:BananaTableVectorEnv",
 )
-DOMAINS = {"pointmass": "nanoEFM/Pointmass-v0", "tabletop": "nanoEFM/Tabletop-v0", "bananatable": "nanoEFM/BananaTable-v0"}
+gym.register(
+    "nanoEFM/AlohaInsertion-v0",
+    entry_point="envs.aloha:AlohaInsertionEnv",
+    vector_entry_point="envs.aloha:AlohaInsertionVectorEnv",
+)
+DOMAINS = {
+    "pointmass": "nanoEFM/Pointmass-v0",
+    "tabletop": "nanoEFM/Tabletop-v0",
+    "bananatable": "nanoEFM/BananaTable-v0",
+    "aloha": "nanoEFM/AlohaInsertion-v0",
+}
 
 
 def make_vec(domain: str, num_envs: int, **kwargs: Any) -> VectorEnv:
