@@ -26,8 +26,13 @@ def domain(num_envs: int = N, obs: str = "state", name: str = "pointmass", **kwa
 
 
 def actions(rng: np.random.Generator, n: int = N, name: str = "pointmass") -> np.ndarray:
-    limit = {"pointmass": ACTION_LIMIT, "tabletop": 0.1, "bananatable": 0.1}[name]
-    return rng.uniform(-limit, limit, (n, 2)).astype(np.float32)
+    space = domain(1, name=name).single_action_space
+    return rng.uniform(space.low, space.high, (n, *space.shape)).astype(np.float32)
+
+
+def seen(name: str, obs: str) -> set[str]:
+    """The keys of an observation: nothing but these, the goal's position neither."""
+    return {"instruction", obs} | ({"joints"} if (name, obs) == ("aloha", "images") else set())  # a robot's readings of itself
 
 
 def same(a: dict, b: dict) -> bool:
@@ -43,8 +48,7 @@ def test_gymnasium_accepts_the_single_view(name, obs):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*(infinity|-inf|inf).*")  # a state has no bounds
         check_env(env)
-    own = {"joints"} if (name, obs) == ("aloha", "images") else set()  # a robot's readings of itself
-    assert set(env.observation_space.keys()) == {"instruction", obs} | own  # nothing else, the goal's position neither
+    assert set(env.observation_space.keys()) == seen(name, obs)
     assert env.render().shape == RENDERED[name] and env.render().dtype == np.uint8
     env.close()
 
@@ -56,7 +60,7 @@ def test_single_view_and_batch_give_the_same_trajectories(name, obs):
     singles = [gym.make(envs.DOMAINS[name], obs=obs).unwrapped for _ in range(N)]
     ours, theirs = batch.reset(seed=100), [env.reset(seed=100 + i) for i, env in enumerate(singles)]
     for _ in range(12):
-        assert set(ours[0]) == {"instruction", obs}
+        assert set(ours[0]) == seen(name, obs)
         for i, (single, *rest, info) in enumerate(theirs):
             assert single.keys() == ours[0].keys() and single[obs].dtype == ours[0][obs].dtype
             assert all(np.array_equal(single[k], ours[0][k][i]) for k in single)
@@ -113,7 +117,7 @@ def test_nothing_resets_by_itself(name):
     assert env.metadata["autoreset_mode"] is AutoresetMode.DISABLED
     env.reset(seed=0)
     for t in range(env.horizon + 3):
-        _, _, terminated, truncated, _ = env.step(np.zeros((2, 2)))
+        _, _, terminated, truncated, _ = env.step(np.zeros(env.action_space.shape))
         assert not terminated.any()  # at rest, and no start is in its goal
         assert truncated.all() == truncated.any() == (t + 1 >= env.horizon)
     assert env.t.tolist() == [env.horizon + 3] * 2
