@@ -105,12 +105,12 @@ def film(folder: Path, seed: int, s: float, greedy: bool) -> None:
     )
     frames, tracks, length = np.stack(frames, 1), np.stack(tracks, 1), r["length"]  # (8, T + 1, ...)
     goals = [r["goals"][int((r["row"] == i).nonzero()[0])] for i in range(8)]
-    side = frames.shape[2]
+    height, width = frames.shape[2:4]
 
     fig, axes = plt.subplots(2, 4, figsize=(10, 5.4))
     for i, ax in enumerate(axes.flat):
         ax.imshow(frames[i, 0])
-        ax.plot(*(tracks[i, : length[i] + 1] * side).T, ".-", color="black", lw=1, ms=3)
+        ax.plot(*(tracks[i, : length[i] + 1] * (width, height)).T, ".-", color="black", lw=1, ms=3)
         outcome = "reached" if r["truth"][i, -1] else "not reached"
         ax.set_title(f"{goals[i]}\n{outcome} in {length[i]} steps", fontsize=8)
         ax.axis("off")

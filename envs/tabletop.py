@@ -7,7 +7,7 @@ Description
 Action space
     Box(-0.1, 0.1, (2,), float32) [m]: (dx, dy) added to the tool's *target*, which is then clipped to the workspace
     x 0.15-0.60, y -0.3048-0.3048. x points away from the robot's base, which is down in the image; y points right.
-    10 Hz; the tool covers 10 % of what is left to its target every 1/240 s.
+    10 Hz; after a first 1/240 s the tool covers 10 % of what is left to its target every 1/240 s.
 Observation space (Dict)
     instruction  text, e.g. "push the red moon to the blue cube"
     obs="state"  state float32 (4 + 4 B,): the tool (x, y from the workspace's centre, then its target from the tool),
@@ -18,9 +18,9 @@ Rewards
     1 on success, else 0. Stage 2 never reads it.
 Starting state
     Tool and blocks uniform in the workspace less 0.08 m a side, yaw uniform; blocks at least 0.0175 m apart and 0.06 m
-    from the tool, then pushed apart by the physics. Then an instruction is drawn that is not yet fulfilled.
+    from the tool (the banana 0.12 m), then pushed apart by the physics for 200 / 240 s and stopped. Then an instruction is drawn that is not yet fulfilled.
 Episode end
-    terminated: the instruction's rule (`tabletop_language.py` for the words, `Task` for the rules); truncated: 100
+    terminated: the instruction's rule (`tabletop_language.py` for the words, `Tasks` for the rules); truncated: 100
     steps with 4 blocks or the banana, 200 with 8. A block whose centre leaves the board, 0.4572 x 0.6096 m, has fallen
     (`info["fallen"]`): it lies out of reach and sight until the next reset.
 Arguments
@@ -29,8 +29,8 @@ Arguments
     blocks   4 | 8: LanguageTable's BLOCK_4, BLOCK_8
     obs      "state" | "images"; size, the frame's pixels (64)
     look     "sim" | "real": a second domain for sim-to-real at our scale. "real" has duller colours, a browner board,
-             light from the side, a camera moved by up to 1 cm and 1 degree at each reset, friction times 0.7-1.3,
-             and a tool that covers 6 % instead of 10 %.
+             light from the side, a camera moved by up to 1 cm and turned by up to 1 degree along each axis at each reset,
+             friction with the table times 0.7-1.3, and a tool that covers 6 % instead of 10 %.
 Version history
     v0: first version. Against LanguageTable: episodes end at a horizon; the action's bound is enforced; friction with
     the table is the same along each axis, not along the motion; the arm is not there, only its tool; blocks fall.
@@ -288,6 +288,8 @@ class TabletopVectorEnv(VectorEnv):
         for flag, value, known in (("obs", obs, ("state", "images")), ("look", look, ("sim", "real"))):
             if value not in known:
                 raise ValueError(f"--{flag} {value}: choose {' or '.join(known)}")
+        if not 16 <= size <= 640:
+            raise ValueError(f"--size {size}: choose 16 to 640 pixels")
         self.num_envs, self.obs, self.size, self.look, self.render_mode = num_envs, obs, size, look, render_mode
         n, B = num_envs, len(self.things)
         self.state_names = ("tool", *self.things)

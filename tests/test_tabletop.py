@@ -602,6 +602,8 @@ def test_the_expert_over_500_bananas():
         ("tabletop", "blocks", 5, "8"),
         ("tabletop", "obs", "pixels", "images"),
         ("tabletop", "look", "dull", "real"),
+        ("tabletop", "size", 0, "640"),
+        ("tabletop", "size", 641, "640"),
         ("bananatable", "obs", "pixels", "images"),
         ("bananatable", "look", "dull", "real"),
     ],
