@@ -18,7 +18,8 @@ Rewards
     1 on success, else 0. Stage 2 never reads it.
 Starting state
     Tool and blocks uniform in the workspace less 0.08 m a side, yaw uniform; blocks at least 0.0175 m apart and 0.06 m
-    from the tool (the banana 0.12 m), then pushed apart by the physics for 200 / 240 s and stopped. Then an instruction is drawn that is not yet fulfilled.
+    from the tool (the banana 0.12 m), then pushed apart by the physics for 200 / 240 s and stopped. Then an instruction
+    is drawn that is not yet fulfilled.
 Episode end
     terminated: the instruction's rule (`tabletop_language.py` for the words, `Tasks` for the rules); truncated: 100
     steps with 4 blocks or the banana, 200 with 8. A block whose centre leaves the board, 0.4572 x 0.6096 m, has fallen
@@ -372,6 +373,42 @@ class TabletopVectorEnv(VectorEnv):
     def instructions(self) -> list[str]:
         return language.instructions(self.families, len(self.things))
 
+    # --- Stage 0 ------------------------------------------------------------------------------------------------------
+    def _names(self, k: int) -> list[str]:
+        return language.names(k, len(self.things))
+
+    def questions(self) -> list[str]:
+        """What Stage 0 asks of a scene: each thing by each of its names, in the frame and from the tool; the tool."""
+        names = [name for k in range(len(self.things)) for name in self._names(k)]
+        return [f"{form} the {name}" for form in ("where is", "from the tool where is") for name in names] + ["where is the tool"]
+
+    def scenes(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str], np.ndarray]:
+        """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers float (n, 2) in [0, 1].
+
+        A place is where a thing stands in the frame, in shares; "from the tool" is half the way from there, plus a half.
+        """
+        B, images, texts, answers = len(self.things), [], [], np.zeros((n, 2), np.float32)
+        for i in range(n):
+            while True:
+                places = rng.uniform(LOW, HIGH, (B + 1, 2))  # the tool is the last
+                gap = np.linalg.norm(places[:, None] - places[None], axis=2) + np.eye(B + 1)
+                if gap.min() > 0.04:
+                    break
+            yaw, before = rng.uniform(0, 2 * np.pi, B), places[-1] + rng.uniform(-0.02, 0.02, 2)
+            camera = rng.uniform(-1, 1, (2, 3)) * [[0.01], [np.pi / 180]] * (self.look == "real")
+            scene = np.c_[places[:-1], yaw].ravel()
+            images.append([self._picture(np.r_[scene, tool], camera, self.size, self.size) for tool in (before, places[-1])])
+            seen, k = pixels(np.c_[places, np.zeros(B + 1)]), rng.integers(2 * B + 1)
+            if k == 2 * B:
+                texts.append("where is the tool")
+                answers[i] = seen[-1]
+            else:
+                form, name = "where is" if k < B else "from the tool where is", rng.choice(self._names(k % B))
+                texts.append(f"{form} the {name}")
+                answers[i] = seen[k] if k < B else (seen[k % B] - seen[-1]) / 2 + 0.5
+        return np.array(images), texts, np.clip(answers, 0, 1)
+
+    # --- practice without resets --------------------------------------------------------------------------------------
     KEPT = ("target", "t", "texts", "camera", "tasks", "fallen", "meanings", "frames", "speed", "wobble", "pause", "detour",
             "rngs")  # fmt: skip
 
@@ -610,6 +647,9 @@ class BananaTableVectorEnv(TabletopVectorEnv):
 
     def instructions(self) -> list[str]:
         return [f"{verb} banana to the {place} of the table" for verb in language.PUSH for place in BANANA_PLACES.values()]
+
+    def _names(self, k: int) -> list[str]:
+        return ["banana"]
 
     def _say(self, meaning: Meaning, rng: np.random.Generator) -> str:
         verb, place = language.PUSH[rng.integers(len(language.PUSH))], BANANA_PLACES[meaning.target]

@@ -24,9 +24,9 @@ SMALL = EFMConfig(width=24, depth=2, heads=2, kv_heads=1, head_dim=12, mlp_dim=3
                   vit_mlp_dim=24)  # fmt: skip
 
 
-def small(obs: str, seed: int) -> EFM:
-    """An untrained model for pointmass."""
-    env = envs.make_vec("pointmass", 1, obs=obs)
+def small(obs: str, seed: int, domain: str = "pointmass") -> EFM:
+    """An untrained model for a domain."""
+    env = envs.make_vec(domain, 1, obs=obs)
     sizes = {"state_names": env.state_names, "state_dim": env.state_dim} if obs == "state" else {"image_size": env.size}
     torch.manual_seed(seed)
     return EFM(dataclasses.replace(SMALL, **sizes), Tokenizer.train([*env.instructions(), *env.state_names]))
@@ -242,12 +242,12 @@ def test_look_encodes_only_the_new_frame(monkeypatch):
 
 
 # --- Algorithm 1 ------------------------------------------------------------------------------------------------------
-def stage1_run(folder: Path, obs: str) -> None:
+def stage1_run(folder: Path, obs: str, domain: str = "pointmass") -> None:
     """What Stage 2 reads of a Stage 1 run, untrained."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"domain": "pointmass", "obs": obs, "seed": 0}))
-    models.save_model(small(obs, 0), folder / "policy.safetensors")
-    models.save_model(small(obs, 1), folder / "reward.safetensors")
+    (folder / "config.json").write_text(json.dumps({"domain": domain, "obs": obs, "seed": 0}))
+    models.save_model(small(obs, 0, domain), folder / "policy.safetensors")
+    models.save_model(small(obs, 1, domain), folder / "reward.safetensors")
 
 
 def run(tmp_path, monkeypatch, obs: str, **settings) -> tuple[list[EFM], list[dict[str, Tensor]], dict]:
@@ -301,3 +301,67 @@ def test_stage2_repeats_exactly(tmp_path, monkeypatch):
             (tmp_path / name).mkdir()
             weights.append(run(tmp_path / name, m, "state")[0][0].state_dict())
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+# --- practice without resets --------------------------------------------------------------------------------------------
+def test_the_operator_resets_only_what_has_fallen_or_is_overdue():
+    env = envs.make_vec("tabletop", 6)
+    operator = stage2.Operator(env, 0)
+    assert ((operator.due >= 1800) & (operator.due <= 3000)).all()  # 3-5 minutes at 10 Hz
+    operator.begin(seed=0)
+    assert operator.interventions == 0 and (operator.steps == 0).all()  # setting up is nobody's intervention
+    for _ in range(5):
+        env.step(env.expert())
+    operator.steps += np.array([5, 5, 5, 2999, 1799, 5])  # 3 and 4: overdue or not, as the operator feels
+    overdue = operator.steps > operator.due
+    env.fallen[1, 2] = True
+    before, texts = env.pos.copy(), list(env.texts)
+    obs, info = operator.begin(seed=100)
+    moved = (env.pos != before).any((1, 2))
+    assert moved.tolist() == [False, True, False, bool(overdue[3]), False, False] and overdue[3] and not overdue[4]
+    assert operator.interventions == 2 and operator.steps.tolist() == [5, 0, 5, 0, 1799, 5]
+    assert not env.fallen.any() and not info["is_success"].any() and tuple(obs["instruction"]) == tuple(env.texts)
+    assert sum(a != b for a, b in zip(texts, env.texts, strict=True)) >= 5  # new instructions, where nothing moved as well
+    assert (env.t == 0).all()
+
+
+def test_practice_without_resets_resumes_exactly(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make = envs.make_vec
+    monkeypatch.setattr(envs, "make_vec", lambda *a, **k: (e := make(*a, **k), setattr(e, "horizon", 8))[0])
+    stage1_run(Path("runs/stage1"), "state", "tabletop")
+    settings = {"stage1": "runs/stage1", "operator": True, "updates": 2, "batch": 16, "num_envs": 4, "iterations": 4,
+                "lr": 1e-3, "eval_episodes": 2}  # fmt: skip
+    stage2.main(stage2.Config(out="runs/whole", **settings))
+    rows = np.genfromtxt("runs/whole/metrics.csv", delimiter=",", names=True)
+    np.testing.assert_allclose(rows["robot_hours"], rows["env_steps"] / 36_000, rtol=1e-5)
+    assert (np.diff(rows["interventions"]) >= 0).all()
+
+    class Killed(Exception):
+        pass
+
+    checkpoint, kept = common.Run.checkpoint, []
+
+    def dies(self, **state):
+        checkpoint(self, **state)
+        kept.append(state)
+        if len(kept) == 2:
+            raise Killed
+
+    monkeypatch.setattr(common.Run, "checkpoint", dies)
+    with pytest.raises(Killed):
+        stage2.main(stage2.Config(out="runs/cut", **settings))
+    monkeypatch.setattr(common.Run, "checkpoint", checkpoint)
+    stage2.main(stage2.Config(out="runs/cut", resume=True, **settings))
+    again = np.genfromtxt("runs/cut/metrics.csv", delimiter=",", names=True)
+    for name in set(rows.dtype.names) - {"seconds"}:
+        np.testing.assert_array_equal(rows[name], again[name])
+    whole, cut = (safetensors.torch.load_file(f"runs/{name}/policy.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+
+
+def test_a_domain_that_needs_resets_refuses_the_operator(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stage1_run(Path("runs/stage1"), "state")
+    with pytest.raises(common.UserError, match="--operator: pointmass"):
+        stage2.main(stage2.Config(stage1="runs/stage1", operator=True))

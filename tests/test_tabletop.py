@@ -628,3 +628,32 @@ def test_closed_renderers_come_back():
     frame = env.render()[0]
     env.close()
     assert not env.renderers and np.array_equal(env.render()[0], frame)
+
+
+# --- Stage 0 ------------------------------------------------------------------------------------------------------------
+def test_scenes_ask_where_things_are_and_the_frames_show_it():
+    env = envs.make_vec("tabletop", 1, obs="images")
+    images, texts, answers = env.scenes(np.random.default_rng(0), 200)
+    assert images.shape == (200, 2, 64, 64, 3) and images.dtype == np.uint8
+    assert set(texts) <= set(env.questions()) and answers.min() >= 0 and answers.max() <= 1 and answers.dtype == np.float32
+    assert len(set(texts)) > 15  # of 25
+    channels, seen = {"red": (0,), "blue": (2,), "green": (1,), "yellow": (0, 1)}, []
+    for frame, text, (u, v) in zip(images[:, 1], texts, answers, strict=True):
+        colour = next((c for c in channels if text.startswith(f"where is the {c} ")), None)
+        if colour:  # the place is the middle of the block's foot: its own front hides it, another block seldom does
+            pixel = frame[min(63, int(v * 64)), min(63, int(u * 64))].astype(int)
+            rest = [pixel[c] for c in range(3) if c not in channels[colour]]
+            seen.append(min(pixel[c] for c in channels[colour]) > 1.5 * max(rest))
+    assert len(seen) > 20 and np.mean(seen) > 0.85
+    again = env.scenes(np.random.default_rng(0), 200)
+    assert np.array_equal(images, again[0]) and texts == again[1] and np.array_equal(answers, again[2])
+    assert (images[:, 0] != images[:, 1]).any()  # the tool has moved
+
+
+def test_scenes_from_the_tool_are_half_the_way_there():
+    env = envs.make_vec("bananatable", 1, obs="images")
+    assert env.questions() == ["where is the banana", "from the tool where is the banana", "where is the tool"]
+    _, texts, answers = env.scenes(np.random.default_rng(1), 60)
+    assert set(texts) == set(env.questions())
+    relative = answers[[t.startswith("from") for t in texts]]
+    assert 0.4 < relative.mean() < 0.6 and relative.std() > 0.05
