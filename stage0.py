@@ -61,6 +61,8 @@ def main(cfg: Config) -> None:
     common.require(cfg, 1, "updates", "batch", "eval_every")
     common.require(cfg, 1e-9, "lr")
     env = common.make_env(cfg.domain, 1, obs="images")
+    if not hasattr(env, "scenes"):
+        raise UserError(f"--domain {cfg.domain}: has no questions for Stage 0; choose pointmass, tabletop or bananatable")
     folder = Path(cfg.out) if cfg.out else common.run_folder(cfg.domain, "images", env.default_obs, "stage0", cfg.seed)
     run = Run(folder, cfg, cfg.resume)
     if run.done:

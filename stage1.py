@@ -225,6 +225,8 @@ def main(cfg: Config) -> None:
     env = common.make_env(cfg.domain, 1)
     cfg.obs = cfg.obs or ("images" if cfg.weights or cfg.vit else env.default_obs)
     env = common.make_env(cfg.domain, 1, obs=cfg.obs)
+    if cfg.obs not in env.recipes:
+        raise UserError(f"--obs {cfg.obs}: Stage 1 cannot learn {cfg.domain} from it yet; use --obs {' or '.join(env.recipes)}")
     for field, usual in env.recipes[cfg.obs].items():
         setattr(cfg, field, getattr(cfg, field) or usual)
     if cfg.model not in (*models.PRESETS, "paligemma"):
