@@ -16,12 +16,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
 
 OUT = Path("results")
-GROUPS = {
-    "pointmass.py": "pointmass-toy-s",
-    "stage2.py, states": "pointmass-stage2-s",
-    "stage2.py, images": "pointmass-images-stage2-s",
+GROUPS = {  # title: runs, and the steps of the scripted expert that goes straight to it
+    "pointmass.py": ("pointmass-toy-s", 12.5),
+    "pointmass, states": ("pointmass-stage2-s", 13.1),
+    "pointmass, images": ("pointmass-images-stage2-s", 13.1),
+    "tabletop, states": ("tabletop-stage2-s", 15.5),
+    "tabletop, states, a tenth of the demonstrations": ("tabletop-p10-stage2-s", 15.5),
 }
-YARDSTICK = {"pointmass.py": 12.5, "stage2.py, states": 13.1, "stage2.py, images": 13.1}  # PD straight to the goal
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -31,7 +32,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def main() -> None:
-    runs = sorted(p.parent for p in Path("runs").glob("pointmass-*/summary.json") if re.fullmatch(r".*-s\d+", p.parent.name))
+    runs = sorted(p.parent for p in Path("runs").glob("*/summary.json") if re.fullmatch(r".*-s\d+", p.parent.name))
     summaries = [{"run": run.name} | json.loads((run / "summary.json").read_text()) for run in runs]
     columns = list(dict.fromkeys(key for summary in summaries for key in summary))
     with open(OUT / "summaries.csv", "w", newline="") as f:
@@ -41,7 +42,7 @@ def main() -> None:
     by_run = {summary["run"]: summary for summary in summaries}
     header = "command|seeds|Stage 1 success|steps|Stage 2 success|steps|practice episodes|environment steps|seconds, all stages"
     lines = ["| " + header.replace("|", " | ") + " |", "|" + "---|" * 9]
-    for title, prefix in GROUPS.items():
+    for title, (prefix, _) in GROUPS.items():
         second = [s for name, s in by_run.items() if re.fullmatch(re.escape(prefix) + r"\d+", name)]
         if not second:
             continue
@@ -53,7 +54,7 @@ def main() -> None:
                  spread([s[b + "success"] for s in second], 3), spread([s[b + "mean_steps"] for s in second], 1),
                  spread([s[b + "episodes"] for s in second], 0), spread([s[b + "env_steps"] for s in second], 0),
                  spread(seconds, 0)]  # fmt: skip
-        lines.append(f"| `{title}` | {len(second)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {title} | {len(second)} | " + " | ".join(cells) + " |")
     (OUT / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
@@ -61,8 +62,8 @@ def main() -> None:
     for run in runs:
         shutil.copy(run / "metrics.csv", OUT / "metrics" / f"{run.name}.csv")
 
-    fig, axes = plt.subplots(2, 3, figsize=(12, 6), sharex="col")
-    for (title, prefix), (top, bottom) in zip(GROUPS.items(), axes.T, strict=True):
+    fig, axes = plt.subplots(2, len(GROUPS), figsize=(4 * len(GROUPS), 6), sharex="col")
+    for (title, (prefix, straight)), (top, bottom) in zip(GROUPS.items(), axes.T, strict=True):
         group = [run for run in runs if re.fullmatch(re.escape(prefix) + r"\d+", run.name)]
         for run, colour in zip(group, plt.get_cmap("viridis")([i / max(1, len(group)) for i in range(len(group))]), strict=True):
             with open(run / "metrics.csv") as f:
@@ -70,8 +71,8 @@ def main() -> None:
             x = [r["env_steps"] for r in rows]
             top.plot(x, [r["detected"] for r in rows], color=colour, lw=0.9)
             bottom.plot(x, [r["mean_steps"] for r in rows], color=colour, lw=0.9, label=run.name.split("-")[-1])
-        top.set(title=f"{title} (n = {len(group)} seeds)", ylabel="share of episodes ended by the detector", ylim=(0, 1.05))
-        bottom.axhline(YARDSTICK[title], color="#D55E00", ls="--", label="PD straight to the goal")
+        top.set(title=f"{title[:26]} (n = {len(group)} seeds)", ylabel="share of episodes ended by the detector", ylim=(0, 1.05))
+        bottom.axhline(straight, color="#D55E00", ls="--", label="scripted, straight to the goal")
         bottom.set(xlabel="environment steps", ylabel="steps per practice episode", yscale="log")
         bottom.legend(fontsize=7)
         bottom.xaxis.set_major_locator(plt.MaxNLocator(4))
