@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import csv
 import dataclasses
 import io
 import re
@@ -223,3 +224,23 @@ def test_the_results_table_is_the_collected_one():
     table = (ROOT / "results" / "table.md").read_text().strip()
     assert table.count("\n") >= 3
     assert table in README
+
+
+def test_the_ablation_table_is_the_mean_of_the_raw_rows():
+    rows = list(csv.DictReader(io.StringIO((ROOT / "results" / "pointmass_ablations.csv").read_text())))
+    for flags in {r["flags"] for r in rows}:
+        group = [r for r in rows if r["flags"] == flags]
+        success = sum(float(r["stage2_success"]) for r in group) / len(group)
+        steps = sum(float(r["stage2_mean_steps"]) for r in group) / len(group)
+        line = next(x for x in README.splitlines() if x.startswith(f"| `{flags}` |" if flags else "| default |"))
+        assert f"| {len(group)} |" in line and f"{success:.3f} (" in line and f"{steps:.1f} (" in line, line
+
+
+def test_the_table_of_experts_is_the_raw_rows():
+    for row in csv.DictReader(io.StringIO((ROOT / "results" / "experts.csv").read_text())):
+        if row["who"] == "expert" and row["domain"] != "pointmass":
+            cells = f"| {row['success']} ({row['low']}-{row['high']}) | {row['mean_steps_of_successes']} |"
+            settings = dict(x.split("=") for x in row["settings"].split())
+            blocks = f"{settings['blocks']} blocks" if "blocks" in settings else ""
+            assert any(line.endswith(cells) and row["domain"] in line and settings.get("family", "") in line and blocks in line
+                       for line in README.splitlines()), row  # fmt: skip
