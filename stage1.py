@@ -227,8 +227,8 @@ def main(cfg: Config) -> None:
     env = common.make_env(cfg.domain, 1, obs=cfg.obs)
     if cfg.obs not in env.recipes:
         raise UserError(f"--obs {cfg.obs}: Stage 1 cannot learn {cfg.domain} from it yet; use --obs {' or '.join(env.recipes)}")
-    for field, usual in env.recipes[cfg.obs].items():
-        setattr(cfg, field, getattr(cfg, field) or usual)
+    for field in ("model", "episodes", "updates"):
+        setattr(cfg, field, getattr(cfg, field) or env.recipes[cfg.obs][field])
     if cfg.model not in (*models.PRESETS, "paligemma"):
         raise UserError(f"--model {cfg.model}: unknown; choose paligemma or one of {', '.join(models.PRESETS)}")
     if (cfg.model == "paligemma") != bool(cfg.weights):

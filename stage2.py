@@ -47,7 +47,7 @@ class Config:
     keep_optimizer: bool = False  # go on with Stage 1's last AdamW moments, as the authors' notebook does
     num_envs: int = 16  # simulations that practise at once
     operator: bool = False  # practise without resets, but for an operator's: the paper's protocol on real robots
-    iterations: int = 200  # of Algorithm 1's loop, at most
+    iterations: int = 0  # of Algorithm 1's loop, at most; 0: what the domain takes
     patience: int = 100  # stop after so many iterations without a better policy, as far as the model can see
     eval_episodes: int = 500  # rollouts of the best policy, for summary.json
     out: str = ""  # the run's folder; empty: runs/{domain}-stage2-s{seed}
@@ -180,11 +180,13 @@ def main(cfg: Config) -> None:
         raise UserError(f"{stage1}/config.json: not the configuration of a Stage 1 run; name another --stage1")
     cfg.seed = settings["seed"] if cfg.seed < 0 else cfg.seed
     domain, obs_mode = settings["domain"], settings["obs"]
-    common.require(cfg, 1, "updates", "batch", "num_envs", "iterations", "patience", "eval_episodes")
+    common.require(cfg, 1, "updates", "batch", "num_envs", "patience", "eval_episodes")
     common.require(cfg, 1e-9, "lr")
     if not 0 <= cfg.gamma <= 1:
         raise UserError(f"--gamma {cfg.gamma}: must be between 0 and 1")
     env = common.make_env(domain, cfg.num_envs, obs=obs_mode)
+    cfg.iterations = cfg.iterations or env.recipes[obs_mode]["iterations"]
+    common.require(cfg, 1, "iterations")
     if cfg.operator and not hasattr(env, "ask"):
         raise UserError(f"--operator: {domain} cannot go on without a reset; practise on tabletop or bananatable")
     judge = Path(cfg.reward_run) if cfg.reward_run else stage1

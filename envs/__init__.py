@@ -7,7 +7,7 @@ A domain is a `gymnasium.vector.VectorEnv` (autoreset disabled; `reset(options={
 
     name, default_obs        "pointmass", "state"
     horizon                  steps until truncation
-    recipes                  what Stage 1 takes by kind of observation: model, demonstrations, updates
+    recipes                  what the stages take, by kind of observation: model, demonstrations, updates; iterations
     steps_cap, steps_bins    the steps-to-go tokens: bins of steps_cap / steps_bins steps
     action_tokens            arguments of `model.action_tokenizer`
     state_names, state_dim   the quantities of obs="state", by name, and the numbers in each

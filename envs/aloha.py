@@ -257,7 +257,7 @@ class AlohaInsertionVectorEnv(VectorEnv):
     state_dim = 7
     predicts_instruction = False  # the paper asks it on LanguageTable only
     # no recipe for images: the stages take the second one for the first one's successor, and do not read joints yet
-    recipes = {"state": {"model": "nano-deep", "episodes": 5000, "updates": 6000}}  # not measured yet
+    recipes = {"state": {"model": "nano-deep", "episodes": 5000, "updates": 6000, "iterations": 100}}  # not measured yet
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 2}
 
     def __init__(self, num_envs: int = 1, obs: str = "state", size: int = 128, render_mode: str | None = None):
