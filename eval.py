@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,12 +108,12 @@ def film(folder: Path, seed: int, s: float, greedy: bool) -> None:
     goals = [r["goals"][int((r["row"] == i).nonzero()[0])] for i in range(8)]
     height, width = frames.shape[2:4]
 
-    fig, axes = plt.subplots(2, 4, figsize=(10, 5.4))
+    fig, axes = plt.subplots(2, 4, figsize=(12, 6 * height / width + 1.4))
     for i, ax in enumerate(axes.flat):
         ax.imshow(frames[i, 0])
         ax.plot(*(tracks[i, : length[i] + 1] * (width, height)).T, ".-", color="black", lw=1, ms=3)
         outcome = "reached" if r["truth"][i, -1] else "not reached"
-        ax.set_title(f"{goals[i]}\n{outcome} in {length[i]} steps", fontsize=8)
+        ax.set_title(f"{textwrap.fill(goals[i], 42)}\n{outcome} in {length[i]} steps", fontsize=8)
         ax.axis("off")
     fig.savefig(folder / "trajectories.png", dpi=130, bbox_inches="tight")
 
@@ -158,6 +159,7 @@ def curves(folder: Path) -> None:
         for (label, key), colour in zip(lines, (BLUE, ORANGE), strict=False):
             ax.plot(x, [r[key] for r in rows], color=colour, label=f"{label} (n = 1 seed)" if label else None)
         ax.set(xlabel="environment steps", ylabel=name)
+        ax.xaxis.set_major_locator(plt.MaxNLocator(4))
         if lines[0][0]:
             ax.legend(fontsize=7)
     fig.tight_layout()
