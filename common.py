@@ -44,7 +44,7 @@ def cli(config: type, main: Callable[[Any], Any]) -> None:
                 raise UserError(" ".join(re.sub(r"-{4,}", " ", text).split()) or "wrong arguments") from None
             raise
         main(cfg)
-    except UserError as e:
+    except (UserError, envs.CannotRender) as e:
         print(f"{name}: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
 
@@ -57,7 +57,7 @@ def learning_rate(update: int, updates: int, peak: float) -> float:
 def require(cfg: Any, least: float, *fields: str) -> None:
     """Raise UserError unless each of the configuration's fields is at least `least` (and a number)."""
     for field in fields:
-        if not getattr(cfg, field) >= least:
+        if not least <= getattr(cfg, field) < float("inf"):
             raise UserError(f"--{field.replace('_', '-')} {getattr(cfg, field)}: must be at least {least:g}")
 
 

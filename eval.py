@@ -119,7 +119,8 @@ def film(folder: Path, seed: int, s: float, greedy: bool) -> None:
 
     last = range(int(length[:4].max()) + 1)  # an episode that has ended stands still
     pictures = [Image.fromarray(np.concatenate([frames[i, min(t, length[i])] for i in range(4)], 1)) for t in last]
-    pictures[0].save(folder / "episodes.gif", save_all=True, append_images=pictures[1:], duration=100, loop=0)
+    pictures[0].save(folder / "episodes.gif", save_all=True, append_images=pictures[1:], loop=0,
+                     duration=round(1000 / env.metadata["render_fps"]))  # fmt: skip
 
     reached = np.flatnonzero(r["truth"][:, -1].numpy())
     i = int(reached[np.argmax(length[reached])]) if len(reached) else 0  # the longest successful episode

@@ -45,7 +45,7 @@ class Config:
     vit: str = ""  # timm:NAME, a vision tower of its own: the paper's Uni-PaLI; without --weights the decoder is random
     init: str = ""  # folder of a Stage 0 run to start from; empty: the domain's newest if obs is images; "none": from scratch
     seed: int = 0  # weights, demonstrations, batches
-    episodes: int = 0  # demonstrations to record with the domain's expert; 0: what the domain takes
+    episodes: int = 0  # demonstrations to record with the domain's demonstrator; 0: what the domain takes
     data_fraction: float = 1.0  # share of the demonstrations to learn from; smaller shares are parts of larger ones
     dataset: str = ""  # or the id of a Minari dataset with the domain's spaces
     updates: int = 0  # optimiser steps; 0: what the domain takes
@@ -59,7 +59,7 @@ class Config:
 
 # --- demonstrations ---------------------------------------------------------------------------------------------------
 def record(domain: str, obs: str, episodes: int, seed: int) -> dict[str, np.ndarray]:
-    """Successful demonstrations by the domain's expert, the final observation included, as flat arrays of M tuples.
+    """Successful demonstrations by the domain's demonstrator, the final observation included, as flat arrays of M tuples.
 
     Returns frames uint8 (M, H, W, 3) or state float32 (M, S); action float32 (M, A), zero on final observations;
     start, length int (episodes,), where length counts observations; instruction str (episodes,).
@@ -95,7 +95,10 @@ def record(domain: str, obs: str, episodes: int, seed: int) -> dict[str, np.ndar
 def pack(episodes: list[tuple], key: str) -> dict[str, np.ndarray]:
     """(instruction, observations, actions) per episode -> the flat arrays of `record`."""
     length = np.array([len(e[1]) for e in episodes])
-    return {key: np.concatenate([np.stack(e[1]) for e in episodes]),
+    rows = np.empty((length.sum(), *np.shape(episodes[0][1][0])), episodes[0][1][0].dtype)  # frames: no copy more than this
+    for e, first in zip(episodes, np.cumsum(length) - length, strict=True):
+        rows[first : first + len(e[1])] = e[1]
+    return {key: rows,
             "action": np.concatenate([np.stack(e[2]) for e in episodes]).astype(np.float32),
             "start": np.cumsum(length) - length, "length": length, "instruction": np.array([e[0] for e in episodes])}  # fmt: skip
 
@@ -137,6 +140,7 @@ def load_demonstrations(cfg: Config) -> dict[str, np.ndarray]:
                 np.savez(f, **data)
 
         common.write_atomically(path, write)
+        del data
     else:
         print(f"demonstrations from {path}; delete it to record them again")
     try:
@@ -148,9 +152,15 @@ def load_demonstrations(cfg: Config) -> dict[str, np.ndarray]:
 
 
 def split(episodes: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Which episodes are held out, a tenth, and which are used at all: bool (episodes,) each, nested in `fraction`."""
+    """Which episodes are held out, a tenth, and which are used at all: bool (episodes,) each, nested in `fraction`.
+
+    Raises UserError if nothing is left of either.
+    """
     rank = np.random.default_rng(0).permutation(episodes)  # not the first ones: those are the short ones
-    return np.arange(episodes) % 10 == 0, rank < fraction * episodes
+    held_out, used = np.arange(episodes) % 10 == 0, rank < fraction * episodes
+    if not 0 < fraction <= 1 or not (used & held_out).any() or not (used & ~held_out).any():
+        raise UserError(f"--data-fraction {fraction}: must be above 0 and at most 1, and leave enough of {episodes} --episodes")
+    return held_out, used
 
 
 class Demonstrations:
@@ -225,6 +235,8 @@ def main(cfg: Config) -> None:
     env = common.make_env(cfg.domain, 1)
     cfg.obs = cfg.obs or ("images" if cfg.weights or cfg.vit else env.default_obs)
     env = common.make_env(cfg.domain, 1, obs=cfg.obs)
+    if (cfg.weights or cfg.vit) and "images" not in env.recipes:
+        raise UserError(f"--weights, --vit: read images, which Stage 1 cannot learn {cfg.domain} from yet; leave them out")
     if cfg.obs not in env.recipes:
         raise UserError(f"--obs {cfg.obs}: Stage 1 cannot learn {cfg.domain} from it yet; use --obs {' or '.join(env.recipes)}")
     for field in ("model", "episodes", "updates"):
@@ -241,7 +253,9 @@ def main(cfg: Config) -> None:
     common.require(cfg, 1, "updates", "eval_every", "eval_episodes")
     common.require(cfg, 2, "episodes")
     common.require(cfg, 2 + env.predicts_instruction, "batch")
-    common.require(cfg, 1e-9, "lr", "data_fraction")
+    common.require(cfg, 1e-9, "lr")
+    if not cfg.dataset:
+        split(cfg.episodes, cfg.data_fraction)  # its complaints, before anything is recorded
     if cfg.init not in ("", "none") and cfg.obs == "state":
         raise UserError(f"--init {cfg.init}: Stage 0 is for --obs images; leave it out")
     fresh = cfg.obs == "images" and not (cfg.weights or cfg.vit)
@@ -257,7 +271,9 @@ def main(cfg: Config) -> None:
     model = initial_model(cfg, env, init)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.01, fused=True)
     rng, first, best = np.random.default_rng(cfg.seed), 0, dict.fromkeys(("policy", "reward", "instruction"), float("inf"))
-    asks = env.predicts_instruction  # until the answers on held-out episodes get worse: a few thousand are soon learnt by heart
+    asks = (
+        env.predicts_instruction
+    )  # until the answers on held-out episodes get no better: a few thousand are soon learnt by heart
     if run.state:
         model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
@@ -265,8 +281,6 @@ def main(cfg: Config) -> None:
 
     data = load_demonstrations(cfg)
     held_out, used = split(len(data["length"]), cfg.data_fraction)
-    if not (used & held_out).any() or not (used & ~held_out).any():
-        raise UserError(f"--data-fraction {cfg.data_fraction}: too few of {len(used)} episodes; ask for more with --episodes")
     train, valid = (Demonstrations(data, np.flatnonzero(m & used), env.state_dim) for m in (~held_out, held_out))
     actions, steps = action_tokenizer(**env.action_tokens), StepsToGo(env.steps_cap, env.steps_bins)
 

@@ -94,7 +94,8 @@ def look(model: EFM, obs: dict, rows: np.ndarray, before: dict[str, Tensor] | No
 
 
 class Operator:
-    """Who looks after the stations (Section 5.2): resets one when something has fallen, or 3-5 minutes after the last time.
+    """Who looks after the stations (Section 5.2): resets one when something has fallen or nothing is left to do, or
+    3-5 minutes after the last time.
 
     Every other episode begins where the one before it ended, with a new instruction. A robot-hour is one station's hour
     of practice. The state is what an exact resume needs.
@@ -114,7 +115,10 @@ class Operator:
         self.due[needs] = self.rng.uniform(180, 300, int(needs.sum())) * self.env.metadata["render_fps"]
         if needs.any():
             self.env.reset(seed=seed, options={"reset_mask": needs})
-        return self.env.ask(~needs)
+        begun = self.env.ask(~needs)
+        self.interventions += int(self.env.anew.sum())
+        self.steps[self.env.anew] = 0
+        return begun
 
     def state_dict(self) -> dict:
         return {k: v for k, v in vars(self).items() if k != "env"} | {"env": self.env.get_state()}
@@ -181,7 +185,8 @@ def main(cfg: Config) -> None:
     cfg.seed = settings["seed"] if cfg.seed < 0 else cfg.seed
     domain, obs_mode = settings["domain"], settings["obs"]
     common.require(cfg, 1, "updates", "batch", "num_envs", "patience", "eval_episodes")
-    common.require(cfg, 1e-9, "lr")
+    common.require(cfg, 1e-9, "lr", "c")
+    common.require(cfg, 0, "s")
     if not 0 <= cfg.gamma <= 1:
         raise UserError(f"--gamma {cfg.gamma}: must be between 0 and 1")
     env = common.make_env(domain, cfg.num_envs, obs=obs_mode)

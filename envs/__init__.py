@@ -16,7 +16,7 @@ A domain is a `gymnasium.vector.VectorEnv` (autoreset disabled; `reset(options={
     instructions()           every text of its grammar
     demonstrate(), expert()  actions for the present states: of the demonstrator, and of the best we can script
     questions(), scenes()    Stage 0's questions, and random scenes with a question and its answer
-    ask(), fallen, get_state(), set_state()   where a domain can go on without a reset: `stage2.py --operator`
+    ask(), anew, fallen, get_state(), set_state()   where a domain can go on without a reset: `stage2.py --operator`
     track()                  what moves, in shares of the rendered frame; for figures
 
 Ground truth is in `info["is_success"]`, on every step and reset, and nowhere in an observation.
@@ -24,11 +24,35 @@ Ground truth is in `info["is_success"]`, on every step and reset, and nowhere in
 
 from __future__ import annotations
 
+import ctypes.util
+import os
+import sys
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import VectorEnv
+
+if "MUJOCO_GL" not in os.environ and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+    # no display: MuJoCo must be told before it is imported, and not of an EGL that is not there
+    os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "disable"
+
+
+class CannotRender(ValueError):
+    """This machine has nothing to draw with: `common.cli` prints it as one line and exits with code 2."""
+
+
+def make_renderer(model: Any, height: int, width: int) -> Any:
+    """A mujoco.Renderer of an MjModel. Raises CannotRender with the way out."""
+    import mujoco
+
+    try:
+        return mujoco.Renderer(model, height, width)
+    except Exception as e:  # each GL backend raises its own kind
+        raise CannotRender(
+            f"MuJoCo cannot render here (MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: {e}); install EGL or OSMesa (Debian: "
+            "libegl1 or libosmesa6) and set MUJOCO_GL to egl or osmesa before mujoco is imported, or use --obs state"
+        ) from e
 
 
 class SingleView(gym.Env):

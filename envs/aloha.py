@@ -36,21 +36,16 @@ Version history
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+from mujoco.batch import Batch
 
-from envs import SingleView
-
-if "MUJOCO_GL" not in os.environ and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-    os.environ["MUJOCO_GL"] = "egl"  # no display: MuJoCo must be told before it is imported
-import mujoco  # noqa: E402
-from mujoco.batch import Batch  # noqa: E402
+from envs import SingleView, make_renderer
 
 SIDES = ("left", "right")  # the left arm takes the socket, the right one the peg
 START = np.array([0, -0.96, 1.16, 0, -0.3, 0])  # [rad]
@@ -419,11 +414,7 @@ class AlohaInsertionVectorEnv(VectorEnv):
     def _picture(self, i: int, name: str, height: int, width: int) -> np.ndarray:
         """uint8 (height, width, 3) of simulation i, by one of the cameras."""
         if (height, width) not in self.renderers:
-            try:
-                self.renderers[height, width] = mujoco.Renderer(self.model, height, width)
-            except Exception as e:  # each GL backend raises its own kind
-                raise ValueError(f"--obs images: MuJoCo cannot render here ({e}); install EGL or OSMesa (libegl1, libosmesa6) "
-                                 "and set MUJOCO_GL to egl or osmesa") from e  # fmt: skip
+            self.renderers[height, width] = make_renderer(self.model, height, width)
             self.shared = mujoco.MjData(self.model)
         renderer, data = self.renderers[height, width], self.shared
         data.qpos[:] = self.sim.qpos[i]

@@ -40,24 +40,19 @@ Version history
 from __future__ import annotations
 
 import copy
-import os
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+from mujoco.batch import Batch
 
-from envs import SingleView
+from envs import SingleView, make_renderer
 from envs import tabletop_language as language
 from envs.tabletop_language import Meaning
-
-if "MUJOCO_GL" not in os.environ and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-    os.environ["MUJOCO_GL"] = "egl"  # no display: MuJoCo must be told before it is imported
-import mujoco  # noqa: E402
-from mujoco.batch import Batch  # noqa: E402
 
 LOW, HIGH = np.array([0.15, -0.3048]), np.array([0.60, 0.3048])  # the tool's workspace [m]  (constants.py)
 CENTRE, INSET = (LOW + HIGH) / 2, 0.08  # where things start, less INSET a side
@@ -167,10 +162,20 @@ def scene(things: tuple[str, ...], look: str) -> str:
     </mujoco>"""
 
 
-def pixels(points: np.ndarray) -> np.ndarray:
-    """Points float (..., 3) [m] -> (u right, v down) in shares of the frame's width and height, float (..., 2)."""
-    rel = points - CAMERA_POS
-    right, up, depth = rel @ CAMERA_X, rel @ CAMERA_Y, rel @ np.cross(CAMERA_Y, CAMERA_X)
+def rotation(vector: np.ndarray) -> np.ndarray:
+    """The matrix float (3, 3) of a small rotation vector float (3,) [rad]."""
+    quaternion, matrix = np.concatenate([[1.0], vector / 2]), np.zeros(9)
+    mujoco.mju_quat2Mat(matrix, quaternion / np.linalg.norm(quaternion))
+    return matrix.reshape(3, 3)
+
+
+def pixels(points: np.ndarray, camera: np.ndarray = np.zeros((2, 3))) -> np.ndarray:  # noqa: B008 - read only
+    """Points float (..., 3) [m] -> (u right, v down) in shares of the frame's width and height, float (..., 2).
+
+    camera float (2, 3): what is added to the camera's position [m] and orientation [rad].
+    """
+    rel, turn = points - (CAMERA_POS + camera[0]), rotation(camera[1])
+    right, up, depth = (rel @ (turn @ axis) for axis in (CAMERA_X, CAMERA_Y, np.cross(CAMERA_Y, CAMERA_X)))
     return np.stack([0.5 + FOCAL * right / depth, 0.5 - FOCAL * 16 / 9 * up / depth], -1)
 
 
@@ -277,9 +282,9 @@ class TabletopVectorEnv(VectorEnv):
     def __init__(self, num_envs: int = 1, family: str = "block2block", blocks: int = 4, obs: str = "state", size: int = 64,
                  look: str = "sim", render_mode: str | None = None):  # fmt: skip
         if family not in (*language.FAMILIES, "mixed"):
-            raise ValueError(f"--family {family}: choose one of {', '.join(language.FAMILIES)} or mixed")
+            raise ValueError(f"family {family}: choose one of {', '.join(language.FAMILIES)} or mixed")
         if blocks not in language.BLOCK_SETS:
-            raise ValueError(f"--blocks {blocks}: choose 4 or 8")
+            raise ValueError(f"blocks {blocks}: choose 4 or 8")
         self.families = language.FAMILIES if family == "mixed" else (family,)
         self.things = language.BLOCK_SETS[blocks]
         self.horizon = 100 if blocks == 4 else 200
@@ -290,7 +295,7 @@ class TabletopVectorEnv(VectorEnv):
             if value not in known:
                 raise ValueError(f"--{flag} {value}: choose {' or '.join(known)}")
         if not 16 <= size <= 640:
-            raise ValueError(f"--size {size}: choose 16 to 640 pixels")
+            raise ValueError(f"size {size}: choose 16 to 640 pixels")
         self.num_envs, self.obs, self.size, self.look, self.render_mode = num_envs, obs, size, look, render_mode
         n, B = num_envs, len(self.things)
         self.state_names = ("tool", *self.things)
@@ -336,13 +341,15 @@ class TabletopVectorEnv(VectorEnv):
     def ask(self, mask: np.ndarray) -> tuple[dict, dict]:
         """A new instruction where `mask` (bool (N,)) says so and everything stays where it is: practice without resets.
 
-        Where no instruction can be asked of the present scene, the old one stays. Returns what `reset` does.
+        Where nothing can be asked of the present scene, all is placed anew (`anew` says where). Returns what `reset` does.
         """
-        for i in np.flatnonzero(mask):
-            for _ in range(20):  # a draw may be fulfilled already
-                if self._ask(i, self._family(i)):
-                    break
+        # a draw may be fulfilled already, so there are twenty
+        stuck = np.array([m and not any(self._ask(i, self._family(i)) for _ in range(20)) for i, m in enumerate(mask)])
+        self.anew = stuck
+        if stuck.any():
+            self.reset(options={"reset_mask": stuck})
         self.t[mask] = 0
+        self.frames[mask, 0] = self.frames[mask, 1]  # an episode's first frame is its own predecessor
         return self._observe(), self._info()
 
     def step(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
@@ -363,7 +370,7 @@ class TabletopVectorEnv(VectorEnv):
 
     def track(self) -> np.ndarray:
         """Where the tool meets the table, in shares of the rendered frame (x right, y down), float (N, 2); for figures."""
-        return pixels(np.c_[self.tool, np.zeros(self.num_envs)])
+        return np.stack([pixels(np.r_[tool, 0], camera) for tool, camera in zip(self.tool, self.camera, strict=True)])
 
     def close(self) -> None:
         for renderer in self.renderers.values():
@@ -398,7 +405,7 @@ class TabletopVectorEnv(VectorEnv):
             camera = rng.uniform(-1, 1, (2, 3)) * [[0.01], [np.pi / 180]] * (self.look == "real")
             scene = np.c_[places[:-1], yaw].ravel()
             images.append([self._picture(np.r_[scene, tool], camera, self.size, self.size) for tool in (before, places[-1])])
-            seen, k = pixels(np.c_[places, np.zeros(B + 1)]), rng.integers(2 * B + 1)
+            seen, k = pixels(np.c_[places, np.zeros(B + 1)], camera), rng.integers(2 * B + 1)
             if k == 2 * B:
                 texts.append("where is the tool")
                 answers[i] = seen[-1]
@@ -524,20 +531,14 @@ class TabletopVectorEnv(VectorEnv):
     def _picture(self, qpos: np.ndarray, camera: np.ndarray, height: int, width: int) -> np.ndarray:
         """uint8 (height, width, 3) of a scene."""
         if (height, width) not in self.renderers:
-            try:
-                self.renderers[height, width] = mujoco.Renderer(self.model, height, width)
-            except Exception as e:  # each GL backend raises its own kind
-                raise ValueError(f"--obs images: MuJoCo cannot render here ({e}); install EGL or OSMesa (libegl1, libosmesa6) "
-                                 "and set MUJOCO_GL to egl or osmesa before mujoco is imported") from e  # fmt: skip
+            self.renderers[height, width] = make_renderer(self.model, height, width)
             self.shared = mujoco.MjData(self.model)
         renderer, data = self.renderers[height, width], self.shared
         data.qpos[:] = qpos
         mujoco.mj_kinematics(self.model, data)
         mujoco.mj_camlight(self.model, data)
         data.cam_xpos[0] += camera[0]
-        turn = np.zeros(9)
-        mujoco.mju_quat2Mat(turn, np.concatenate([[1.0], camera[1] / 2]) / np.linalg.norm([1.0, *(camera[1] / 2)]))
-        data.cam_xmat[0] = (turn.reshape(3, 3) @ data.cam_xmat[0].reshape(3, 3)).ravel()
+        data.cam_xmat[0] = (rotation(camera[1]) @ data.cam_xmat[0].reshape(3, 3)).ravel()
         renderer.update_scene(data, 0)
         return renderer.render()
 

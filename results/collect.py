@@ -20,8 +20,8 @@ GROUPS = {  # title: runs, and the steps of the scripted expert that goes straig
     "pointmass.py": ("pointmass-toy-s", 12.5),
     "pointmass, states": ("pointmass-stage2-s", 13.1),
     "pointmass, images": ("pointmass-images-stage2-s", 13.1),
-    "tabletop, states": ("tabletop-stage2-s", 15.5),
-    "tabletop, states, a tenth of the demonstrations": ("tabletop-p10-stage2-s", 15.5),
+    "tabletop, states": ("tabletop-stage2-s", 17.1),
+    "tabletop, states, a tenth of the demonstrations": ("tabletop-p10-stage2-s", 17.1),
 }
 
 
@@ -78,6 +78,38 @@ def main() -> None:
         bottom.xaxis.set_major_locator(plt.MaxNLocator(4))
     fig.tight_layout()
     fig.savefig(OUT / "learning.png", dpi=130)
+    figure3(by_run)
+
+
+def figure3(by_run: dict[str, dict]) -> None:
+    """Figure 3's first panel at our scale: imitation alone against imitation and practice, by episodes of either."""
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    blue, orange, curve = "#0072B2", "#D55E00", []
+    for prefix in ("tabletop-p10-stage2-s", "tabletop-p20-stage2-s", "tabletop-stage2-s"):
+        second = [s for name, s in by_run.items() if re.fullmatch(prefix + r"\d+", name)]
+        first = [by_run[Path(s["stage1"]).name] for s in second]
+        if second:
+            curve.append((first, second))
+    for ax, key in zip(axes, ("success", "mean_steps"), strict=True):
+        mean = lambda group, key=key: sum(s[key] for s in group) / len(group)  # noqa: E731
+        x = [mean(first, "episodes") for first, _ in curve]
+        ax.plot(x, [mean(first) for first, _ in curve], color=blue, lw=1, zorder=0)
+        for k, (first, second) in enumerate(curve):
+            label = f"(n = {', '.join(str(len(s)) for _, s in curve)} seeds)" if k == 0 else None
+            ax.plot(
+                [f["episodes"] for f in first], [f[key] for f in first], "o", color=blue, ms=4, label=label and f"Stage 1 {label}"
+            )
+            ends = [f["episodes"] + s["episodes"] for f, s in zip(first, second, strict=True)]
+            ax.plot(ends, [s[key] for s in second], "s", color=orange, ms=4, label=label and f"Stage 1 + 2 {label}")
+            for f, s, end in zip(first, second, ends, strict=True):
+                ax.plot([f["episodes"], end], [f[key], s[key]], color=orange, lw=0.7, ls=":")
+        ax.set(xlabel="episodes, demonstrations and practice", xscale="log")
+    axes[0].set(ylabel="true success", ylim=(0, 1.02))
+    axes[1].set(ylabel="steps (a failure counts 100)")
+    axes[1].axhline(17.1, color="0.5", ls="--", lw=1, label="scripted expert")
+    axes[1].legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(OUT / "figure3.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -181,7 +181,13 @@ CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was don
     ("stage1", f"--updates -1 {NEW}", None, "--updates -1"),
     ("stage1", f"--domain aloha --obs images {NEW}", None, "--obs images"),
     ("stage0", f"--domain aloha {NEW}", None, "--domain aloha"),
+    ("stage1", f"--data-fraction 5 {NEW}", None, "--data-fraction 5"),
+    ("stage1", f"--data-fraction 0.01 {NEW}", None, "--data-fraction 0.01"),
+    ("stage1", f"--domain aloha --vit timm:vit_base_patch16_224 {NEW}", None, "--vit"),
     ("stage2", f"--operator {NEW}", None, "--operator"),
+    ("stage2", f"--c nan {NEW}", None, "--c"),
+    ("stage2", f"--s -1 {NEW}", None, "--s"),
+    ("stage2", f"--lr inf {NEW}", None, "--lr"),
     ("stage1", f"--episodes -3 {NEW}", None, "--episodes -3"),
     *(("stage2", f"--{f} 0 {NEW}", None, f"--{f} 0")
       for f in ("updates", "batch", "num-envs", "patience", "eval-episodes")),

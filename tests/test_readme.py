@@ -145,12 +145,13 @@ def test_every_file_of_the_files_table_exists():
 
 
 def logged(script) -> list[str]:
-    """The keys of `row = {...}` in a script's `main`."""
+    """The keys of `row = {...}` and `row |= {...}` in a script's `main`."""
     (main,) = [
         n for n in ast.parse(Path(script.__file__).read_text()).body if isinstance(n, ast.FunctionDef) and n.name == "main"
     ]
     (row,) = [n.value for n in ast.walk(main) if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "row"]
-    return [k.value for k in row.keys]
+    more = [n.value for n in ast.walk(main) if isinstance(n, ast.AugAssign) and getattr(n.target, "id", "") == "row"]
+    return [k.value for d in (row, *more) for k in d.keys]
 
 
 def test_the_metrics_table_has_what_stage2_logs():

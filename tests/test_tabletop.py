@@ -421,7 +421,12 @@ def test_ask_changes_the_instruction_and_nothing_else(obs):
         before = env.step(env.expert())[0]
     sim, meanings, fixed, weights = env.sim.state.copy(), list(env.meanings), env.tasks.fixed.copy(), env.tasks.weights.copy()
     after, info = env.ask(mask)
-    assert np.array_equal(env.sim.state, sim) and np.array_equal(after[obs], before[obs])
+    assert np.array_equal(env.sim.state, sim) and not env.anew.any()
+    if obs == "state":
+        assert np.array_equal(after[obs], before[obs])
+    else:  # an episode's first frame is its own predecessor, as after a reset
+        assert np.array_equal(after[obs][~mask], before[obs][~mask]) and np.array_equal(after[obs][:, 1], before[obs][:, 1])
+        assert np.array_equal(after[obs][mask, 0], before[obs][mask, 1])
     assert env.t.tolist() == [0 if m else 4 for m in mask] and info.keys() == env.step(np.zeros((n, 2)))[4].keys()
     changed = np.array([a != b for a, b in zip(after["instruction"], before["instruction"], strict=True)])
     assert not changed[~mask].any() and changed[mask].mean() > 0.9
@@ -442,12 +447,13 @@ def test_ask_draws_again_when_the_first_draw_is_fulfilled():
     assert not any(a is b for a, b in zip(env.meanings, meanings, strict=True))
 
 
-def test_ask_keeps_the_old_instruction_where_there_is_no_new_one():
+def test_ask_places_all_anew_where_nothing_can_be_asked():
     env = table(family="separate_blocks")
     put(env, CORNERS)  # nothing to separate
-    meaning, text, rule = env.meanings[0], env.texts[0], env.tasks.weights.copy()
-    obs, _ = env.ask(np.ones(1, bool))
-    assert env.meanings[0] is meaning and obs["instruction"] == (text,) and np.array_equal(env.tasks.weights, rule)
+    before = env.pos.copy()
+    obs, info = env.ask(np.ones(1, bool))
+    assert env.anew.tolist() == [True] and (env.pos != before).all() and not info["is_success"].any()
+    assert obs["instruction"][0] in texts(env.meanings[0], 4)
 
 
 def test_fallen_blocks_are_not_asked_for():
@@ -610,7 +616,7 @@ def test_the_expert_over_500_bananas():
 )
 def test_wrong_arguments_are_one_clear_line(name, flag, wrong, right):
     for make in (lambda: envs.make_vec(name, 1, **{flag: wrong}), lambda: gym.make(envs.DOMAINS[name], **{flag: wrong})):
-        with pytest.raises(ValueError, match=f"--{flag} {wrong}: choose .*{right}") as error:
+        with pytest.raises(ValueError, match=f"{flag} {wrong}: choose .*{right}") as error:
             make()
         assert "\n" not in str(error.value)
 
@@ -657,3 +663,20 @@ def test_scenes_from_the_tool_are_half_the_way_there():
     assert set(texts) == set(env.questions())
     relative = answers[[t.startswith("from") for t in texts]]
     assert 0.4 < relative.mean() < 0.6 and relative.std() > 0.05
+
+
+def test_without_anything_to_draw_with_states_work_and_frames_are_one_line(tmp_path):
+    environ = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MUJOCO_GL", "PYOPENGL_PLATFORM")}
+    root = Path(__file__).resolve().parents[1]
+    missing = "import ctypes.util; ctypes.util.find_library = lambda name: None; import sys; sys.argv[0] = 'stage1.py'; "
+    states = missing + "import envs; envs.make_vec('tabletop', 2).reset(seed=0); print('fine')"
+    out = subprocess.run([sys.executable, "-c", states], cwd=root, env=environ, capture_output=True, text=True, timeout=120)
+    assert out.stdout == "fine\n", out.stderr
+    frames = missing + (
+        f"sys.argv[1:] = '--domain tabletop --obs images --init none --episodes 20 --out {tmp_path}/run'.split(); "
+        "import common, stage1; common.cli(stage1.Config, stage1.main)"
+    )
+    environ["PYTHONPATH"] = str(root)
+    out = subprocess.run([sys.executable, "-c", frames], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+    assert out.returncode == 2 and "libegl1" in out.stderr.splitlines()[-1] and "Traceback" not in out.stderr, out.stderr
+    assert not list(tmp_path.iterdir())
