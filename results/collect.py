@@ -21,7 +21,7 @@ GROUPS = {  # title: runs, and the steps of the scripted expert that goes straig
     "pointmass, states": ("pointmass-stage2-s", 13.1),
     "pointmass, images": ("pointmass-images-stage2-s", 13.1),
     "tabletop, states": ("tabletop-stage2-s", 17.1),
-    "tabletop, states, a tenth of the demonstrations": ("tabletop-p10-stage2-s", 17.1),
+    "tabletop, 40 % of the data": ("tabletop-p40-stage2-s", 17.1),
 }
 
 
@@ -71,7 +71,7 @@ def main() -> None:
             x = [r["env_steps"] for r in rows]
             top.plot(x, [r["detected"] for r in rows], color=colour, lw=0.9)
             bottom.plot(x, [r["mean_steps"] for r in rows], color=colour, lw=0.9, label=run.name.split("-")[-1])
-        top.set(title=f"{title[:26]} (n = {len(group)} seeds)", ylabel="share of episodes ended by the detector", ylim=(0, 1.05))
+        top.set(title=f"{title} (n = {len(group)} seeds)", ylabel="share of episodes ended by the detector", ylim=(0, 1.05))
         bottom.axhline(straight, color="#D55E00", ls="--", label="scripted, straight to the goal")
         bottom.set(xlabel="environment steps", ylabel="steps per practice episode", yscale="log")
         bottom.legend(fontsize=7)
@@ -85,25 +85,25 @@ def figure3(by_run: dict[str, dict]) -> None:
     """Figure 3's first panel at our scale: imitation alone against imitation and practice, by episodes of either."""
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     blue, orange, curve = "#0072B2", "#D55E00", []
-    for prefix in ("tabletop-p10-stage2-s", "tabletop-p20-stage2-s", "tabletop-stage2-s"):
-        second = [s for name, s in by_run.items() if re.fullmatch(prefix + r"\d+", name)]
-        first = [by_run[Path(s["stage1"]).name] for s in second]
-        if second:
+    for prefix in ("tabletop-p10", "tabletop-p40", "tabletop"):
+        first, second = ([s for name, s in by_run.items() if re.fullmatch(rf"{prefix}-{stage}-s\d+", name)]
+                         for stage in ("stage1", "stage2"))  # fmt: skip
+        if first:
             curve.append((first, second))
     for ax, key in zip(axes, ("success", "mean_steps"), strict=True):
         mean = lambda group, key=key: sum(s[key] for s in group) / len(group)  # noqa: E731
         x = [mean(first, "episodes") for first, _ in curve]
         ax.plot(x, [mean(first) for first, _ in curve], color=blue, lw=1, zorder=0)
-        for k, (first, second) in enumerate(curve):
-            label = f"(n = {', '.join(str(len(s)) for _, s in curve)} seeds)" if k == 0 else None
-            ax.plot(
-                [f["episodes"] for f in first], [f[key] for f in first], "o", color=blue, ms=4, label=label and f"Stage 1 {label}"
-            )
-            ends = [f["episodes"] + s["episodes"] for f, s in zip(first, second, strict=True)]
-            ax.plot(ends, [s[key] for s in second], "s", color=orange, ms=4, label=label and f"Stage 1 + 2 {label}")
-            for f, s, end in zip(first, second, ends, strict=True):
-                ax.plot([f["episodes"], end], [f[key], s[key]], color=orange, lw=0.7, ls=":")
-        ax.set(xlabel="episodes, demonstrations and practice", xscale="log")
+        starts = [f for first, _ in curve for f in first]
+        ends = [(by_run[Path(s["stage1"]).name], s) for _, second in curve for s in second]
+        counts = [", ".join(str(len(pair[k])) for pair in curve) for k in (0, 1)]
+        ax.plot([f["episodes"] for f in starts], [f[key] for f in starts], "o", color=blue, ms=4,
+                label=f"Stage 1 (n = {counts[0]} seeds)")  # fmt: skip
+        ax.plot([f["episodes"] + s["episodes"] for f, s in ends], [s[key] for _, s in ends], "s", color=orange, ms=4,
+                label=f"Stage 1 + 2 (n = {counts[1]} seeds)")  # fmt: skip
+        for f, s in ends:
+            ax.plot([f["episodes"], f["episodes"] + s["episodes"]], [f[key], s[key]], color=orange, lw=0.7, ls=":")
+        ax.set(xlabel="episodes, demonstrations and practice")
     axes[0].set(ylabel="true success", ylim=(0, 1.02))
     axes[1].set(ylabel="steps (a failure counts 100)")
     axes[1].axhline(17.1, color="0.5", ls="--", lw=1, label="scripted expert")
