@@ -8,6 +8,7 @@ import numpy as np
 
 import envs
 from envs.pointmass import draw
+from stage1 import record
 
 
 def rate(function, amount: int, seconds: float = 2.0) -> float:
@@ -56,6 +57,9 @@ def main() -> None:
         loop = rate(lambda singles=singles, a=actions: [env.step(x) for env, x in zip(singles, next(a), strict=True)], n)
         print(f"tabletop control steps, obs={obs}, 4 blocks, {n} at once: {together:,.0f} /s; "
               f"{n} single environments in a loop: {loop:,.0f} /s; {together / loop:.1f} times")  # fmt: skip
+    start = time.perf_counter()
+    record("tabletop", "images", 512, seed=0)
+    print(f"tabletop demonstrations with frames: {512 / (time.perf_counter() - start) * 60:,.0f} episodes a minute")
     aloha()
 
 
