@@ -229,3 +229,12 @@ class Run:
         if self.tensorboard is not None:
             self.tensorboard.close()
         return summary
+
+
+def open_run(cfg: Any, env: VectorEnv, stage: str) -> Run:
+    """The run of a stage's configuration, in `cfg.out` or its usual folder; says so if it is finished already (`done`)."""
+    folder = Path(cfg.out) if cfg.out else run_folder(env.name, env.obs, env.default_obs, stage, cfg.seed)
+    run = Run(folder, cfg, cfg.resume)
+    if run.done:
+        print(f"{folder}: this run is finished; nothing to resume")
+    return run

@@ -174,8 +174,9 @@ def main(cfg: Config) -> None:
         raise UserError("runs/: no finished run; run `python stage1.py` first or name a run with --run")
     if cfg.episodes < 1:
         raise UserError(f"--episodes {cfg.episodes}: must be at least 1")
-    cfg.s = cfg.s if cfg.s >= 0 else common.read_json(folder / "config.json").get("s", 3.0)
-    stage2 = "gamma" in common.read_json(folder / "config.json")
+    settings = common.read_json(folder / "config.json")
+    cfg.s = cfg.s if cfg.s >= 0 else settings.get("s", 3.0)
+    stage2 = "gamma" in settings
     if stage2 and not (folder / "metrics.csv").exists():
         raise UserError(f"{folder}/metrics.csv: missing; name a finished run with --run")
     summary = {"run": str(folder), "s": cfg.s, "greedy": cfg.greedy, "seed": cfg.seed}

@@ -19,7 +19,6 @@ its domain (the paper's PaLI variant); `--init none` is its Scratch variant.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 import common
 import model as models
-from common import Run, UserError
+from common import UserError
 from model import EFM, QUESTION_INSTRUCTION, Tokenizer, UniformBins
 
 
@@ -63,11 +62,10 @@ def main(cfg: Config) -> None:
     env = common.make_env(cfg.domain, 1, obs="images")
     if not hasattr(env, "scenes"):
         raise UserError(f"--domain {cfg.domain}: has no questions for Stage 0; choose pointmass, tabletop or bananatable")
-    folder = Path(cfg.out) if cfg.out else common.run_folder(cfg.domain, "images", env.default_obs, "stage0", cfg.seed)
-    run = Run(folder, cfg, cfg.resume)
+    run = common.open_run(cfg, env, "stage0")
     if run.done:
-        print(f"{folder}: this run is finished; nothing to resume")
         return
+    folder = run.folder
 
     torch.manual_seed(cfg.seed)
     tokenizer = Tokenizer.train([*env.instructions(), *env.questions()] + [QUESTION_INSTRUCTION] * env.predicts_instruction)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 import common
 import envs
 import model as models
-from common import Run, UserError
+from common import UserError
 from model import EFM, QUESTION_ACTION, QUESTION_INSTRUCTION, QUESTION_STEPS, EFMConfig, StepsToGo, Tokenizer, action_tokenizer
 
 
@@ -233,9 +233,10 @@ def initial_model(cfg: Config, env: VectorEnv, init: Path | None) -> EFM:
 def main(cfg: Config) -> None:
     device = common.device()
     env = common.make_env(cfg.domain, 1)
-    cfg.obs = cfg.obs or ("images" if cfg.weights or cfg.vit else env.default_obs)
+    pretrained = bool(cfg.weights or cfg.vit)
+    cfg.obs = cfg.obs or ("images" if pretrained else env.default_obs)
     env = common.make_env(cfg.domain, 1, obs=cfg.obs)
-    if (cfg.weights or cfg.vit) and "images" not in env.recipes:
+    if pretrained and "images" not in env.recipes:
         raise UserError(f"--weights, --vit: read images, which Stage 1 cannot learn {cfg.domain} from yet; leave them out")
     if cfg.obs not in env.recipes:
         raise UserError(f"--obs {cfg.obs}: Stage 1 cannot learn {cfg.domain} from it yet; use --obs {' or '.join(env.recipes)}")
@@ -245,9 +246,9 @@ def main(cfg: Config) -> None:
         raise UserError(f"--model {cfg.model}: unknown; choose paligemma or one of {', '.join(models.PRESETS)}")
     if (cfg.model == "paligemma") != bool(cfg.weights):
         raise UserError("--model paligemma and --weights FOLDER_OR_HUB_ID go together: give both or neither")
-    if (cfg.weights or cfg.vit) and cfg.obs == "state":
+    if pretrained and cfg.obs == "state":
         raise UserError("--obs state: a pre-trained model reads images; leave it out")
-    if (cfg.weights or cfg.vit) and cfg.init not in ("", "none"):
+    if pretrained and cfg.init not in ("", "none"):
         raise UserError(f"--init {cfg.init}: the model starts from --weights or --vit; leave one of them out")
     common.require(cfg, 0, "seed")
     common.require(cfg, 1, "updates", "eval_every", "eval_episodes")
@@ -258,22 +259,19 @@ def main(cfg: Config) -> None:
         split(cfg.episodes, cfg.data_fraction)  # its complaints, before anything is recorded
     if cfg.init not in ("", "none") and cfg.obs == "state":
         raise UserError(f"--init {cfg.init}: Stage 0 is for --obs images; leave it out")
-    fresh = cfg.obs == "images" and not (cfg.weights or cfg.vit)
-    init = common.stage0_run(cfg.init, cfg.domain) if fresh else None
+    init = common.stage0_run(cfg.init, cfg.domain) if cfg.obs == "images" and not pretrained else None
     cfg.init = str(init or "none")
-    folder = Path(cfg.out) if cfg.out else common.run_folder(cfg.domain, cfg.obs, env.default_obs, "stage1", cfg.seed)
-    run = Run(folder, cfg, cfg.resume)
+    run = common.open_run(cfg, env, "stage1")
     if run.done:
-        print(f"{folder}: this run is finished; nothing to resume")
         return
+    folder = run.folder
 
     torch.manual_seed(cfg.seed)
     model = initial_model(cfg, env, init)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.01, fused=True)
     rng, first, best = np.random.default_rng(cfg.seed), 0, dict.fromkeys(("policy", "reward", "instruction"), float("inf"))
-    asks = (
-        env.predicts_instruction
-    )  # until the answers on held-out episodes get no better: a few thousand are soon learnt by heart
+    # until the answers on held-out episodes get no better: a few thousand are soon learnt by heart
+    asks = env.predicts_instruction
     if run.state:
         model.load_state_dict(run.state["model"])
         optimizer.load_state_dict(run.state["optimizer"])
@@ -295,7 +293,7 @@ def main(cfg: Config) -> None:
 
     run.start()
     # the same tuples at every look; of a pre-trained model no more than fit where a batch does
-    n, validation = 2 * cfg.batch if cfg.weights or cfg.vit else 2048, np.random.default_rng(0)
+    n, validation = 2 * cfg.batch if pretrained else 2048, np.random.default_rng(0)
     look = validation.choice(valid.acted, n), validation.integers(len(valid.index), size=n)
     look += (np.arange(len(valid.ends))[: n * env.predicts_instruction],)
     for update in tqdm(range(first, cfg.updates), initial=first, total=cfg.updates, desc="stage 1", disable=None):

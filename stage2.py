@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import common
 import model as models
-from common import Run, UserError
+from common import UserError
 from model import EFM, QUESTION_ACTION, StepsToGo, action_tokenizer
 
 
@@ -103,14 +103,14 @@ class Operator:
 
     def __init__(self, env: VectorEnv, seed: int):
         self.env, self.rng = env, np.random.default_rng(seed)
-        self.interventions, self.steps = 0, np.full(env.num_envs, 10**9)  # steps: since the station's last reset
+        self.interventions = -env.num_envs  # setting the stations up is none
+        self.steps = np.full(env.num_envs, 10**9)  # since the station's last reset: at first all are overdue
         self.due = self.rng.uniform(180, 300, env.num_envs) * env.metadata["render_fps"]  # [steps]
 
     def begin(self, seed: int) -> tuple[dict, dict]:
         """The observation and info that an episode begins with in every station; a drop-in for `env.reset`."""
-        first = self.steps.min() >= 10**9
-        needs = np.ones(self.env.num_envs, bool) if first else self.env.fallen.any(1) | (self.steps > self.due)
-        self.interventions += 0 if first else int(needs.sum())
+        needs = self.env.fallen.any(1) | (self.steps > self.due)
+        self.interventions += int(needs.sum())
         self.steps[needs] = 0
         self.due[needs] = self.rng.uniform(180, 300, int(needs.sum())) * self.env.metadata["render_fps"]
         if needs.any():
@@ -201,11 +201,10 @@ def main(cfg: Config) -> None:
     policy = common.load(stage1 / "policy.safetensors", env)
     reward_model = common.load(judge / "reward.safetensors", env)
     reward_model.requires_grad_(False)
-    folder = Path(cfg.out) if cfg.out else common.run_folder(domain, obs_mode, env.default_obs, "stage2", cfg.seed)
-    run = Run(folder, cfg, cfg.resume)
+    run = common.open_run(cfg, env, "stage2")
     if run.done:
-        print(f"{folder}: this run is finished; nothing to resume")
         return
+    folder = run.folder
 
     ranges = action_tokenizer(**env.action_tokens).ranges
     # the ViT is frozen by feeding its features: no gradient reaches it, and AdamW skips it

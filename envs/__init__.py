@@ -42,17 +42,49 @@ class CannotRender(ValueError):
     """This machine has nothing to draw with: `common.cli` prints it as one line and exits with code 2."""
 
 
-def make_renderer(model: Any, height: int, width: int) -> Any:
-    """A mujoco.Renderer of an MjModel. Raises CannotRender with the way out."""
-    import mujoco
+def reseed(env: VectorEnv, seed: int | list[int] | None, options: dict | None) -> np.ndarray:
+    """The simulations that a domain's `reset` is to reset, bool (N,); with a seed, simulation i of them gets seed + i."""
+    mask = np.asarray((options or {}).get("reset_mask", np.ones(env.num_envs, bool)))
+    if seed is not None:
+        seeds = range(seed, seed + env.num_envs) if isinstance(seed, int | np.integer) else seed
+        env.rngs = [np.random.default_rng(s) if m else r for s, r, m in zip(seeds, env.rngs, mask, strict=True)]
+    return mask
 
-    try:
-        return mujoco.Renderer(model, height, width)
-    except Exception as e:  # each GL backend raises its own kind
-        raise CannotRender(
-            f"MuJoCo cannot render here (MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: {e}); install EGL or OSMesa (Debian: "
-            "libegl1 or libosmesa6) and set MUJOCO_GL to egl or osmesa before mujoco is imported, or use --obs state"
-        ) from e
+
+class MujocoVectorEnv(VectorEnv):
+    """What domains on MuJoCo draw with: `self.model` from any of its cameras, a renderer for each size of frame."""
+
+    def _posed(self, qpos: np.ndarray) -> Any:
+        """The scene at qpos, an mjData for `_shoot`."""
+        import mujoco
+
+        if self.drawn is None:
+            self.drawn = mujoco.MjData(self.model)
+        self.drawn.qpos[:] = qpos
+        mujoco.mj_kinematics(self.model, self.drawn)
+        mujoco.mj_camlight(self.model, self.drawn)
+        return self.drawn
+
+    def _shoot(self, data: Any, camera: str | int, height: int, width: int) -> np.ndarray:
+        """uint8 (height, width, 3) of a posed scene. Raises CannotRender with the way out."""
+        import mujoco
+
+        if (height, width) not in self.renderers:
+            try:
+                self.renderers[height, width] = mujoco.Renderer(self.model, height, width)
+            except Exception as e:  # each GL backend raises its own kind
+                raise CannotRender(
+                    f"MuJoCo cannot render here (MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: {e}); install EGL or OSMesa "
+                    "(Debian: libegl1 or libosmesa6) and set MUJOCO_GL to egl or osmesa before mujoco is imported, "
+                    "or use --obs state"
+                ) from e
+        self.renderers[height, width].update_scene(data, camera)
+        return self.renderers[height, width].render()
+
+    def close(self) -> None:
+        for renderer in self.renderers.values():
+            renderer.close()
+        self.renderers = {}
 
 
 class SingleView(gym.Env):

@@ -41,11 +41,11 @@ from typing import Any
 import gymnasium as gym
 import mujoco
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from mujoco.batch import Batch
 
-from envs import SingleView, make_renderer
+from envs import MujocoVectorEnv, SingleView, reseed
 
 SIDES = ("left", "right")  # the left arm takes the socket, the right one the peg
 START = np.array([0, -0.96, 1.16, 0, -0.3, 0])  # [rad]
@@ -240,7 +240,7 @@ def ranges() -> tuple[np.ndarray, np.ndarray]:
     return np.tile(low, (1, 2)).ravel().astype(np.float32), np.tile(high, (1, 2)).ravel().astype(np.float32)
 
 
-class AlohaInsertionVectorEnv(VectorEnv):
+class AlohaInsertionVectorEnv(MujocoVectorEnv):
     """N tables with two arms each. See the module's docstring for spaces, success and episode end."""
 
     name, default_obs = "aloha", "state"
@@ -277,7 +277,7 @@ class AlohaInsertionVectorEnv(VectorEnv):
         self.command = np.zeros((n, 16))  # the servos' targets at the end of the last decision
         self.touch = np.zeros((n, 8), bool)  # what touched what in the last 0.1 s, pairs as in `scene`
         self.stage, self.t, self.texts = np.zeros(n, int), np.zeros(n, int), [""] * n
-        self.shared: mujoco.MjData | None = None  # what is drawn
+        self.drawn: mujoco.MjData | None = None
         self.renderers: dict[tuple[int, int], mujoco.Renderer] = {}
         self.rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(n)]
         self.frames = np.zeros((n, 2, size, size, 3), np.uint8)
@@ -290,10 +290,7 @@ class AlohaInsertionVectorEnv(VectorEnv):
     # --- Gymnasium ----------------------------------------------------------------------------------------------------
     def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
         """Reset all simulations, or those of options["reset_mask"] (bool (N,)). Simulation i gets seed + i."""
-        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
-        if seed is not None:
-            seeds = range(seed, seed + self.num_envs) if isinstance(seed, int | np.integer) else seed
-            self.rngs = [np.random.default_rng(s) if m else r for s, r, m in zip(seeds, self.rngs, mask, strict=True)]
+        mask = reseed(self, seed, options)
         rows = np.flatnonzero(mask)
         if len(rows):
             self._place(rows)
@@ -339,11 +336,6 @@ class AlohaInsertionVectorEnv(VectorEnv):
         focal = 0.5 / np.tan(np.radians(39))  # of the frame's height; its width is 4/3 of that, squeezed
         u, v = at @ right / (at @ depth) * focal * 3 / 4, at @ np.cross(right, depth) / (at @ depth) * focal
         return np.stack([0.5 + u, 0.5 - v], 1)
-
-    def close(self) -> None:
-        for renderer in self.renderers.values():
-            renderer.close()
-        self.renderers = {}
 
     def instructions(self) -> list[str]:
         return [f"{verb} the {peg} into the {socket}" for verb in VERBS for peg in PEGS for socket in SOCKETS]
@@ -413,15 +405,7 @@ class AlohaInsertionVectorEnv(VectorEnv):
 
     def _picture(self, i: int, name: str, height: int, width: int) -> np.ndarray:
         """uint8 (height, width, 3) of simulation i, by one of the cameras."""
-        if (height, width) not in self.renderers:
-            self.renderers[height, width] = make_renderer(self.model, height, width)
-            self.shared = mujoco.MjData(self.model)
-        renderer, data = self.renderers[height, width], self.shared
-        data.qpos[:] = self.sim.qpos[i]
-        mujoco.mj_kinematics(self.model, data)
-        mujoco.mj_camlight(self.model, data)
-        renderer.update_scene(data, name)
-        return renderer.render()
+        return self._shoot(self._posed(self.sim.qpos[i]), name, height, width)
 
     # --- who shows how ------------------------------------------------------------------------------------------------
     def expert(self) -> np.ndarray:

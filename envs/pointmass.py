@@ -35,7 +35,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 import pointmass
-from envs import SingleView
+from envs import SingleView, reseed
 
 COLOURS = ("red", "green", "blue")
 VERBS, NOUNS = ("move", "go", "drive", "steer"), ("goal", "target", "spot")
@@ -126,10 +126,7 @@ class PointmassVectorEnv(VectorEnv):
 
     def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
         """Reset all simulations, or those of options["reset_mask"] (bool (N,)). Simulation i gets seed + i."""
-        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
-        if seed is not None:
-            seeds = range(seed, seed + self.num_envs) if isinstance(seed, int | np.integer) else seed
-            self.rngs = [np.random.default_rng(s) if m else r for s, r, m in zip(seeds, self.rngs, mask, strict=True)]
+        mask = reseed(self, seed, options)
         for i in np.flatnonzero(mask):
             rng = self.rngs[i]
             while True:

@@ -46,18 +46,18 @@ from typing import Any
 import gymnasium as gym
 import mujoco
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from mujoco.batch import Batch
 
-from envs import SingleView, make_renderer
+from envs import MujocoVectorEnv, SingleView, reseed
 from envs import tabletop_language as language
 from envs.tabletop_language import Meaning
 
 LOW, HIGH = np.array([0.15, -0.3048]), np.array([0.60, 0.3048])  # the tool's workspace [m]  (constants.py)
 CENTRE, INSET = (LOW + HIGH) / 2, 0.08  # where things start, less INSET a side
 BOARD_CENTRE, BOARD_HALF = np.array([0.35, 0.0]), np.array([0.2286, 0.3048])
-ACTION_LIMIT = 0.1  # [m] a step
+ACTION_LIMIT, STRIDE = 0.1, 0.03  # [m] a step: what the environment takes, what action tokens, and so the experts, ask of it
 TOOL_RADIUS, TOOL_MASS, BLOCK_HEIGHT = 0.0127, 0.1, 0.0381  # [m], [kg], [m]
 SIZES = {"cube": (0.0397, 0.0397), "moon": (0.0257, 0.0525), "pentagon": (0.0413, 0.0444), "star": (0.0408, 0.0444)}  # x, y [m]
 RGB = {"red": "1 .4 .4", "blue": ".4 .4 1", "green": ".4 1 .4", "yellow": "1 1 .4"}
@@ -65,6 +65,8 @@ DULL = {"red": ".7 .25 .2", "blue": ".2 .3 .6", "green": ".25 .55 .3", "yellow":
 CAMERA_POS, CAMERA_X, CAMERA_Y = np.array([0.75, 0, 0.5]), np.array([0, 1.0, 0]), np.array([-0.809017, 0, 0.587785])
 FOCAL = 0.803  # of the frame's width, vertically and horizontally
 SUBSTEPS = 24  # of 1/240 s
+DISTANCES = {"near": 0.15, "far": 0.25}  # [m], of block2relativelocation
+JITTER = np.array([[0.01], [np.pi / 180]])  # of the camera of look="real": [m] and [rad]
 _ARC = np.linspace(-0.75, 0.75, 6)
 BANANA = 0.1 * np.stack([np.cos(_ARC), np.sin(_ARC)], 1) - [0.0885, 0]  # its spine, 14 cm between the ends [m], (6, 2)
 
@@ -179,6 +181,11 @@ def pixels(points: np.ndarray, camera: np.ndarray = np.zeros((2, 3))) -> np.ndar
     return np.stack([0.5 + FOCAL * right / depth, 0.5 - FOCAL * 16 / 9 * up / depth], -1)
 
 
+def beside(direction: str) -> np.ndarray:
+    """From a block to the place beside it in a direction, float (2,) [m]: 8 cm along an axis, 4 cm along both."""
+    return np.multiply(language.DIRECTIONS[direction], 0.08 if len(direction.split()) == 1 else 0.04 * 2**0.5)
+
+
 @dataclass
 class Tasks:
     """What each of N simulations is asked, as one rule: *a block is near one of ten points*.
@@ -217,14 +224,11 @@ class Tasks:
                 self.radius[i] = 0.10 if meaning.target == "center" else 0.115
             case "block2relativelocation":
                 direction, distance = meaning.target
-                self.fixed[i] = pos[meaning.block] + np.multiply(
-                    language.DIRECTIONS[direction], {"near": 0.15, "far": 0.25}[distance]
-                )
+                self.fixed[i] = pos[meaning.block] + np.multiply(language.DIRECTIONS[direction], DISTANCES[distance])
                 self.radius[i] = 0.10
             case "block2block_relative_location":
                 direction, other = meaning.target
-                length = 0.08 if len(direction.split()) == 1 else 0.04 * 2**0.5
-                self.weights[i, other], self.offset[i] = 1, np.multiply(language.DIRECTIONS[direction], length)
+                self.weights[i, other], self.offset[i] = 1, beside(direction)
                 self.radius[i], self.drift[i] = 0.04, 0.05
             case "separate_blocks":
                 self.weights[i, list(meaning.target)], self.away[i], self.radius[i] = 1 / len(meaning.target), 0.10, 0.025
@@ -265,7 +269,7 @@ def around(start: np.ndarray, goal: np.ndarray, obstacles: np.ndarray, radius: n
     return np.where(blocking.any(1)[:, None], corner, goal)
 
 
-class TabletopVectorEnv(VectorEnv):
+class TabletopVectorEnv(MujocoVectorEnv):
     """N tables at once. See the module's docstring for spaces, success and episode end."""
 
     name, default_obs = "tabletop", "state"
@@ -275,7 +279,7 @@ class TabletopVectorEnv(VectorEnv):
     clearance, girth, reach = 0.06, 0.045, 0.05
     steps_cap, steps_bins = 100, 50
     predicts_instruction = True
-    action_tokens = {"kind": "sign-magnitude", "limit": 0.03, "dims": 2}
+    action_tokens = {"kind": "sign-magnitude", "limit": STRIDE, "dims": 2}
     state_dim = 4
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 10}
 
@@ -311,7 +315,7 @@ class TabletopVectorEnv(VectorEnv):
         self.model = mujoco.MjModel.from_xml_string(scene(self.things, look))
         self.sim = Batch(self.model, n)
         self.friction = self.sim.expand("dof_frictionloss") if look == "real" else None
-        self.shared: mujoco.MjData | None = None  # what is drawn
+        self.drawn: mujoco.MjData | None = None
         self.renderers: dict[tuple[int, int], mujoco.Renderer] = {}
         self.rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(n)]
         self.target, self.t, self.texts = np.zeros((n, 2)), np.zeros(n, int), [""] * n
@@ -325,10 +329,7 @@ class TabletopVectorEnv(VectorEnv):
     # --- Gymnasium ----------------------------------------------------------------------------------------------------
     def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
         """Reset all simulations, or those of options["reset_mask"] (bool (N,)). Simulation i gets seed + i."""
-        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
-        if seed is not None:
-            seeds = range(seed, seed + self.num_envs) if isinstance(seed, int | np.integer) else seed
-            self.rngs = [np.random.default_rng(s) if m else r for s, r, m in zip(seeds, self.rngs, mask, strict=True)]
+        mask = reseed(self, seed, options)
         pending = np.flatnonzero(mask)
         asked = {i: self._family(i) for i in pending}  # once: else the rare ones, like separate_blocks, get rarer
         while len(pending):  # until every simulation has an instruction
@@ -372,11 +373,6 @@ class TabletopVectorEnv(VectorEnv):
         """Where the tool meets the table, in shares of the rendered frame (x right, y down), float (N, 2); for figures."""
         return np.stack([pixels(np.r_[tool, 0], camera) for tool, camera in zip(self.tool, self.camera, strict=True)])
 
-    def close(self) -> None:
-        for renderer in self.renderers.values():
-            renderer.close()
-        self.renderers = {}
-
     def instructions(self) -> list[str]:
         return language.instructions(self.families, len(self.things))
 
@@ -402,7 +398,7 @@ class TabletopVectorEnv(VectorEnv):
                 if gap.min() > 0.04:
                     break
             yaw, before = rng.uniform(0, 2 * np.pi, B), places[-1] + rng.uniform(-0.02, 0.02, 2)
-            camera = rng.uniform(-1, 1, (2, 3)) * [[0.01], [np.pi / 180]] * (self.look == "real")
+            camera = rng.uniform(-1, 1, (2, 3)) * JITTER * (self.look == "real")
             scene = np.c_[places[:-1], yaw].ravel()
             images.append([self._picture(np.r_[scene, tool], camera, self.size, self.size) for tool in (before, places[-1])])
             seen, k = pixels(np.c_[places, np.zeros(B + 1)], camera), rng.integers(2 * B + 1)
@@ -465,8 +461,8 @@ class TabletopVectorEnv(VectorEnv):
             self.target[i] = tool
             if self.look == "real":
                 self.friction[i] = self.model.dof_frictionloss * rng.uniform(0.7, 1.3)
-                self.camera[i] = rng.uniform(-1, 1, (2, 3)) * [[0.01], [np.pi / 180]]
-            self.speed[i], self.wobble[i], self.pause[i] = 0.03 * rng.uniform(0.3, 0.9), 0, 0
+                self.camera[i] = rng.uniform(-1, 1, (2, 3)) * JITTER
+            self.speed[i], self.wobble[i], self.pause[i] = STRIDE * rng.uniform(0.3, 0.9), 0, 0
             self.detour[i] = rng.uniform(low, high) if rng.uniform() < 0.25 else np.nan
         self.sim.ctrl = self.target
         self.sim.step(rows, nstep=200)
@@ -530,22 +526,15 @@ class TabletopVectorEnv(VectorEnv):
 
     def _picture(self, qpos: np.ndarray, camera: np.ndarray, height: int, width: int) -> np.ndarray:
         """uint8 (height, width, 3) of a scene."""
-        if (height, width) not in self.renderers:
-            self.renderers[height, width] = make_renderer(self.model, height, width)
-            self.shared = mujoco.MjData(self.model)
-        renderer, data = self.renderers[height, width], self.shared
-        data.qpos[:] = qpos
-        mujoco.mj_kinematics(self.model, data)
-        mujoco.mj_camlight(self.model, data)
+        data = self._posed(qpos)
         data.cam_xpos[0] += camera[0]
         data.cam_xmat[0] = (rotation(camera[1]) @ data.cam_xmat[0].reshape(3, 3)).ravel()
-        renderer.update_scene(data, 0)
-        return renderer.render()
+        return self._shoot(data, 0, height, width)
 
     # --- who shows how ------------------------------------------------------------------------------------------------
     def expert(self) -> np.ndarray:
         """The best we can script, actions float (N, 2) [m]: straight and as fast as action tokens go."""
-        return np.clip(self._push(np.full(self.num_envs, 0.03)), -0.03, 0.03)
+        return np.clip(self._push(np.full(self.num_envs, STRIDE)), -STRIDE, STRIDE)
 
     def demonstrate(self) -> np.ndarray:
         """People's way, actions float (N, 2) [m]: each at a pace of its own, unsteady, with pauses, a quarter by a detour."""
@@ -560,7 +549,7 @@ class TabletopVectorEnv(VectorEnv):
                 self.pause[i] = rng.integers(2, 9)
         still = self.pause > 0
         self.pause = np.maximum(self.pause - 1, 0)
-        return np.clip(np.where(still[:, None], 0.0, action + self.wobble), -0.03, 0.03)
+        return np.clip(np.where(still[:, None], 0.0, action + self.wobble), -STRIDE, STRIDE)
 
     def _free(self, to: np.ndarray, speed: np.ndarray) -> np.ndarray:
         """Actions (N, 2) that move the tool towards `to` without touching a block where there is a way."""
@@ -609,14 +598,13 @@ def propose(family: str, pos: np.ndarray, there: np.ndarray, things: tuple[str, 
         case "block2relativelocation" | "block2block_relative_location":
             for _ in range(101):
                 direction = str(rng.choice(list(language.DIRECTIONS)))
-                vector = np.array(language.DIRECTIONS[direction])
                 if family == "block2relativelocation":
                     a, distance = rng.choice(blocks), str(rng.choice(["near", "far"]))
-                    if inside(pos[a] + {"near": 0.15, "far": 0.25}[distance] * vector):
+                    if inside(pos[a] + np.multiply(language.DIRECTIONS[direction], DISTANCES[distance])):
                         return Meaning(family, int(a), (direction, distance))
                 else:
                     a, b = rng.choice(blocks, 2, replace=False)
-                    if inside(pos[b] + (0.08 if len(direction.split()) == 1 else 0.04 * 2**0.5) * vector):
+                    if inside(pos[b] + beside(direction)):
                         return Meaning(family, int(a), (direction, int(b)))
         case "separate_blocks":
             gap = np.linalg.norm(pos[blocks, None] - pos[None, blocks], axis=2)
