@@ -71,7 +71,8 @@ def main() -> None:
             x = [r["env_steps"] for r in rows]
             top.plot(x, [r["detected"] for r in rows], color=colour, lw=0.9)
             bottom.plot(x, [r["mean_steps"] for r in rows], color=colour, lw=0.9, label=run.name.split("-")[-1])
-        top.set(title=f"{title} (n = {len(group)} seeds)", ylabel="share of episodes ended by the detector", ylim=(0, 1.05))
+        top.set_title(f"{title} (n = {len(group)} seeds)", fontsize=9)
+        top.set(ylabel="share of episodes ended by the detector", ylim=(0, 1.05))
         bottom.axhline(straight, color="#D55E00", ls="--", label="scripted, straight to the goal")
         bottom.set(xlabel="environment steps", ylabel="steps per practice episode", yscale="log")
         bottom.legend(fontsize=7)
