@@ -37,7 +37,8 @@ class Config:
     run: str = ""  # folder of a Stage 1 or Stage 2 run; empty: the newest finished one
     episodes: int = 500  # evaluation episodes
     seed: int = 0  # of the episodes and the sampled actions
-    s: float = -1.0  # the detector's threshold; negative: the run's own, 3 for a Stage 1 run
+    s: float = -1.0  # the detector's threshold; negative: the run's own, of a Stage 1 run the domain's
+    policy: str = "policy"  # which of the run's checkpoints acts; early_policy: the best at cloning where the last is the policy
     greedy: bool = False  # the most probable action instead of a sampled one
 
 
@@ -59,7 +60,7 @@ def early_detections(d: np.ndarray, truth: np.ndarray, s: float) -> float:
     return float(np.mean(kept)) if kept else 0.0
 
 
-def load_run(folder: Path, num_envs: int) -> tuple[VectorEnv, torch.nn.Module, torch.nn.Module]:
+def load_run(folder: Path, num_envs: int, policy: str = "policy") -> tuple[VectorEnv, torch.nn.Module, torch.nn.Module]:
     """The domain of the Stage 1 run behind a run's folder, num_envs at once; the run's policy and reward model."""
     settings = common.read_json(folder / "config.json")
     if "stage1" in settings:
@@ -67,21 +68,21 @@ def load_run(folder: Path, num_envs: int) -> tuple[VectorEnv, torch.nn.Module, t
     if not {"domain", "obs"} <= settings.keys():
         raise UserError(f"{folder}/config.json: not the configuration of a Stage 1 or Stage 2 run; name another --run")
     env = common.make_env(settings["domain"], num_envs, obs=settings["obs"])
-    return env, common.load(folder / "policy.safetensors", env), common.load(folder / "reward.safetensors", env)
+    return env, common.load(folder / f"{policy}.safetensors", env), common.load(folder / "reward.safetensors", env)
 
 
-def evaluate(folder: Path, episodes: int, seed: int, s: float = 3.0, greedy: bool = False) -> dict:
+def evaluate(folder: Path, episodes: int, seed: int, s: float, greedy: bool = False, policy: str = "policy") -> dict:
     """Roll out a run's policy twice: to the true end, for success; and as in Stage 2, for the detector's confusion.
 
     Confusion: did the detector end the episode, and was the goal truly reached at that moment? `early_detections` is
     milder: the share of first detections that true success follows within s steps, which is what d <= s claims.
     """
-    env, policy, reward_model = load_run(folder, episodes)
+    env, actor, reward_model = load_run(folder, episodes, policy)
     generator = torch.Generator().manual_seed(seed)
-    r = rollout(policy, reward_model, env, 5 * 10**8 + seed * 10**6, generator, "ground-truth", s, greedy)
+    r = rollout(actor, reward_model, env, 5 * 10**8 + seed * 10**6, generator, "ground-truth", s, greedy)
     success = r["truth"][:, -1].numpy()
     low, high = wilson(int(success.sum()), episodes)
-    p = rollout(policy, reward_model, env, 5 * 10**8 + seed * 10**6 + 5 * 10**5, generator, "detector", s, greedy)
+    p = rollout(actor, reward_model, env, 5 * 10**8 + seed * 10**6 + 5 * 10**5, generator, "detector", s, greedy)
     return {"success": float(success.mean()), "success_low": low, "success_high": high, "mean_steps": float(r["length"].mean()),
             "eval_episodes": episodes, **confusion(p["detected"], p["truth"][:, -1].numpy()),
             "early_detections": early_detections(r["d"].numpy(), r["truth"].numpy(), s)}  # fmt: skip
@@ -92,18 +93,16 @@ def describe(summary: dict) -> str:
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
-def film(folder: Path, seed: int, s: float, greedy: bool) -> None:
+def film(folder: Path, seed: int, s: float, greedy: bool, policy: str = "policy") -> None:
     """Eight episodes to their true end: trajectories.png, episodes.gif and, of one of them, steps_to_go.png."""
-    env, policy, reward_model = load_run(folder, 8)
+    env, actor, reward_model = load_run(folder, 8, policy)
     frames, tracks = [], []
 
     def watch() -> None:
         frames.append(np.stack(env.render()))  # (8, H, W, 3)
         tracks.append(env.track())  # (8, 2)
 
-    r = rollout(
-        policy, reward_model, env, 6 * 10**8 + seed, torch.Generator().manual_seed(seed), "ground-truth", s, greedy, watch
-    )
+    r = rollout(actor, reward_model, env, 6 * 10**8 + seed, torch.Generator().manual_seed(seed), "ground-truth", s, greedy, watch)
     frames, tracks, length = np.stack(frames, 1), np.stack(tracks, 1), r["length"]  # (8, T + 1, ...)
     goals = [r["goals"][int((r["row"] == i).nonzero()[0])] for i in range(8)]
     height, width = frames.shape[2:4]
@@ -175,14 +174,15 @@ def main(cfg: Config) -> None:
     if cfg.episodes < 1:
         raise UserError(f"--episodes {cfg.episodes}: must be at least 1")
     settings = common.read_json(folder / "config.json")
-    cfg.s = cfg.s if cfg.s >= 0 else settings.get("s", 3.0)
+    if cfg.s < 0:
+        cfg.s = settings["s"] if "s" in settings else load_run(folder, 1, cfg.policy)[0].success_threshold
     stage2 = "gamma" in settings
     if stage2 and not (folder / "metrics.csv").exists():
         raise UserError(f"{folder}/metrics.csv: missing; name a finished run with --run")
-    summary = {"run": str(folder), "s": cfg.s, "greedy": cfg.greedy, "seed": cfg.seed}
-    summary |= evaluate(folder, cfg.episodes, cfg.seed, cfg.s, cfg.greedy)
+    summary = {"run": str(folder), "s": cfg.s, "greedy": cfg.greedy, "policy": cfg.policy, "seed": cfg.seed}
+    summary |= evaluate(folder, cfg.episodes, cfg.seed, cfg.s, cfg.greedy, cfg.policy)
     common.write_json(folder / "evaluation.json", summary)
-    film(folder, cfg.seed, cfg.s, cfg.greedy)
+    film(folder, cfg.seed, cfg.s, cfg.greedy, cfg.policy)
     if stage2:
         curves(folder)
     print(describe(summary))

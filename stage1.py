@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -50,6 +51,7 @@ class Config:
     dataset: str = ""  # or the id of a Minari dataset with the domain's spaces
     updates: int = 0  # optimiser steps; 0: what the domain takes
     batch: int = 128  # samples per update, split evenly over the objectives
+    policy: Literal["", "best", "last"] = ""  # which becomes the policy: the best at cloning held-out episodes, or the last
     lr: float = 1e-3  # AdamW, after a linear warm-up of 100 updates decaying to a tenth (cosine)
     eval_every: int = 500  # updates between two looks at the held-out episodes
     eval_episodes: int = 500  # rollouts of the final policy, for summary.json
@@ -240,7 +242,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"--weights, --vit: read images, which Stage 1 cannot learn {cfg.domain} from yet; leave them out")
     if cfg.obs not in env.recipes:
         raise UserError(f"--obs {cfg.obs}: Stage 1 cannot learn {cfg.domain} from it yet; use --obs {' or '.join(env.recipes)}")
-    for field in ("model", "episodes", "updates"):
+    for field in ("model", "episodes", "updates", "policy"):
         setattr(cfg, field, getattr(cfg, field) or env.recipes[cfg.obs][field])
     if cfg.model not in (*models.PRESETS, "paligemma"):
         raise UserError(f"--model {cfg.model}: unknown; choose paligemma or one of {', '.join(models.PRESETS)}")
@@ -269,7 +271,8 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     model = initial_model(cfg, env, init)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.01, fused=True)
-    rng, first, best = np.random.default_rng(cfg.seed), 0, dict.fromkeys(("policy", "reward", "instruction"), float("inf"))
+    rng, first = np.random.default_rng(cfg.seed), 0
+    best = dict.fromkeys(("valid_bc", "valid_steps_to_go", "instruction"), float("inf"))
     # until the answers on held-out episodes get no better: a few thousand are soon learnt by heart
     asks = env.predicts_instruction
     if run.state:
@@ -313,10 +316,13 @@ def main(cfg: Config) -> None:
             row |= {f"valid_{k}": v for k, v in held.items()} | {"seconds": run.seconds()}
             run.log(update + 1, row)
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
-            for name, key in (("policy", "valid_bc"), ("reward", "valid_steps_to_go")):  # best at cloning, at steps to go
-                if row[key] < best[name]:
-                    best[name] = row[key]
+            late = cfg.policy == "last"  # the paper's Aloha: an over-fitted policy is the better one; both are kept
+            for name, key in (("early_policy" if late else "policy", "valid_bc"), ("reward", "valid_steps_to_go")):
+                if row[key] < best[key]:  # best at cloning, at steps to go
+                    best[key] = row[key]
                     common.write_atomically(folder / f"{name}.safetensors", lambda p: models.save_model(model, p))
+            if late:
+                common.write_atomically(folder / "policy.safetensors", lambda p: models.save_model(model, p))
             asks = asks and held["instruction"] < best["instruction"]
             best["instruction"] = min(best["instruction"], held.get("instruction", 0.0))
             run.checkpoint(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state,
@@ -324,7 +330,7 @@ def main(cfg: Config) -> None:
 
     import eval as evaluation  # it imports the stages
 
-    summary = evaluation.evaluate(folder, episodes=cfg.eval_episodes, seed=cfg.seed)
+    summary = evaluation.evaluate(folder, episodes=cfg.eval_episodes, seed=cfg.seed, s=env.success_threshold)
     print(evaluation.describe(run.finish({"stage": "stage1", "domain": cfg.domain, "obs": cfg.obs, "seed": cfg.seed,
                                           "episodes": int(used.sum())} | summary)))  # fmt: skip
 

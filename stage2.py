@@ -39,8 +39,9 @@ class Config:
     seed: int = -1  # rollouts and batches; -1: Stage 1's
     gamma: float = 0.9  # discount of the Monte Carlo returns
     c: float = 0.05  # scale of the REINFORCE loss
-    s: float = 3.0  # success threshold: the detector fires when d(o, g) <= s
+    s: float = -1.0  # success threshold: the detector fires when d(o, g) <= s; negative: the domain's
     success: Literal["detector", "ground-truth"] = "detector"  # what ends a practice episode
+    success_bonus: float = -1.0  # added to the last reward on ground-truth success; negative: the domain's, 0 but on aloha
     updates: int = 16  # N, optimiser steps per iteration
     batch: int = 64  # B, tuples per optimiser step
     lr: float = 1e-4  # AdamW
@@ -186,11 +187,12 @@ def main(cfg: Config) -> None:
     domain, obs_mode = settings["domain"], settings["obs"]
     common.require(cfg, 1, "updates", "batch", "num_envs", "patience", "eval_episodes")
     common.require(cfg, 1e-9, "lr", "c")
-    common.require(cfg, 0, "s")
     if not 0 <= cfg.gamma <= 1:
         raise UserError(f"--gamma {cfg.gamma}: must be between 0 and 1")
     env = common.make_env(domain, cfg.num_envs, obs=obs_mode)
     cfg.iterations = cfg.iterations or env.recipes[obs_mode]["iterations"]
+    cfg.s = env.success_threshold if cfg.s < 0 else cfg.s
+    cfg.success_bonus = env.success_bonus if cfg.success_bonus < 0 else cfg.success_bonus
     common.require(cfg, 1, "iterations")
     if cfg.operator and not hasattr(env, "ask"):
         raise UserError(f"--operator: {domain} cannot go on without a reset; practise on tabletop or bananatable")
@@ -243,7 +245,9 @@ def main(cfg: Config) -> None:
                         begin=operator and operator.begin)  # fmt: skip
             if operator:
                 operator.steps += r["length"]
-            returns = monte_carlo_returns(rewards(r["d"]), cfg.gamma)  # [Alg. 1, line 4]
+            reward = rewards(r["d"])
+            reward[range(env.num_envs), r["length"] - 1] += cfg.success_bonus * r["truth"][:, -1]  # where d cannot see it
+            returns = monte_carlo_returns(reward, cfg.gamma)  # [Alg. 1, line 4]
             buffer.append((r["obs"], r["tokens"], r["goals"], returns[r["row"], r["t"]].to(device)))  # [Alg. 1, line 5]
             rollouts.append(r)
             collected, episodes = collected + len(r["tokens"]), episodes + env.num_envs

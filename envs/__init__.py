@@ -7,8 +7,10 @@ A domain is a `gymnasium.vector.VectorEnv` (autoreset disabled; `reset(options={
 
     name, default_obs        "pointmass", "state"
     horizon                  steps until truncation
-    recipes                  what the stages take, by kind of observation: model, demonstrations, updates; iterations
+    recipes                  what the stages take, by kind of observation: model, demonstrations, updates, policy; iterations
     steps_cap, steps_bins    the steps-to-go tokens: bins of steps_cap / steps_bins steps
+    success_threshold        s, the steps to go at which the detector fires
+    success_bonus            what Stage 2 adds to the reward on ground-truth success; 0 but where the paper does
     action_tokens            arguments of `model.action_tokenizer`
     state_names, state_dim   the quantities of obs="state", by name, and the numbers in each
     predicts_instruction     whether Stage 1 also asks which instruction led from the first observation to the last

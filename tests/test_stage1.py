@@ -394,3 +394,24 @@ def test_a_short_run_writes_what_stage2_reads(tmp_path, monkeypatch):
     assert models.load_model(Path("run/policy.safetensors")).cfg.width == 32
     with pytest.raises(UserError, match="run"):
         stage1.main(cfg)  # it exists: nothing is overwritten
+
+
+def test_the_last_policy_is_kept_beside_the_best_where_the_domain_takes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "learning_rate", lambda update, *_: 1e-2 if update < 8 else 1.0)  # it gets worse at the end
+    tiny = dataclasses.replace(models.PRESETS["nano"], width=32, depth=1, heads=2, kv_heads=1, mlp_dim=32)
+    monkeypatch.setitem(models.PRESETS, "nano", tiny)
+    cfg = stage1.Config(episodes=20, updates=12, batch=16, eval_every=2, eval_episodes=2)
+    for name in ("best", "last"):
+        stage1.main(dataclasses.replace(cfg, policy=name, out=name))
+    held = np.genfromtxt("last/metrics.csv", delimiter=",", names=True)["valid_bc"]
+    assert held[-1] > held.min()
+    best, early, last = (
+        models.load_model(Path(p)).state_dict() for p in ("best/policy.safetensors", "last/early_policy.safetensors",
+                                                          "last/policy.safetensors"))  # fmt: skip
+    final = common.load_state(Path("last/resume.pt"))["model"]
+    assert not Path("best/early_policy.safetensors").exists()
+    assert all(torch.equal(best[k], early[k]) and torch.equal(last[k], final[k]) for k in best)
+    assert any(not torch.equal(early[k], last[k]) for k in best)
+    acts = [evaluation.evaluate(Path("last"), 2, 0, 3.0, policy=p) for p in ("early_policy", "policy")]
+    assert acts[0] == evaluation.evaluate(Path("best"), 2, 0, 3.0) != acts[1]

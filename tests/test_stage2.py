@@ -294,6 +294,21 @@ def test_stage2_leaves_a_policy_however_short_it_is(tmp_path, monkeypatch):
     assert Path("runs/stage2/policy.safetensors").exists() and summary["eval_episodes"] == 3
 
 
+def test_the_success_bonus_is_added_where_an_episode_truly_ended_in_success(tmp_path, monkeypatch):
+    near = lambda env: np.linalg.norm(env.pos - env._goal(), axis=1) < 0.75  # noqa: E731 - some are met by chance
+    monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "_success", near)
+    rows = []
+    for name, bonus in (("none", -1.0), ("two", 2.0)):
+        with monkeypatch.context() as m:
+            (tmp_path / name).mkdir()
+            run(tmp_path / name, m, "state", iterations=1, gamma=0.0, success="ground-truth", success_bonus=bonus)
+            rows.append(np.genfromtxt("runs/stage2/metrics.csv", delimiter=",", names=True))
+    none, two = rows
+    assert none["success"] > 0 and none["env_steps"] == two["env_steps"]  # the first practice is the same
+    added = 2 * two["success"] * two["episodes"] / two["env_steps"]
+    assert two["return_mean"] - none["return_mean"] == pytest.approx(added, abs=1e-4)
+
+
 def test_stage2_repeats_exactly(tmp_path, monkeypatch):
     weights = []
     for name in ("a", "b"):
