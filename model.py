@@ -315,8 +315,9 @@ class EFM(nn.Module):
     """p(answer | observation, question). One module is policy and steps-to-go predictor: the question tells which.
 
     An observation is a dict of tensors: `images` uint8 (B, 2, H, W, 3) or, already encoded, `features` float
-    (B, 2, N, Dv); `state` float (B, S, d), S quantities of d numbers, or (B, F, S, d) at F moments; any of them may be
-    missing. A goal is known only through the prompt's text.
+    (B, 2, N, Dv); `state` float (B, S, d), S quantities of d numbers, or (B, F, S, d) at F moments; `joints` float
+    (B, J) [rad], as number tokens in 256 bins over a turn (Appendix A.2); any of them may be missing. A goal is known
+    only through the prompt's text.
     """
 
     def __init__(self, cfg: EFMConfig, tokenizer: Tokenizer):
@@ -354,7 +355,7 @@ class EFM(nn.Module):
         return self.vision_tower(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
     def prefix(self, obs: dict[str, Tensor], prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings float (B, P, D) and valid bool (B, P): images, then state, then the prompt."""
+        """Embeddings float (B, P, D) and valid bool (B, P): images, then state or joints, then the prompt."""
         device = self.language_model.embed_tokens.weight.device
         ids, valid = (x.to(device) for x in self.tokenizer.prompts(prompts))
         parts = [self.language_model.embed(ids)]
@@ -363,6 +364,9 @@ class EFM(nn.Module):
             names = self.state_average @ self.language_model.embed(self.state_words)  # (S, D)
             state = obs["state"].flatten(1, -2).unflatten(1, (-1, len(names)))  # (B, F, S, d); rotary positions tell F apart
             parts.insert(0, (torch.einsum("bfsd,sdw->bfsw", state, self.state_weight) + names).flatten(1, 2))  # (B, F S, D)
+        if "joints" in obs:
+            joints = UniformBins(256, -math.pi, math.pi, obs["joints"].shape[1]).encode(obs["joints"].cpu()).to(device)
+            parts.insert(0, self.language_model.embed(joints + self.tokenizer.loc))  # (B, J, D)
         if "features" in obs or "images" in obs:
             features = obs["features"] if "features" in obs else self.encode_images(obs["images"])  # (B, 2, N, Dv)
             parts.insert(0, self.multi_modal_projector(features).flatten(1, 2))  # (B, 2 N, D)

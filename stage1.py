@@ -60,29 +60,39 @@ class Config:
 
 
 # --- demonstrations ---------------------------------------------------------------------------------------------------
+def seen(env: VectorEnv, o: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a demonstration keeps of an observation: the previous frame is kept already, as the step before's."""
+    if env.obs == "state":
+        return {"state": o["state"]}
+    return {"frames": o["images"] if env.simultaneous else o["images"][:, 1]} | {k: o[k] for k in ("joints",) if k in o}
+
+
 def record(domain: str, obs: str, episodes: int, seed: int) -> dict[str, np.ndarray]:
     """Successful demonstrations by the domain's demonstrator, the final observation included, as flat arrays of M tuples.
 
-    Returns frames uint8 (M, H, W, 3) or state float32 (M, S); action float32 (M, A), zero on final observations;
+    Returns state float32 (M, S), or frames uint8 (M, H, W, 3), of a domain with two views of the same moment (M, 2, H, W, 3),
+    and the robot's joints float32 (M, J) where it has some; action float32 (M, A), zero on final observations;
     start, length int (episodes,), where length counts observations; instruction str (episodes,).
     """
     n = min(episodes, 256)
     env = envs.make_vec(domain, n, obs=obs)
     # each simulation owes the same number of episodes: taking the first to finish would favour the short ones
     owed = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
-    key, kept = "state" if obs == "state" else "images", []
+    kept: list[tuple] = []
     bar = tqdm(total=episodes, desc="demonstrations", leave=False, disable=None)
     o, _ = env.reset(seed=seed * 10**6)
     steps: list[list] = [[] for _ in range(n)]
     while owed.any():
         action = env.demonstrate()
-        texts, now = o["instruction"], o[key] if key == "state" else o[key][:, 1]
+        texts, now = o["instruction"], seen(env, o)
         for i in np.flatnonzero(owed):
-            steps[i].append((now[i].copy(), action[i]))
+            steps[i].append(({k: v[i].copy() for k, v in now.items()}, action[i]))
         o, _, terminated, truncated, _ = env.step(action)
+        final = seen(env, o)
         for i in np.flatnonzero(terminated & (owed > 0)):
-            final = o[key][i] if key == "state" else o[key][i, 1]
-            kept.append((texts[i], *zip(*steps[i], (final.copy(), np.zeros_like(action[i])), strict=True)))
+            steps[i].append(({k: v[i].copy() for k, v in final.items()}, np.zeros_like(action[i])))
+            observations, actions = zip(*steps[i], strict=True)
+            kept.append((texts[i], {k: [x[k] for x in observations] for k in final}, actions))
             owed[i] -= 1
             bar.update()
         over = terminated | truncated
@@ -91,16 +101,17 @@ def record(domain: str, obs: str, episodes: int, seed: int) -> dict[str, np.ndar
         if over.any():
             o, _ = env.reset(options={"reset_mask": over})
     bar.close()
-    return pack(kept, "state" if obs == "state" else "frames")
+    return pack(kept)
 
 
-def pack(episodes: list[tuple], key: str) -> dict[str, np.ndarray]:
-    """(instruction, observations, actions) per episode -> the flat arrays of `record`."""
-    length = np.array([len(e[1]) for e in episodes])
-    rows = np.empty((length.sum(), *np.shape(episodes[0][1][0])), episodes[0][1][0].dtype)  # frames: no copy more than this
-    for e, first in zip(episodes, np.cumsum(length) - length, strict=True):
-        rows[first : first + len(e[1])] = e[1]
-    return {key: rows,
+def pack(episodes: list[tuple]) -> dict[str, np.ndarray]:
+    """(instruction, {name: observations}, actions) per episode -> the flat arrays of `record`."""
+    length = np.array([len(e[2]) for e in episodes])
+    rows = {k: np.empty((length.sum(), *np.shape(v[0])), v[0].dtype) for k, v in episodes[0][1].items()}  # frames: one copy
+    for (_, observations, actions), first in zip(episodes, np.cumsum(length) - length, strict=True):
+        for k, v in observations.items():
+            rows[k][first : first + len(actions)] = v
+    return {**rows,
             "action": np.concatenate([np.stack(e[2]) for e in episodes]).astype(np.float32),
             "start": np.cumsum(length) - length, "length": length, "instruction": np.array([e[0] for e in episodes])}  # fmt: skip
 
@@ -119,13 +130,13 @@ def from_minari(dataset_id: str, domain: str, obs: str) -> dict[str, np.ndarray]
     episodes = []
     for e in dataset.iterate_episodes():
         if e.terminations[-1]:
-            o = e.observations["state"] if obs == "state" else e.observations["images"][:, 1]
-            episodes.append((e.observations["instruction"][0], o, np.concatenate([e.actions, np.zeros_like(e.actions[:1])])))
+            o = e.observations
+            episodes.append((o["instruction"][0], seen(env, o), np.concatenate([e.actions, np.zeros_like(e.actions[:1])])))
     if len(episodes) < 2:
         raise UserError(
             f"--dataset {dataset_id}: {len(episodes)} of its episodes end in success, at least 2 are needed; record others"
         )
-    return pack(episodes, "state" if obs == "state" else "frames")
+    return pack(episodes)
 
 
 def load_demonstrations(cfg: Config) -> dict[str, np.ndarray]:
@@ -147,8 +158,8 @@ def load_demonstrations(cfg: Config) -> dict[str, np.ndarray]:
         print(f"demonstrations from {path}; delete it to record them again")
     try:
         with np.load(path) as f:
-            keys = ("state" if cfg.obs == "state" else "frames", "action", "start", "length", "instruction")
-            return {key: f[key] for key in keys}
+            data = dict(f)
+            return data | {key: data[key] for key in ("action", "start", "length", "instruction")}
     except Exception as e:  # a damaged zip raises many kinds
         raise UserError(f"{path}: damaged ({type(e).__name__}); delete it and it is recorded again") from None
 
@@ -182,7 +193,8 @@ class Demonstrations:
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor, list[str], Tensor]:
         """(observation, action float (B, A), goals, steps to go long (B,)) of the given rows."""
         i = self.index[rows]
-        obs = self.observe(i if "state" in self.data else np.stack([self.previous[rows], i], 1), device)
+        successive = "frames" in self.data and self.data["frames"].ndim == 4  # the frame before belongs to an observation
+        obs = self.observe(np.stack([self.previous[rows], i], 1) if successive else i, device)
         return obs, torch.from_numpy(self.data["action"][i]), self.instruction[self.episode[rows]].tolist(), self.steps[rows]
 
     def first_and_last(self, episodes: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], list[str]]:
@@ -190,10 +202,12 @@ class Demonstrations:
         return self.observe(self.ends[episodes], device), self.instruction[episodes].tolist()
 
     def observe(self, i: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-        """Rows (B,) of data -> state (B, S, d); pairs of rows (B, 2) -> state (B, 2, S, d) or images (B, 2, H, W, 3)."""
+        """Rows (B,) of data -> state (B, S, d) or images (B, 2, H, W, 3) and joints (B, J), two views of a moment; pairs of
+        rows (B, 2) -> state (B, 2, S, d) or images (B, 2, H, W, 3), one view of two moments."""
         if "state" in self.data:
             return {"state": torch.from_numpy(self.data["state"][i]).unflatten(-1, (-1, self.state_dim)).to(device)}
-        return {"images": torch.from_numpy(self.data["frames"][i]).to(device)}
+        names = {"images": "frames", "joints": "joints"}
+        return {k: torch.from_numpy(self.data[v][i]).to(device) for k, v in names.items() if v in self.data}
 
 
 # --- the objectives of Section 3.1 ------------------------------------------------------------------------------------
@@ -238,10 +252,6 @@ def main(cfg: Config) -> None:
     pretrained = bool(cfg.weights or cfg.vit)
     cfg.obs = cfg.obs or ("images" if pretrained else env.default_obs)
     env = common.make_env(cfg.domain, 1, obs=cfg.obs)
-    if pretrained and "images" not in env.recipes:
-        raise UserError(f"--weights, --vit: read images, which Stage 1 cannot learn {cfg.domain} from yet; leave them out")
-    if cfg.obs not in env.recipes:
-        raise UserError(f"--obs {cfg.obs}: Stage 1 cannot learn {cfg.domain} from it yet; use --obs {' or '.join(env.recipes)}")
     for field in ("model", "episodes", "updates", "policy"):
         setattr(cfg, field, getattr(cfg, field) or env.recipes[cfg.obs][field])
     if cfg.model not in (*models.PRESETS, "paligemma"):

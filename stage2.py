@@ -83,15 +83,17 @@ def detect_success(d: Tensor, s: float) -> Tensor:
 def look(model: EFM, obs: dict, rows: np.ndarray, before: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """The model's input for the simulations `rows` of a domain's observation, images encoded.
 
-    Each frame passes through the ViT once: the previous frame's features come from `before`, the last step's input.
+    Each frame passes through the ViT once: the previous frame's features come from `before`, the last step's input,
+    or None where there is none, at first and in a domain with two views of the same moment.
     """
     device = model.language_model.embed_tokens.weight.device
     if "state" in obs:
         return {"state": torch.from_numpy(obs["state"][rows]).to(device).unflatten(1, (-1, model.cfg.state_dim))}
+    sees = {"joints": torch.from_numpy(obs["joints"][rows]).to(device)} if "joints" in obs else {}
     frames = torch.from_numpy(obs["images"][rows]).to(device)  # (B, 2, H, W, 3)
     if before is None:
-        return {"features": model.encode_images(frames)}  # (B, 2, N, Dv)
-    return {"features": torch.cat([before["features"][:, 1:], model.encode_images(frames[:, 1:])], 1)}
+        return sees | {"features": model.encode_images(frames)}  # (B, 2, N, Dv)
+    return sees | {"features": torch.cat([before["features"][:, 1:], model.encode_images(frames[:, 1:])], 1)}
 
 
 class Operator:
@@ -156,6 +158,8 @@ def rollout(policy: EFM, reward_model: EFM, env: VectorEnv, seed: int, generator
         action[alive] = actions.decode(tokens.cpu()).numpy()
         obs, _, _, _, info = env.step(action)
         watch()
+        if env.simultaneous:
+            sees = reward_sees = None  # no frame comes again
         sees, reward_sees = look(policy, obs, alive, sees), look(reward_model, obs, alive, reward_sees)
         d.append(d[-1].clone())
         truth.append(truth[-1].clone())
@@ -193,6 +197,7 @@ def main(cfg: Config) -> None:
     cfg.iterations = cfg.iterations or env.recipes[obs_mode]["iterations"]
     cfg.s = env.success_threshold if cfg.s < 0 else cfg.s
     cfg.success_bonus = env.success_bonus if cfg.success_bonus < 0 else cfg.success_bonus
+    common.require(cfg, 0, "s", "success_bonus")
     common.require(cfg, 1, "iterations")
     if cfg.operator and not hasattr(env, "ask"):
         raise UserError(f"--operator: {domain} cannot go on without a reset; practise on tabletop or bananatable")

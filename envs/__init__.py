@@ -13,6 +13,7 @@ A domain is a `gymnasium.vector.VectorEnv` (autoreset disabled; `reset(options={
     success_bonus            what Stage 2 adds to the reward on ground-truth success; 0 but where the paper does
     action_tokens            arguments of `model.action_tokenizer`
     state_names, state_dim   the quantities of obs="state", by name, and the numbers in each
+    simultaneous             whether the two images are views of one moment; else the previous frame and the current one
     predicts_instruction     whether Stage 1 also asks which instruction led from the first observation to the last
     size                     pixels of a side of a frame of obs="images"; a robot's `joints` may come with them
     instructions()           every text of its grammar

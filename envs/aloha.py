@@ -251,11 +251,12 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
     state_names = ("left arm", "right arm", "socket", "peg", "socket in left gripper", "peg in right gripper", "peg in socket")
     state_dim = 7
     success_threshold, success_bonus = 1.0, 1.0  # the paper adds "a small constant": the cameras do not see the insertion
+    simultaneous = True  # both images are of now
     predicts_instruction = False  # the paper asks it on LanguageTable only
-    # no recipe for images: the stages take the second one for the first one's successor, and do not read joints yet
-    recipes = {
-        "state": {"model": "nano-deep", "episodes": 5000, "updates": 6000, "policy": "last", "iterations": 100}
-    }  # not measured yet
+    recipes = {"state": {"model": "nano-deep", "episodes": 5000, "updates": 6000, "policy": "last", "iterations": 100},
+               # runs, has not been trained
+               "images": {"model": "nano-vision", "episodes": 2000, "updates": 24_000, "policy": "last",
+                          "iterations": 100}}  # fmt: skip
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 2}
 
     def __init__(self, num_envs: int = 1, obs: str = "state", size: int = 128, render_mode: str | None = None):

@@ -97,6 +97,7 @@ class PointmassVectorEnv(VectorEnv):
     action_tokens = {"kind": "uniform", "bins": 21, "low": -ACTION_LIMIT, "high": ACTION_LIMIT, "dims": 2}
     state_names, state_dim = ("position", "velocity", *COLOURS), 2
     success_threshold, success_bonus = 3.0, 0.0
+    simultaneous = False
     predicts_instruction = False  # the paper asks it on LanguageTable only
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 10}
     instructions, questions = staticmethod(instructions), staticmethod(questions)

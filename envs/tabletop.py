@@ -281,6 +281,7 @@ class TabletopVectorEnv(MujocoVectorEnv):
     clearance, girth, reach = 0.06, 0.045, 0.05
     steps_cap, steps_bins = 100, 50
     success_threshold, success_bonus = 3.0, 0.0
+    simultaneous = False
     predicts_instruction = True
     action_tokens = {"kind": "sign-magnitude", "limit": STRIDE, "dims": 2}
     state_dim = 4
