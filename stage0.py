@@ -4,14 +4,14 @@ The paper starts from PaLI, which has seen the web; a nano model starts from not
 more demonstrations to find out what "red" refers to (results/README.md has the numbers). Here it answers questions over
 random scenes of a domain, in number tokens as PaliGemma does for detection:
 
-    where is the red goal                   ->  <loc0021> <loc0030>      x and y in 32 bins
-    from the point where is the red goal    ->  <loc0019> <loc0008>
-    where was the point                     ->  <loc0012> <loc0016>      its wake, which shows its velocity
+    where is the red goal                   ->  <loc0042> <loc0060>      x and y in 64 bins
+    from the point where is the red goal    ->  <loc0038> <loc0016>
+    where was the point                     ->  <loc0024> <loc0032>      its wake, which shows its velocity
 
 No action, no goal to reach and no steps to go is in it. `stage1.py --obs images` starts from the newest Stage 0 run of
 its domain (the paper's PaLI variant); `--init none` is its Scratch variant.
 
-    python stage0.py                  # pointmass, 4 minutes on one CPU core
+    python stage0.py                  # pointmass, 10 minutes on one CPU core
     python stage0.py --updates 6000 --seed 1
     python stage0.py --resume         # continue an interrupted run, exactly
 """
@@ -36,15 +36,15 @@ class Config:
     domain: str = "pointmass"  # one of envs.DOMAINS
     model: str = "nano-vision"  # a preset of model.PRESETS
     seed: int = 0  # weights and scenes
-    updates: int = 4000  # optimiser steps
+    updates: int = 10_000  # optimiser steps
     batch: int = 128  # fresh scenes per update, one question each
     lr: float = 2e-3  # AdamW, after a linear warm-up of 100 updates decaying to a tenth (cosine)
-    eval_every: int = 250  # updates between two looks at 1,024 held-out scenes
+    eval_every: int = 500  # updates between two looks at 1,024 held-out scenes
     out: str = ""  # the run's folder; empty: runs/{domain}-images-stage0-s{seed}
     resume: bool = False  # continue an interrupted run
 
 
-ANSWER = UniformBins(32, 0.0, 1.0, 2)  # x and y as shares of the frame
+ANSWER = UniformBins(64, 0.0, 1.0, 2)  # x and y as shares of the frame, finer than its pixels
 
 
 def answer_loss(model: EFM, images: Tensor, questions: list[str], answers: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class PointmassVectorEnv(VectorEnv):
     name, default_obs = "pointmass", "state"
     recipes = {"state": {"model": "nano", "episodes": 5000, "updates": 9000, "policy": "best", "iterations": 200},
                "images": {"model": "nano-vision", "episodes": 10_000, "updates": 24_000, "policy": "best",
-                          "iterations": 200}}  # fmt: skip
+                          "iterations": 400}}  # fmt: skip
     horizon = pointmass.HORIZON
     steps_cap, steps_bins = 140, 140  # a bin is a step: near the goal, where the detector decides, d is sharp
     action_tokens = {"kind": "uniform", "bins": 21, "low": -ACTION_LIMIT, "high": ACTION_LIMIT, "dims": 2}
