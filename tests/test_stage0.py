@@ -112,10 +112,10 @@ def test_answer_loss_is_that_of_the_number_tokens(scenes):
     torch.manual_seed(0)
     model = small(env)
     n = 8
-    tokens = (answers[:n] * 32).astype(int).clip(0, 31)
+    tokens = (answers[:n] * 64).astype(int).clip(0, 63)
     with torch.no_grad():
         loss = stage0.answer_loss(model, torch.from_numpy(images[:n]), questions[:n], torch.from_numpy(answers[:n]))
-        x, y = model.log_probs({"images": torch.from_numpy(images[:n])}, questions[:n], torch.from_numpy(tokens), [(0, 32)] * 2)
+        x, y = model.log_probs({"images": torch.from_numpy(images[:n])}, questions[:n], torch.from_numpy(tokens), [(0, 64)] * 2)
     every = np.array([[x[i, tokens[i, 0]].item(), y[i, tokens[i, 1]].item()] for i in range(n)])
     expected = -every.sum(1).mean()
     assert loss.item() == pytest.approx(expected, abs=1e-5)
