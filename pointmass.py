@@ -38,7 +38,7 @@ class Config:
     gamma: float = 0.9  # discount of the Monte Carlo returns
     c: float = 0.02  # scale of the REINFORCE loss (the notebook: 1 / 140, the paper's large models: 0.05)
     success: Literal["detector", "ground-truth"] = "detector"  # what ends a practice episode
-    success_threshold: float = 3.0  # s: the detector fires when d(o, g) <= s
+    success_threshold: float = 1.0  # s: the detector fires when d(o, g) <= s (the paper: 3)
     freeze_reward: bool = True  # False: d keeps learning from the practice episodes, so the reward moves
     keep_optimizer: bool = True  # Stage 2 goes on with Stage 1's Adam state; False: a fresh Adam
     label_bug: bool = False  # the notebook's bug: raw step counts as class indices, none above `bins` learns

@@ -25,6 +25,7 @@ VARIANTS = {
     "--gamma 0": Config(gamma=0.0),
     "--gamma 1": Config(gamma=1.0),
     "--no-freeze-reward": Config(freeze_reward=False),
+    "--success-threshold 3": Config(success_threshold=3.0),
     "--success ground-truth": Config(success="ground-truth"),
     "--no-keep-optimizer": Config(keep_optimizer=False),
     "--c 0.00714 (the notebook's 1 / 140)": Config(c=1 / 140),
