@@ -6,12 +6,12 @@ random scenes of a domain, in number tokens as PaliGemma does for detection:
 
     where is the red goal                   ->  <loc0042> <loc0060>      x and y in 64 bins
     from the point where is the red goal    ->  <loc0038> <loc0016>
-    where was the point                     ->  <loc0024> <loc0032>      its wake, which shows its velocity
+    where was the point                     ->  <loc0024> <loc0032>      its wake, seen from it: its velocity
 
 No action, no goal to reach and no steps to go is in it. `stage1.py --obs images` starts from the newest Stage 0 run of
 its domain (the paper's PaLI variant); `--init none` is its Scratch variant.
 
-    python stage0.py                  # pointmass, 10 minutes on one CPU core
+    python stage0.py                  # pointmass, 6 minutes on one CPU core
     python stage0.py --updates 6000 --seed 1
     python stage0.py --resume         # continue an interrupted run, exactly
 """
@@ -36,7 +36,7 @@ class Config:
     domain: str = "pointmass"  # one of envs.DOMAINS
     model: str = "nano-vision"  # a preset of model.PRESETS
     seed: int = 0  # weights and scenes
-    updates: int = 10_000  # optimiser steps
+    updates: int = 6000  # optimiser steps
     batch: int = 128  # fresh scenes per update, one question each
     lr: float = 2e-3  # AdamW, after a linear warm-up of 100 updates decaying to a tenth (cosine)
     eval_every: int = 500  # updates between two looks at 1,024 held-out scenes

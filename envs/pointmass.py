@@ -9,8 +9,9 @@ Observation space (Dict)
     instruction  text, e.g. "move to the red goal"
     obs="state"  state float32 (10,): position, velocity [0.01 length / substep], and the red,
                  the green and the blue goal as seen from the point; x then y of each
-    obs="images" images uint8 (2, size, size, 3): the previous and the current frame, 2.8 x 2.8 lengths, y up;
-                 the point is white, where it was three steps before is black
+    obs="images" images uint8 (2, size, size, 3), two views of now, y up: the table, 2.8 x 2.8 lengths, the point white;
+                 and what is around the point, 1.4 x 1.4 lengths, without it. Black, the wake: where the point was three
+                 steps before, if it has moved as it moves now. An observation is the state and nothing of what was before
 Rewards
     1 on success, else 0. Stage 2 never reads it.
 Starting state
@@ -42,6 +43,7 @@ VERBS, NOUNS = ("move", "go", "drive", "steer"), ("goal", "target", "spot")
 WALL = 1.4  # half the side of the table, and of the frame
 POINT_RADIUS = 0.12
 WAKE = 3  # steps between the point and its wake in a frame
+ZOOM = 2  # of the second view
 ACTION_LIMIT = 3e-4  # the expert's own accelerations stay below 5e-4, 99 % of them below this
 
 
@@ -64,17 +66,20 @@ def questions() -> list[str]:
     return [*goals, "where is the point", "where was the point"]
 
 
-def draw(pos: np.ndarray, wake: np.ndarray, goals: np.ndarray, size: int) -> np.ndarray:
+def draw(pos: np.ndarray, wake: np.ndarray, goals: np.ndarray, size: int, zoom: float = 1) -> np.ndarray:
     """Frames uint8 (N, size, size, 3) of anti-aliased discs: goals (N, 3, 2), the point in white, its wake in black.
 
-    pos, wake float (N, 2): a step moves the point by half a pixel, so the wake, where it was WAKE steps before, is what
-    shows its velocity. Each goal brightens one channel of a grey table, and a batch is one distance computation.
+    pos, wake float (N, 2): a step moves the point by half a pixel, so the wake is what shows its velocity. Each goal
+    brightens one channel of a grey table, and a batch is one distance computation. With a zoom the frame is centred on
+    the point, and the point is not drawn.
     """
+    if zoom != 1:
+        goals, wake, pos = (goals - pos[:, None]) * zoom, (wake - pos) * zoom, np.full_like(pos, 100 * WALL)
     pixel = 2 * WALL / size
     axis = (torch.arange(size) + 0.5) * pixel - WALL
     centres = torch.as_tensor(np.concatenate([goals, pos[:, None], wake[:, None]], 1), dtype=torch.float32)  # (N, 5, 2)
     dx2, dy2 = (axis - centres[..., :1]) ** 2, (axis.flip(0) - centres[..., 1:]) ** 2  # (N, 5, size): row 0 is y = +WALL
-    radius = torch.tensor([pointmass.GOAL_RADIUS] * 3 + [POINT_RADIUS] * 2)[:, None]
+    radius = zoom * torch.tensor([pointmass.GOAL_RADIUS] * 3 + [POINT_RADIUS] * 2)[:, None]
     # coverage of a pixel ~ (r² - dist²) / (2 r pixel) + 1/2: linear in the squared distance, which is separable
     scale = 255 / (2 * radius * pixel)
     rows, columns = (radius**2 - dy2) * scale + 127.5, dx2 * scale  # (N, 5, size)
@@ -90,14 +95,14 @@ class PointmassVectorEnv(VectorEnv):
 
     name, default_obs = "pointmass", "state"
     recipes = {"state": {"model": "nano", "episodes": 5000, "updates": 9000, "policy": "best", "iterations": 200},
-               "images": {"model": "nano-vision", "episodes": 10_000, "updates": 24_000, "policy": "best",
-                          "iterations": 400}}  # fmt: skip
+               "images": {"model": "nano-vision", "episodes": 6000, "updates": 18_000, "policy": "best",
+                          "iterations": 300}}  # fmt: skip
     horizon = pointmass.HORIZON
     steps_cap, steps_bins = 140, 140  # a bin is a step: near the goal, where the detector decides, d is sharp
     action_tokens = {"kind": "uniform", "bins": 21, "low": -ACTION_LIMIT, "high": ACTION_LIMIT, "dims": 2}
     state_names, state_dim = ("position", "velocity", *COLOURS), 2
     success_threshold, success_bonus = 3.0, 0.0
-    simultaneous = False
+    simultaneous = True
     predicts_instruction = False  # the paper asks it on LanguageTable only
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 10}
     instructions, questions = staticmethod(instructions), staticmethod(questions)
@@ -119,7 +124,6 @@ class PointmassVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(num_envs)]
         self.pos, self.vel = np.zeros((num_envs, 2)), np.zeros((num_envs, 2))
-        self.wake = np.zeros((num_envs, WAKE, 2))  # the positions one, two, ... steps before
         self.goals = np.zeros((num_envs, 3, 2))
         self.waypoints = np.zeros((num_envs, pointmass.N_WAYPOINTS, 2))
         self.colour, self.waypoint = np.zeros(num_envs, int), np.zeros(num_envs, int)
@@ -138,19 +142,18 @@ class PointmassVectorEnv(VectorEnv):
                 apart = np.linalg.norm(goals - np.roll(goals, 1, 0), axis=1).min()
                 if apart >= 0.45 and np.linalg.norm(goals - pos, axis=1).min() >= 0.3:
                     break
-            self.pos[i], self.vel[i], self.goals[i], self.wake[i] = pos, 0, goals, pos
+            self.pos[i], self.vel[i], self.goals[i] = pos, 0, goals
             self.colour[i] = rng.integers(3)
             self.texts[i] = instruction(self.colour[i], rng)
             self.waypoints[i] = rng.uniform(-pointmass.GOAL, pointmass.GOAL, (pointmass.N_WAYPOINTS, 2))
         self.t[mask], self.waypoint[mask] = 0, 0
-        self._draw(mask, first=True)
+        self._draw(mask)
         return self._observe(), {"is_success": self._success()}
 
     def step(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
         """One step of every simulation; actions float (N, 2), clipped to the action space."""
         actions = np.clip(np.asarray(actions, float), -ACTION_LIMIT, ACTION_LIMIT)
         pos, vel = pointmass.step(self.pos, self.vel, actions)
-        self.wake = np.concatenate([self.pos[:, None], self.wake[:, :-1]], 1)
         self.vel = np.where(np.abs(pos) > WALL, 0.0, vel)
         self.pos = np.clip(pos, -WALL, WALL)
         target = self._target()
@@ -172,20 +175,19 @@ class PointmassVectorEnv(VectorEnv):
     def scenes(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str], np.ndarray]:
         """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers float (n, 2) in [0, 1].
 
-        Positions are shares of the frame, "from the point" of two frames; "was" is the wake, in the current frame.
+        Positions are shares of the first view, "from the point" of two of them; "was" is the wake, in the second view.
         """
         pos, goals = rng.uniform(-WALL, WALL, (n, 2)), rng.uniform(-pointmass.GOAL, pointmass.GOAL, (n, 3, 2))
-        wake = np.clip(pos - rng.normal(0, 0.06 * WAKE, (n, 2)), -WALL, WALL)
-        step = (pos - wake) / WAKE
-        images = np.stack([draw(pos - step, wake - step, goals, self.size), draw(pos, wake, goals, self.size)], 1)
+        wake = pos - np.clip(rng.normal(0, 0.06 * WAKE, (n, 2)), -WALL / ZOOM, WALL / ZOOM)
+        images = self._views(pos, wake, goals)
         asked, names = rng.integers(8, size=n), rng.integers(len(NOUNS), size=n)
-        every = np.concatenate([goals, (goals - pos[:, None]) / 2, pos[:, None], wake[:, None]], 1)  # (n, 8, 2)
+        every = np.concatenate([goals, (goals - pos[:, None]) / 2, pos[:, None], ZOOM * (wake - pos)[:, None]], 1)  # (n, 8, 2)
         places = every[np.arange(n), asked]  # (n, 2)
         texts = [questions()[3 * a + b if a < 6 else 12 + a] for a, b in zip(asked, names, strict=True)]
         return images, texts, np.clip(places / (2 * WALL) + 0.5, 0, 1).astype(np.float32)
 
     def render(self) -> tuple[np.ndarray, ...]:
-        return tuple(draw(self.pos, self.wake[:, -1], self.goals, 256))
+        return tuple(draw(self.pos, self._wake(), self.goals, 256))
 
     def track(self) -> np.ndarray:
         """What moves, in shares of the rendered frame (x right, y down), float (N, 2); for figures."""
@@ -201,12 +203,17 @@ class PointmassVectorEnv(VectorEnv):
     def _success(self) -> np.ndarray:
         return np.linalg.norm(self.pos - self._goal(), axis=1) < pointmass.GOAL_RADIUS
 
-    def _draw(self, mask: np.ndarray, first: bool = False) -> None:
+    def _wake(self) -> np.ndarray:
+        return self.pos - WAKE * 10 * self.vel  # ten substeps a step
+
+    def _views(self, pos: np.ndarray, wake: np.ndarray, goals: np.ndarray) -> np.ndarray:
+        """uint8 (N, 2, size, size, 3): the table, and what is around the point."""
+        return np.stack([draw(pos, wake, goals, self.size, zoom) for zoom in (1, ZOOM)], 1)
+
+    def _draw(self, mask: np.ndarray) -> None:
         if self.obs == "images":
-            now = draw(self.pos[mask], self.wake[mask, -1], self.goals[mask], self.size)
             self.frames = self.frames.copy()  # observations handed out before stay as they were
-            self.frames[mask, 0] = now if first else self.frames[mask, 1]
-            self.frames[mask, 1] = now
+            self.frames[mask] = self._views(self.pos[mask], self._wake()[mask], self.goals[mask])
 
     def _observe(self) -> dict[str, Any]:
         obs: dict[str, Any] = {"instruction": tuple(self.texts)}
