@@ -279,18 +279,36 @@ def test_experts_reach_the_goal():
 
 
 # --- its images -------------------------------------------------------------------------------------------------------
-def test_the_previous_frame_is_the_frame_before():
+def test_the_images_show_the_state_and_nothing_of_what_was_before():
+    """Two points at the same place with the same velocity look alike, whatever they did; another velocity shows."""
     env, rng = domain(obs="images"), np.random.default_rng(0)
-    o, _ = env.reset(seed=0)
-    assert np.array_equal(o["images"][:, 0], o["images"][:, 1])
-    for t in range(5):
-        after = env.step(np.sign(actions(rng)) * ACTION_LIMIT)[0]
-        assert np.array_equal(after["images"][:, 0], o["images"][:, 1])
-        assert t == 0 or all((f[0] != f[1]).any() for f in after["images"])  # it moves
-        o = after
-    mask = np.arange(N) == 2
-    o, _ = env.reset(options={"reset_mask": mask})
-    assert np.array_equal(o["images"][2, 0], o["images"][2, 1]) and not np.array_equal(o["images"][3, 0], o["images"][3, 1])
+    env.reset(seed=0)
+    for _ in range(5):
+        env.step(np.sign(actions(rng)) * ACTION_LIMIT)
+    one, two, faster, other = range(4)
+    env.goals[:] = env.goals[one]
+    env.pos[[two, faster]], env.vel[two], env.vel[faster] = env.pos[one], env.vel[one], 1.5 * env.vel[one]
+    o = env.step(np.zeros((N, 2)))[0]["images"]
+    assert np.array_equal(o[one], o[two])
+    assert (o[one] != o[faster]).any((1, 2, 3)).all() and (o[one] != o[other]).any((1, 2, 3)).all()
+    again = env.reset(options={"reset_mask": np.arange(N) == two})[0]["images"]
+    assert np.array_equal(again[one], o[one]) and not np.array_equal(again[two], o[two])
+
+
+def test_the_second_view_is_what_is_around_the_point():
+    env = domain(200, obs="images", size=64)
+    env.reset(seed=0)
+    env.vel[:] = np.random.default_rng(0).uniform(-0.006, 0.006, (200, 2))
+    near = discs(env.step(np.zeros((200, 2)))[0]["images"][:, 1])
+    for k in range(3):
+        away = env.goals[:, k] - env.pos
+        whole = np.abs(away).max(1) < WALL / 2 - pointmass.GOAL_RADIUS  # in the frame, and not behind the wake
+        whole &= np.linalg.norm(away + 30 * env.vel, axis=1) > pointmass.GOAL_RADIUS + POINT_RADIUS + 0.05
+        assert whole.sum() > 10
+        np.testing.assert_allclose(centroid(near[..., k])[whole] / 2, away[whole], atol=0.1 * WALL / 64)
+    env.goals[:] = env.pos[:, None] + 10  # out of sight
+    black = 127 - env.step(np.zeros((200, 2)))[0]["images"][:, 1].min(-1).astype(float)
+    np.testing.assert_allclose(centroid(black.clip(0)) / 2, -30 * env.vel, atol=0.1 * WALL / 64)  # three steps of ten substeps
 
 
 def discs(frames: np.ndarray) -> np.ndarray:
@@ -303,7 +321,7 @@ def centroid(disc: np.ndarray) -> np.ndarray:
     """(N, size, size) -> (N, 2): x and y in lengths; row 0 is up."""
     size = disc.shape[1]
     axis = ((np.arange(size) + 0.5) / size * 2 - 1) * WALL
-    return np.stack([disc.sum(1) @ axis, -disc.sum(2) @ axis], 1) / disc.sum((1, 2))[:, None]
+    return np.stack([disc.sum(1) @ axis, -disc.sum(2) @ axis], 1) / np.maximum(disc.sum((1, 2)), 1e-9)[:, None]
 
 
 @pytest.mark.parametrize("size", [32, 48])
@@ -325,7 +343,7 @@ def test_each_goal_has_its_colour():
     env = domain(100, obs="images", size=64)
     env.reset(seed=0)
     env.pos[:], env.vel[:] = WALL, 0  # out of the way, in the upper right corner
-    frame = discs(env.step(np.zeros((100, 2)))[0]["images"][:, 1])
+    frame = discs(env.step(np.zeros((100, 2)))[0]["images"][:, 0])
     frame[:, :6, -6:] = 0  # without the point
     for k in range(3):
         clear = (env.goals[:, k] < 0.9 - pointmass.GOAL_RADIUS).any(1)  # a goal that the cut did not touch

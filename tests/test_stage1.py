@@ -50,7 +50,7 @@ def test_recorded_shapes(recorded):
     obs, data = recorded
     key, env = ("state", "frames")[obs == "images"], envs.make_vec("pointmass", 1, obs=obs)
     M = data["length"].sum()
-    shape, dtype = ((10,), np.float32) if obs == "state" else ((env.size, env.size, 3), np.uint8)
+    shape, dtype = ((10,), np.float32) if obs == "state" else ((2, env.size, env.size, 3), np.uint8)  # two views
     assert data.keys() == {key, "action", "start", "length", "instruction"}
     assert data[key].shape == (M, *shape) and data[key].dtype == dtype
     assert data["action"].shape == (M, 2) and data["action"].dtype == np.float32
@@ -134,7 +134,7 @@ def write_minari(dataset_id: str, obs: str, seeds: list[int], horizon: int | Non
         buffers.append(EpisodeBuffer(
             observations={"instruction": [text] * (T + 1), obs: np.stack(shown)}, actions=np.stack(actions),
             rewards=[float(e) for e in ends], terminations=ends, truncations=[False] * (T - 1) + [not ends[-1]]))  # fmt: skip
-        kept = {"state": shown} if obs == "state" else {"frames": [x[1] for x in shown]}
+        kept = {"state": shown} if obs == "state" else {"frames": shown}
         episodes.append((text, kept, [*actions, np.zeros(2)]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Minari asks for authors and links
@@ -188,8 +188,13 @@ def test_labels_count_down_to_zero(recorded):
     assert demos.acted.tolist() == [m for m, steps in enumerate(expected) if steps > 0]  # the final observation has no action
 
 
+def one_view(data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """As if the domain had but one view: the frame before then belongs to an observation."""
+    return data | ({"frames": data["frames"][:, 0].copy()} if "frames" in data else {})
+
+
 def test_batch_returns_the_frame_before_and_never_another_episodes():
-    data = {k: v.copy() for k, v in stage1.record("pointmass", "images", 3, seed=0).items()}
+    data = one_view(stage1.record("pointmass", "images", 3, seed=0))
     data["frames"][:, 0, 0, 0] = np.arange(len(data["frames"])) % 256  # number the frames in a pixel
     data["frames"][:, 0, 0, 1] = np.arange(len(data["frames"])) // 256
     demos = Demonstrations(data, np.array([2, 0]), 2)
@@ -202,19 +207,22 @@ def test_batch_returns_the_frame_before_and_never_another_episodes():
     assert torch.equal(steps, demos.steps)
 
 
-def test_batch_equals_what_the_environment_shows():
+@pytest.mark.parametrize("domain", ["pointmass", "tabletop"])  # two views of a moment, one view of two moments
+def test_batch_equals_what_the_environment_shows(domain):
     """The two frames a model learns from are the two it will see."""
-    env = envs.make_vec("pointmass", 2, obs="images")
-    data = stage1.record("pointmass", "images", 2, seed=4)
+    env = envs.make_vec(domain, 2, obs="images")
+    data = stage1.record(domain, "images", 2, seed=4)
     o, _ = env.reset(seed=4 * 10**6)
-    start = next(i for i in data["start"] if np.array_equal(data["frames"][i], o["images"][0, 1]))
+    first = o["images"][0] if env.simultaneous else o["images"][0, 1]
+    start = next(i for i in data["start"] if np.array_equal(data["frames"][i], first))
     episode = data["start"].tolist().index(start)
     demos = Demonstrations(data, np.array([episode]), 2)
     for t in range(5):
         obs, action, goals, _ = demos.batch(np.array([t]), CPU)
         assert np.array_equal(obs["images"][0].numpy(), o["images"][0]) and goals == [o["instruction"][0]]
-        np.testing.assert_allclose(action[0], env.demonstrate()[0], rtol=1e-6)
-        o = env.step(env.demonstrate())[0]
+        told = env.demonstrate()
+        np.testing.assert_allclose(action[0], told[0], rtol=1e-6)
+        o = env.step(told)[0]
 
 
 def test_state_batches_are_split_into_quantities(states):
@@ -226,7 +234,7 @@ def test_state_batches_are_split_into_quantities(states):
 
 
 def test_first_and_last_observations_of_an_episode(recorded):
-    obs, data = recorded
+    obs, data = recorded[0], one_view(recorded[1])
     chosen = np.array([7, 2, 9, 4])
     demos, asked = Demonstrations(data, chosen, 2), np.array([3, 0, 0])
     ends, goals = demos.first_and_last(asked, CPU)
@@ -293,7 +301,7 @@ def test_overfits_a_batch(recorded):
 
 
 def test_instructions_can_be_predicted_from_first_and_last_observations(recorded):
-    obs_mode, data = recorded
+    obs_mode, data = recorded[0], one_view(recorded[1])
     model, demos = small(obs_mode, QUESTION_INSTRUCTION), Demonstrations(data, np.arange(EPISODES), 2)
     obs, goals = demos.first_and_last(np.arange(EPISODES), CPU)
     assert len(set(goals)) > 5

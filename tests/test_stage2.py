@@ -221,7 +221,7 @@ def test_a_greedy_rollout_takes_the_most_probable_tokens():
 
 
 def test_look_encodes_only_the_new_frame(monkeypatch):
-    model, env = small("images", 0), envs.make_vec("pointmass", 3, obs="images")
+    model, env = small("images", 0, "tabletop"), envs.make_vec("tabletop", 3, obs="images")
     first, _ = env.reset(seed=0)
     second = env.step(env.demonstrate())[0]
     encoded, encode = [], model.encode_images
