@@ -104,6 +104,14 @@ def rank_0_first(f: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
+def evenly(cfg: Any, *fields: str) -> int:
+    """The number of processes. Raises UserError unless they can share each of the configuration's fields evenly."""
+    for field in fields:
+        if getattr(cfg, field) % world():
+            raise UserError(f"--{field.replace('_', '-')} {getattr(cfg, field)}: cannot be shared evenly by {world()} processes")
+    return world()
+
+
 def share(rows: np.ndarray) -> tuple[np.ndarray, float]:
     """This rank's rows, and the weight with which their mean, averaged over the ranks, is the mean over all rows."""
     mine = rows[rank() :: world()]

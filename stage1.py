@@ -327,8 +327,8 @@ def main(cfg: Config) -> None:
     n, validation = 2 * cfg.batch if pretrained else 2048, np.random.default_rng(0)
     look = validation.choice(valid.acted, n), validation.integers(len(valid.index), size=n)
     look += (np.arange(len(valid.ends))[: n * env.predicts_instruction],)
-    bar = tqdm(range(first, cfg.updates), initial=first, total=cfg.updates, desc="stage 1", disable=common.rank() > 0 or None)
-    for update in bar:
+    silent = common.rank() > 0 or None
+    for update in tqdm(range(first, cfg.updates), initial=first, total=cfg.updates, desc="stage 1", disable=silent):
         third = cfg.batch // 3 if asks else 0  # split evenly over the objectives
         half = (cfg.batch - third) // 2
         rows = rng.choice(train.acted, half), rng.integers(len(train.index), size=cfg.batch - third - half)

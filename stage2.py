@@ -199,10 +199,7 @@ def main(cfg: Config) -> None:
     common.require(cfg, 0, "lora_rank")
     if not 0 <= cfg.gamma <= 1:
         raise UserError(f"--gamma {cfg.gamma}: must be between 0 and 1")
-    ranks = common.world()
-    for field in ("batch", "num_envs"):
-        if getattr(cfg, field) % ranks:
-            raise UserError(f"--{field.replace('_', '-')} {getattr(cfg, field)}: cannot be shared evenly by {ranks} processes")
+    ranks = common.evenly(cfg, "batch", "num_envs")
     if cfg.operator and ranks > 1:
         raise UserError("--operator: one operator looks after the stations of one process; leave torchrun out")
     env = common.make_env(domain, cfg.num_envs // ranks, obs=obs_mode)
@@ -267,8 +264,8 @@ def main(cfg: Config) -> None:
         for name, m in (("policy", policy), ("reward", reward_model)):  # until practice finds a better policy
             common.save(m, folder / f"{name}.safetensors")
 
-    bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc="stage 2",
-               disable=common.rank() > 0 or None)  # fmt: skip
+    silent = common.rank() > 0 or None
+    bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc="stage 2", disable=silent)
     for iteration in bar:  # [Alg. 1, line 1]
         if iteration - best_at > cfg.patience:
             tqdm.write(f"no better policy for {cfg.patience} iterations: a plateau")
