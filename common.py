@@ -70,11 +70,11 @@ def joined(ranks: bool) -> Iterator[None]:
         return
     if not ranks:
         raise UserError("torchrun: this script runs in one process; start it with python")
-    local = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise UserError(f"torchrun: --nproc_per_node {local + 1} or more, but {torch.cuda.device_count()} GPUs here")
-        torch.cuda.set_device(local)  # what `device` means from here on
+        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > gpus:
+            raise UserError(f"torchrun: --nproc_per_node {here}, but there are {gpus} GPUs here; give each process one")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what `device` means from here on
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=6))  # rank 0 may record demonstrations meanwhile
     try:
@@ -213,8 +213,6 @@ def save(model: EFM, path: Path) -> None:
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
-
-
 def learning_rate(update: int, updates: int, peak: float) -> float:
     """A cosine from `peak` to a tenth of it, scaled down linearly over the first 100 updates."""
     return peak * min(1.0, (update + 1) / 100) * (0.55 + 0.45 * math.cos(math.pi * update / updates))

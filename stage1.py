@@ -278,8 +278,8 @@ def main(cfg: Config) -> None:
         raise UserError(f"--init {cfg.init}: Stage 0 is for --obs images; leave it out")
     init = common.stage0_run(cfg.init, cfg.domain) if cfg.obs == "images" and not pretrained else None
     cfg.init = str(init or "none")
-    if cfg.lora_rank and not (pretrained or init):
-        raise UserError(f"--lora-rank {cfg.lora_rank}: no pre-trained weights to adapt; name --weights, --vit or --init")
+    if cfg.lora_rank and (cfg.vit or not (cfg.weights or init)):  # adapters cannot make up for a random projection
+        raise UserError(f"--lora-rank {cfg.lora_rank}: needs a model that is pre-trained as a whole; name --weights or --init alone")
     run = common.open_run(cfg, env, "stage1")
     if run.done:
         return
