@@ -279,7 +279,7 @@ def main(cfg: Config) -> None:
     init = common.stage0_run(cfg.init, cfg.domain) if cfg.obs == "images" and not pretrained else None
     cfg.init = str(init or "none")
     if cfg.lora_rank and (cfg.vit or not (cfg.weights or init)):  # adapters cannot make up for a random projection
-        raise UserError(f"--lora-rank {cfg.lora_rank}: needs a model that is pre-trained as a whole; name --weights or --init alone")
+        raise UserError(f"--lora-rank {cfg.lora_rank}: needs a model pre-trained as a whole; name --weights or --init alone")
     run = common.open_run(cfg, env, "stage1")
     if run.done:
         return

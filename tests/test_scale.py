@@ -231,7 +231,7 @@ def test_adapters_go_on_with_stage_1s_moments(here):
 
 
 @pytest.mark.parametrize(("script", "args", "culprit"), [
-    (stage1, "--lora-rank 4", "--lora-rank 4: needs a model that is pre-trained"), (stage1, "--lora-rank -1", "--lora-rank -1"),
+    (stage1, "--lora-rank 4", "--lora-rank 4: needs a model pre-trained"), (stage1, "--lora-rank -1", "--lora-rank -1"),
     (stage1, "--lora_rank 4 --vit timm:vit_base_patch16_siglip_224", "--lora-rank 4"),
     (stage2, "--stage1 runs/lora1 --lora-rank 2", "--lora-rank 2: runs/lora1 has adapters of rank 4"),
     (stage2, "--stage1 runs/full1 --lora-rank 2 --keep-optimizer", "--keep-optimizer"),
