@@ -68,7 +68,8 @@ def load_run(folder: Path, num_envs: int, policy: str = "policy") -> tuple[Vecto
     if not {"domain", "obs"} <= settings.keys():
         raise UserError(f"{folder}/config.json: not the configuration of a Stage 1 or Stage 2 run; name another --run")
     env = common.make_env(settings["domain"], num_envs, obs=settings["obs"])
-    return env, common.load(folder / f"{policy}.safetensors", env), common.load(folder / "reward.safetensors", env)
+    acting = common.load(folder / f"{policy}.safetensors", env)
+    return env, acting, common.load(folder / "reward.safetensors", env, acting)
 
 
 def evaluate(folder: Path, episodes: int, seed: int, s: float, greedy: bool = False, policy: str = "policy") -> dict:

@@ -21,9 +21,13 @@ Numbers are tokens `<loc0000>` ... `<loc1023>` (they exist in PaliGemma's vocabu
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import json
 import math
+import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,6 +39,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 N_LOC = 1024  # number tokens in PaliGemma's vocabulary
 QUESTION_ACTION = "What robot action to {}"  # Question_action(g), Section 3.1
@@ -310,6 +315,11 @@ def prefix_mask(valid: Tensor, answers: int) -> Tensor:
     return (mask | torch.eye(P + answers, dtype=torch.bool, device=valid.device))[:, None]  # a padding row sees itself: no NaN
 
 
+def no_autocast(x: Tensor) -> torch.autocast:
+    """Where bfloat16, with 8 bits for a number, would blur what is measured: states, scores and d(o, g)."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 # --- the model ------------------------------------------------------------------------------------------------------
 class EFM(nn.Module):
     """p(answer | observation, question). One module is policy and steps-to-go predictor: the question tells which.
@@ -319,6 +329,8 @@ class EFM(nn.Module):
     (B, J) [rad], as number tokens in 256 bins over a turn (Appendix A.2); any of them may be missing. A goal is known
     only through the prompt's text.
     """
+
+    lora_rank, base = 0, Path()  # of a model that `add_lora` gave adapters: their rank, the file of the weights below them
 
     def __init__(self, cfg: EFMConfig, tokenizer: Tokenizer):
         super().__init__()
@@ -350,6 +362,10 @@ class EFM(nn.Module):
         elif isinstance(m, nn.Embedding):  # tied: inputs are scaled by sqrt(D), outputs are not
             nn.init.normal_(m.weight, std=m.embedding_dim**-0.5 if m is self.language_model.embed_tokens else 0.02)
 
+    def forward(self, f: Callable[..., Any], *args: Any) -> Any:
+        """f(model, *args), a method or a function of several: what DDP and FSDP take for one forward pass."""
+        return f(self, *args)
+
     def encode_images(self, images: Tensor) -> Tensor:
         """uint8 (B, 2, H, W, 3) -> float (B, 2, N, Dv). Each image on its own, so that features can be kept."""
         return self.vision_tower(images.flatten(0, 1)).unflatten(0, images.shape[:2])
@@ -363,7 +379,9 @@ class EFM(nn.Module):
             # a quantity enters by its name, in the prompt's own words: this is how "red" in the prompt finds the red goal
             names = self.state_average @ self.language_model.embed(self.state_words)  # (S, D)
             state = obs["state"].flatten(1, -2).unflatten(1, (-1, len(names)))  # (B, F, S, d); rotary positions tell F apart
-            parts.insert(0, (torch.einsum("bfsd,sdw->bfsw", state, self.state_weight) + names).flatten(1, 2))  # (B, F S, D)
+            with no_autocast(state):
+                state = torch.einsum("bfsd,sdw->bfsw", state, self.state_weight) + names
+            parts.insert(0, state.flatten(1, 2))  # (B, F S, D)
         if "joints" in obs:
             joints = UniformBins(256, -math.pi, math.pi, obs["joints"].shape[1]).encode(obs["joints"].cpu()).to(device)
             parts.insert(0, self.language_model.embed(joints + self.tokenizer.loc))  # (B, J, D)
@@ -376,7 +394,8 @@ class EFM(nn.Module):
     def logits(self, hidden: Tensor, ids: Tensor | None) -> Tensor:
         """Scores of the tokens `ids` (of all of them if None), by the tied embeddings: (B, L, D) -> (B, L, K)."""
         table = self.language_model.embed_tokens.weight
-        return hidden @ (table if ids is None else table[ids]).T
+        with no_autocast(hidden):
+            return hidden.to(table.dtype) @ (table if ids is None else table[ids]).T
 
     def number_ids(self, allowed: tuple[int, int]) -> Tensor:
         first, end = allowed
@@ -452,7 +471,8 @@ class EFM(nn.Module):
         prompts = [QUESTION_STEPS.format(g) for g in goals]
         answer = torch.zeros(len(goals), 1, dtype=torch.long, device=self.language_model.embed_tokens.weight.device)
         p = self.log_probs(obs, prompts, answer, steps.ranges)[0].exp()  # (B, K)
-        return p @ steps.edges.to(p)  # [Eq. 1]
+        with no_autocast(p):
+            return p @ steps.edges.to(p)  # [Eq. 1]
 
 
 # --- weights in and out ---------------------------------------------------------------------------------------------
@@ -506,13 +526,14 @@ def read_weights(path: Path, dtype: torch.dtype | None = None) -> Iterator[tuple
 
 
 def fill(module: nn.Module, files: list[Path], way_out: str, rename: Callable[[str], str] = str,
-         dtype: torch.dtype | None = None, new_words: int = 0) -> None:  # fmt: skip
+         dtype: torch.dtype | None = None, new_words: int = 0, only: str = "") -> None:  # fmt: skip
     """Give `module` (on the meta device, if need be) the weights in `files`, one at a time, in `dtype` (None: as stored).
 
-    rename: key in a file -> name here, "" to leave it out; new_words: rows that the embeddings have and the file has not.
+    rename: key in a file -> name here, "" to leave it out; new_words: rows that the embeddings have and the file has not;
+    only: a part of the names of the weights to fill.
     Raises ValueError naming the file, or its folder, if a weight is damaged, missing, misshapen or too many.
     """
-    missing = dict(module.named_parameters())
+    missing = {name: p for name, p in module.named_parameters() if only in name}
     for path in files:
         with blame(path, way_out):
             for key, tensor in read_weights(path, dtype):
@@ -531,16 +552,25 @@ def fill(module: nn.Module, files: list[Path], way_out: str, rename: Callable[[s
         raise ValueError(f"{where}: {len(missing)} weights are missing, {min(missing)} for one; {way_out}")
 
 
-def save_model(model: EFM, path: Path) -> None:
-    """Weights, sizes and vocabulary in one safetensors file."""
+def save_model(model: EFM, path: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Weights, sizes and vocabulary in one safetensors file; of a model with adapters only these, and where its base is.
+
+    weights: those of `trained(model)`, where the model itself is in parts on several devices.
+    """
     # one entry: safetensors writes several in random order, and equal models would be unequal files
     made_with = {"config": asdict(model.cfg), "tokenizer": model.tokenizer.tokenizer.to_str()}
+    if model.lora_rank:
+        made_with |= {"lora_rank": model.lora_rank, "base": os.path.relpath(model.base, path.parent)}
     meta = {"nanoEFM": json.dumps(made_with, ensure_ascii=False)}
-    safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path, meta)
+    weights = trained(model) if weights is None else weights
+    safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, path, meta)
 
 
-def load_model(path: Path) -> EFM:
-    """The model that `save_model` wrote. Raises ValueError naming the file if it is missing, damaged or misshapen."""
+def load_model(path: Path, beside: EFM | None = None) -> EFM:
+    """The model that `save_model` wrote. Raises ValueError naming the file if it is missing, damaged or misshapen.
+
+    beside: a model in memory; adapters of the same base share its weights, so that two models take the memory of one.
+    """
     if not path.exists():
         raise ValueError(f"{path}: no such checkpoint; run stage1.py first or name another run")
     with blame(path, "not a nanoEFM checkpoint, or a damaged one; train it again"):
@@ -550,7 +580,16 @@ def load_model(path: Path) -> EFM:
         tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(made_with["tokenizer"]))
         with torch.device("meta"):
             model = EFM(EFMConfig(**made_with["config"]), tokenizer)
-    fill(model, [path], "a damaged checkpoint; train it again")
+    if not (rank := made_with.get("lora_rank", 0)):
+        fill(model, [path], "a damaged checkpoint; train it again")
+        return model
+    base = Path(os.path.normpath(path.parent / made_with["base"]))
+    if beside is not None and beside.lora_rank == rank and base.exists() and base.samefile(beside.base):
+        shared = {id(x): x for x in (beside.tokenizer, *(p for name, p in beside.named_parameters() if LORA not in name))}
+        model = copy.deepcopy(beside, shared)  # everything is copied but what `shared` has: the base stays one
+    else:
+        model = add_lora(load_model(base), rank, base)
+    fill(model, [path], "a damaged checkpoint; train it again", only=LORA)
     return model
 
 
@@ -563,9 +602,14 @@ def hub(call: str, repo_id: str, **arguments: Any) -> Any:
 
 
 def push(path: Path, repo_id: str) -> None:
-    """Upload a checkpoint that `save_model` wrote to the hub, under its own name. Raises ValueError as `hub` does."""
+    """Upload a checkpoint that `save_model` wrote to the hub, under its own name, adapters merged. Raises ValueError as `hub`."""
     hub("create_repo", repo_id, exist_ok=True)
-    hub("upload_file", repo_id, path_or_fileobj=path, path_in_repo=Path(path).name)
+    with tempfile.TemporaryDirectory() as folder:
+        model, whole = load_model(Path(path)), Path(path)
+        if model.lora_rank:
+            whole = Path(folder) / "merged.safetensors"
+            save_model(merge_lora(model), whole)
+        hub("upload_file", repo_id, path_or_fileobj=whole, path_in_repo=Path(path).name)
 
 
 def pull(repo_id: str, name: str = "policy.safetensors") -> EFM:
@@ -707,3 +751,59 @@ def load_unimodal(vit: str, weights: str | Path, cfg: EFMConfig, tokenizer: Toke
     if files:
         fill(model.language_model, files, "download it again", rename, torch.float32, new_words)
     return model
+
+
+# --- adapters, memory, speed ------------------------------------------------------------------------------------------
+LORA = ".lora_"  # in the names of an adapter's weights, and in no other (peft)
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2"]
+
+
+def add_lora(model: EFM, rank: int, base: Path) -> EFM:
+    """Freeze the model, and add to each projection of both towers W x a trainable 2 B A x (Hu et al., 2021), B = 0 at first.
+
+    rank: rows of A; base: the file that has, or will have, the model's weights as they are now (`save_base`).
+    Raises ValueError with the way out where peft is missing.
+    """
+    with blame(f"--lora-rank {rank}", "pip install peft"):
+        from peft import LoraConfig, inject_adapter_in_model
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=PROJECTIONS), model)
+    model.lora_rank, model.base = rank, Path(base)
+    return model
+
+
+def merge_lora(model: EFM) -> EFM:
+    """The same function without adapters: W + 2 B A in place of W. A model that has none stays as it is."""
+    for name, layer in list(model.named_modules()):
+        if hasattr(layer, "base_layer"):
+            layer.merge()
+            model.set_submodule(name, layer.get_base_layer())
+    model.lora_rank, model.base = 0, Path()
+    return model.requires_grad_(True)
+
+
+def economise(model: EFM, checkpointing: bool, compiled: bool) -> None:
+    """checkpointing: a block's activations are computed again in the backward pass, not kept; compiled: torch.compile.
+
+    Both block by block: activations are few at a block's edges, and blocks are alike, so one compilation serves all.
+    """
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64  # with gradients or not, with a cache or not, ...: a dozen kinds of call
+    for tower in filter(None, (model.language_model, getattr(model, "vision_tower", None))):
+        for block in tower.layers:
+            if compiled:  # for every batch size: the simulations whose episode goes on become fewer
+                block.forward = torch.compile(block.forward, dynamic=True)
+            if checkpointing:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def trained(model: EFM) -> dict[str, Tensor]:
+    """What training changes and checkpoints keep: the adapters' weights where there are some, else all."""
+    return {k: v for k, v in model.state_dict().items() if LORA in k or not model.lora_rank}
+
+
+def save_base(model: EFM, path: Path) -> None:
+    """The weights below the adapters, as the model that it was before `add_lora`."""
+    plain = {k.replace(".base_layer", ""): v for k, v in model.state_dict().items() if LORA not in k}
+    whole = copy.copy(model)
+    whole.lora_rank = 0
+    save_model(whole, path, plain)

@@ -16,6 +16,7 @@ go its reward model and success detector. They need not be the same moment of tr
     python stage1.py --obs images --seed 1    # the same from 32 x 32 frames
     python stage1.py --resume                 # continue an interrupted run, exactly
     python stage1.py --model paligemma --weights google/paligemma-3b-pt-224 --batch 8 --lr 1e-5
+    torchrun --nproc_per_node 2 stage1.py     # two processes, half of each batch each
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ class Config:
     batch: int = 128  # samples per update, split evenly over the objectives
     policy: Literal["", "best", "last"] = ""  # which becomes the policy: the best at cloning held-out episodes, or the last
     lr: float = 1e-3  # AdamW, after a linear warm-up of 100 updates decaying to a tenth (cosine)
+    lora_rank: int = 0  # train LoRA adapters of this rank in place of the pre-trained weights; 0: all weights
+    bf16: bool = False  # matrix products in bfloat16; weights, scores and d(o, g) stay in float32
+    checkpointing: bool = False  # keep no activations inside the blocks: less memory, a third more time
+    compile: bool = False  # torch.compile the blocks: minutes at first, faster after
     eval_every: int = 500  # updates between two looks at the held-out episodes
     eval_episodes: int = 500  # rollouts of the final policy, for summary.json
     out: str = ""  # the run's folder; empty: runs/{domain}-stage1-s{seed}
@@ -232,7 +237,7 @@ def instruction_loss(model: EFM, obs: dict[str, Tensor], goals: list[str]) -> Te
 def initial_model(cfg: Config, env: VectorEnv, init: Path | None) -> EFM:
     """From a Stage 0 run, from pre-trained weights or from scratch: the paper's PaLI, Uni-PaLI and Scratch variants."""
     if init:
-        return common.load(init / "policy.safetensors", env)
+        return models.merge_lora(common.load(init / "policy.safetensors", env))
     tokenizer = Tokenizer.train([*env.instructions(), *env.state_names] + [QUESTION_INSTRUCTION] * env.predicts_instruction)
     try:
         if cfg.vit:
@@ -262,7 +267,7 @@ def main(cfg: Config) -> None:
         raise UserError("--obs state: a pre-trained model reads images; leave it out")
     if pretrained and cfg.init not in ("", "none"):
         raise UserError(f"--init {cfg.init}: the model starts from --weights or --vit; leave one of them out")
-    common.require(cfg, 0, "seed")
+    common.require(cfg, 0, "seed", "lora_rank")
     common.require(cfg, 1, "updates", "eval_every", "eval_episodes")
     common.require(cfg, 2, "episodes")
     common.require(cfg, 2 + env.predicts_instruction, "batch")
@@ -273,6 +278,8 @@ def main(cfg: Config) -> None:
         raise UserError(f"--init {cfg.init}: Stage 0 is for --obs images; leave it out")
     init = common.stage0_run(cfg.init, cfg.domain) if cfg.obs == "images" and not pretrained else None
     cfg.init = str(init or "none")
+    if cfg.lora_rank and (cfg.vit or not (cfg.weights or init)):  # adapters cannot make up for a random projection
+        raise UserError(f"--lora-rank {cfg.lora_rank}: needs a model pre-trained as a whole; name --weights or --init alone")
     run = common.open_run(cfg, env, "stage1")
     if run.done:
         return
@@ -280,49 +287,62 @@ def main(cfg: Config) -> None:
 
     torch.manual_seed(cfg.seed)
     model = initial_model(cfg, env, init)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.01, fused=True)
+    if cfg.lora_rank:
+        model = common.adapt(model, cfg.lora_rank, folder / "base.safetensors")
+    if run.state:
+        model.load_state_dict(run.state["model"], strict=not cfg.lora_rank)  # adapters alone are kept
+    models.economise(model, cfg.checkpointing, cfg.compile)
+    wrapped = common.distribute(model, shard=cfg.model == "paligemma" and not cfg.lora_rank)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, weight_decay=0.01, fused=True)
     rng, first = np.random.default_rng(cfg.seed), 0
     best = dict.fromkeys(("valid_bc", "valid_steps_to_go", "instruction"), float("inf"))
     # until the answers on held-out episodes get no better: a few thousand are soon learnt by heart
     asks = env.predicts_instruction
     if run.state:
-        model.load_state_dict(run.state["model"])
-        optimizer.load_state_dict(run.state["optimizer"])
+        common.load_optimizer(optimizer, run.state["optimizer"])
         rng.bit_generator.state, first, best, asks = (run.state[k] for k in ("rng", "update", "best", "asks"))
 
-    data = load_demonstrations(cfg)
+    data = common.rank_0_first(load_demonstrations, cfg)
     held_out, used = split(len(data["length"]), cfg.data_fraction)
     train, valid = (Demonstrations(data, np.flatnonzero(m & used), env.state_dim) for m in (~held_out, held_out))
     actions, steps = action_tokenizer(**env.action_tokens), StepsToGo(env.steps_cap, env.steps_bins)
 
-    def losses(demos: Demonstrations, bc_rows: np.ndarray, steps_rows: np.ndarray, episodes: np.ndarray) -> dict[str, Tensor]:
+    def losses(model: EFM, demos: Demonstrations, *rows: np.ndarray) -> dict[str, Tensor]:
+        """Rows for cloning and for steps to go, and episodes for instructions; of each this rank's share."""
+        (bc_rows, bc_weight), (steps_rows, steps_weight) = map(common.share, rows[:2])
         obs, action, goals, _ = demos.batch(bc_rows, device)
-        each = {"bc": bc_loss(model, obs, goals, actions.encode(action).to(device), actions.ranges)}
+        each = {"bc": bc_weight * bc_loss(model, obs, goals, actions.encode(action).to(device), actions.ranges)}
         obs, _, goals, to_go = demos.batch(steps_rows, device)
-        each["steps_to_go"] = steps_to_go_loss(model, obs, goals, steps.encode(to_go).to(device), steps.ranges)
-        if len(episodes):
-            each["instruction"] = instruction_loss(model, *demos.first_and_last(episodes, device))
+        to_go = steps.encode(to_go).to(device)
+        each["steps_to_go"] = steps_weight * steps_to_go_loss(model, obs, goals, to_go, steps.ranges)
+        if len(rows[2]):
+            episodes, weight = common.share(rows[2])
+            each["instruction"] = weight * instruction_loss(model, *demos.first_and_last(episodes, device))
         return each
 
     run.start()
+    if cfg.lora_rank and common.rank() == 0 and not model.base.exists():  # once; the checkpoints name it
+        common.write_atomically(model.base, lambda p: models.save_base(model, p))
     # the same tuples at every look; of a pre-trained model no more than fit where a batch does
     n, validation = 2 * cfg.batch if pretrained else 2048, np.random.default_rng(0)
     look = validation.choice(valid.acted, n), validation.integers(len(valid.index), size=n)
     look += (np.arange(len(valid.ends))[: n * env.predicts_instruction],)
-    for update in tqdm(range(first, cfg.updates), initial=first, total=cfg.updates, desc="stage 1", disable=None):
+    silent = common.rank() > 0 or None
+    for update in tqdm(range(first, cfg.updates), initial=first, total=cfg.updates, desc="stage 1", disable=silent):
         third = cfg.batch // 3 if asks else 0  # split evenly over the objectives
         half = (cfg.batch - third) // 2
         rows = rng.choice(train.acted, half), rng.integers(len(train.index), size=cfg.batch - third - half)
-        now = losses(train, *rows, rng.integers(len(train.ends), size=third))
+        with common.autocast(cfg.bf16):
+            now = wrapped(losses, train, *rows, rng.integers(len(train.ends), size=third))
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(update, cfg.updates, cfg.lr)
         optimizer.zero_grad()
         sum(now.values()).backward()
         optimizer.step()
         if (update + 1) % cfg.eval_every == 0 or update + 1 == cfg.updates:
-            with torch.no_grad():
-                held = {k: v.item() for k, v in losses(valid, *look).items()}
-            row = {"update": update + 1} | {k: now[k].item() if k in now else float("nan") for k in held}
+            with torch.no_grad(), common.autocast(cfg.bf16):
+                held = common.mean(wrapped(losses, valid, *look))
+            row = {"update": update + 1} | dict.fromkeys(held, float("nan")) | common.mean(now)
             row |= {f"valid_{k}": v for k, v in held.items()} | {"seconds": run.seconds()}
             run.log(update + 1, row)
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
@@ -330,14 +350,16 @@ def main(cfg: Config) -> None:
             for name, key in (("early_policy" if late else "policy", "valid_bc"), ("reward", "valid_steps_to_go")):
                 if row[key] < best[key]:  # best at cloning, at steps to go
                     best[key] = row[key]
-                    common.write_atomically(folder / f"{name}.safetensors", lambda p: models.save_model(model, p))
+                    common.save(model, folder / f"{name}.safetensors")
             if late:
-                common.write_atomically(folder / "policy.safetensors", lambda p: models.save_model(model, p))
+                common.save(model, folder / "policy.safetensors")
             asks = asks and held["instruction"] < best["instruction"]
             best["instruction"] = min(best["instruction"], held.get("instruction", 0.0))
-            run.checkpoint(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state,
+            run.checkpoint(model=models.trained(model), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state,
                            update=update + 1, best=best, asks=asks)  # fmt: skip
 
+    if common.rank():
+        return
     import eval as evaluation  # it imports the stages
 
     summary = evaluation.evaluate(folder, episodes=cfg.eval_episodes, seed=cfg.seed, s=env.success_threshold)
@@ -346,4 +368,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    common.cli(Config, main)
+    common.cli(Config, main, ranks=True)

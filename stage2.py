@@ -10,6 +10,7 @@ REINFORCE on Monte Carlo returns improves the policy. The domain's ground truth 
     python stage2.py                                    # continues the newest Stage 1 run, 2 minutes on two CPU cores
     python stage2.py --stage1 runs/pointmass-stage1-s1  # a given one
     python stage2.py --success ground-truth --gamma 0   # an ablation
+    torchrun --nproc_per_node 2 stage2.py               # two processes, half of the simulations and batches each
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ class Config:
     updates: int = 16  # N, optimiser steps per iteration
     batch: int = 64  # B, tuples per optimiser step
     lr: float = 1e-4  # AdamW
+    lora_rank: int = 0  # train LoRA adapters of this rank; 0: Stage 1's adapters where it has some, else all weights
+    bf16: bool = False  # matrix products in bfloat16; weights, scores and d(o, g) stay in float32
+    checkpointing: bool = False  # keep no activations inside the blocks: less memory, a third more time
+    compile: bool = False  # torch.compile the blocks: minutes at first, faster after
     keep_optimizer: bool = False  # go on with Stage 1's last AdamW moments, as the authors' notebook does
     num_envs: int = 16  # simulations that practise at once
     operator: bool = False  # practise without resets, but for an operator's: the paper's protocol on real robots
@@ -191,9 +196,13 @@ def main(cfg: Config) -> None:
     domain, obs_mode = settings["domain"], settings["obs"]
     common.require(cfg, 1, "updates", "batch", "num_envs", "patience", "eval_episodes")
     common.require(cfg, 1e-9, "lr", "c")
+    common.require(cfg, 0, "lora_rank")
     if not 0 <= cfg.gamma <= 1:
         raise UserError(f"--gamma {cfg.gamma}: must be between 0 and 1")
-    env = common.make_env(domain, cfg.num_envs, obs=obs_mode)
+    ranks = common.evenly(cfg, "batch", "num_envs")
+    if cfg.operator and ranks > 1:
+        raise UserError("--operator: one operator looks after the stations of one process; leave torchrun out")
+    env = common.make_env(domain, cfg.num_envs // ranks, obs=obs_mode)
     cfg.iterations = cfg.iterations or env.recipes[obs_mode]["iterations"]
     cfg.s = env.success_threshold if cfg.s < 0 else cfg.s
     cfg.success_bonus = env.success_bonus if cfg.success_bonus < 0 else cfg.success_bonus
@@ -206,28 +215,44 @@ def main(cfg: Config) -> None:
     if (trained.get("domain"), trained.get("obs")) != (domain, obs_mode):
         raise UserError(f"--reward-run {judge}: not a Stage 1 run of --domain {domain} --obs {obs_mode}; name another")
     policy = common.load(stage1 / "policy.safetensors", env)
-    reward_model = common.load(judge / "reward.safetensors", env)
+    reward_model = common.load(judge / "reward.safetensors", env, policy)
     reward_model.requires_grad_(False)
+    if cfg.lora_rank and policy.lora_rank and cfg.lora_rank != policy.lora_rank:
+        raise UserError(f"--lora-rank {cfg.lora_rank}: {stage1} has adapters of rank {policy.lora_rank}; leave it out")
+    fresh = cfg.lora_rank > policy.lora_rank  # adapters on weights that Stage 1 has trained
+    if fresh and cfg.keep_optimizer:
+        raise UserError("--keep-optimizer: the moments are of Stage 1's weights, not of --lora-rank's; leave one of them out")
+    cfg.lora_rank = cfg.lora_rank or policy.lora_rank
     run = common.open_run(cfg, env, "stage2")
     if run.done:
         return
     folder = run.folder
 
     ranges = action_tokenizer(**env.action_tokens).ranges
-    # the ViT is frozen by feeding its features: no gradient reaches it, and AdamW skips it
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=0.0)
+    if fresh:
+        torch.manual_seed(cfg.seed)
+        policy = common.adapt(policy, cfg.lora_rank, stage1 / "policy.safetensors")
+    if run.state:
+        policy.load_state_dict(run.state["policy"], strict=not cfg.lora_rank)
+    shard = settings.get("model") == "paligemma" and not cfg.lora_rank
+    learnt = [name for name, p in policy.named_parameters() if p.requires_grad]
+    if policy.cfg.image_size:  # frozen, as it is fed its features; AdamW skips it
+        policy.vision_tower.requires_grad_(False)
+    models.economise(policy, cfg.checkpointing, cfg.compile)
+    models.economise(reward_model, False, cfg.compile)
+    wrapped = common.distribute(policy, shard)
+    if shard:
+        common.distribute(reward_model, shard)
+    optimizer = torch.optim.AdamW([policy.get_parameter(name) for name in learnt], lr=cfg.lr, weight_decay=0.0)
     if cfg.keep_optimizer:
-        optimizer.load_state_dict(
-            {**optimizer.state_dict(), "state": common.load_state(stage1 / "resume.pt")["optimizer"]["state"]}
-        )
+        common.load_optimizer(optimizer, {"state": common.load_state(stage1 / "resume.pt")["optimizer"]["state"]})
     run.start()
     generator = torch.Generator().manual_seed(cfg.seed)
     operator = Operator(env, cfg.seed) if cfg.operator else None
     recent: deque[float] = deque(maxlen=5)
     first, env_steps, episodes, best, best_at = 0, 0, 0, float("inf"), recent.maxlen
     if run.state:
-        policy.load_state_dict(run.state["policy"])
-        optimizer.load_state_dict(run.state["optimizer"])
+        common.load_optimizer(optimizer, run.state["optimizer"])
         generator.set_state(run.state["generator"].cpu())
         if operator:
             operator.load_state_dict(run.state["operator"])
@@ -237,17 +262,21 @@ def main(cfg: Config) -> None:
         recent.extend(run.state["recent"])
     else:
         for name, m in (("policy", policy), ("reward", reward_model)):  # until practice finds a better policy
-            common.write_atomically(folder / f"{name}.safetensors", lambda p, m=m: models.save_model(m, p))
+            common.save(m, folder / f"{name}.safetensors")
 
-    bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc="stage 2", disable=None)
+    silent = common.rank() > 0 or None
+    bar = tqdm(range(first, cfg.iterations), initial=first, total=cfg.iterations, desc="stage 2", disable=silent)
     for iteration in bar:  # [Alg. 1, line 1]
         if iteration - best_at > cfg.patience:
             tqdm.write(f"no better policy for {cfg.patience} iterations: a plateau")
             break
         rollouts, buffer, collected = [], [], 0
-        while collected < cfg.updates * cfg.batch:  # [Alg. 1, line 2]
-            r = rollout(policy, reward_model, env, 10**9 * (cfg.seed + 1) + episodes, generator, cfg.success, cfg.s,
-                        begin=operator and operator.begin)  # fmt: skip
+        if common.rank():  # the first rank's generator is in the checkpoint, the others' need not be
+            generator.manual_seed(10**9 * (cfg.seed + 1) + 10**4 * iteration + common.rank())
+        while min(common.gather(collected)) < cfg.updates * cfg.batch // ranks:  # [Alg. 1, line 2]
+            seed = 10**9 * (cfg.seed + 1) + episodes + common.rank() * env.num_envs
+            with common.gathered(policy, reward_model), common.autocast(cfg.bf16):
+                r = rollout(policy, reward_model, env, seed, generator, cfg.success, cfg.s, begin=operator and operator.begin)
             if operator:
                 operator.steps += r["length"]
             reward = rewards(r["d"])
@@ -255,25 +284,27 @@ def main(cfg: Config) -> None:
             returns = monte_carlo_returns(reward, cfg.gamma)  # [Alg. 1, line 4]
             buffer.append((r["obs"], r["tokens"], r["goals"], returns[r["row"], r["t"]].to(device)))  # [Alg. 1, line 5]
             rollouts.append(r)
-            collected, episodes = collected + len(r["tokens"]), episodes + env.num_envs
+            collected, episodes = collected + len(r["tokens"]), episodes + cfg.num_envs
         obs, tokens, goals, returns = zip(*buffer, strict=True)
         obs = {k: torch.cat([o[k] for o in obs]) for k in obs[0]}
         tokens, goals, returns = torch.cat(tokens), np.concatenate(goals), torch.cat(returns)
         shuffled = torch.randperm(collected, generator=generator)
-        for i in shuffled[: cfg.updates * cfg.batch].split(cfg.batch):  # leftovers are dropped  [Alg. 1, line 8]
+        for i in shuffled[: cfg.updates * cfg.batch // ranks].split(cfg.batch // ranks):  # drops leftovers  [Alg. 1, line 8]
             prompts = [QUESTION_ACTION.format(g) for g in goals[i.numpy()]]
             i = i.to(device)
-            log_prob = policy.log_prob({k: v[i] for k, v in obs.items()}, prompts, tokens[i], ranges)
+            with common.autocast(cfg.bf16):
+                log_prob = wrapped(EFM.log_prob, {k: v[i] for k, v in obs.items()}, prompts, tokens[i], ranges)
             loss = reinforce_loss(log_prob, returns[i], cfg.c)  # [Alg. 1, line 7]
             optimizer.zero_grad()
             loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            grad_norm = common.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0))
             optimizer.step()
 
-        env_steps += collected
         length, detected = (np.concatenate([r[k] for r in rollouts]) for k in ("length", "detected"))
         truth = np.concatenate([r["truth"][:, -1].numpy() for r in rollouts])
         entropy = torch.cat([r["entropy"] for r in rollouts])
+        length, detected, truth, entropy, returns = common.join(length, detected, truth, entropy.cpu(), returns.cpu())
+        env_steps += len(returns)
         recent.append(float(length.mean()))  # all that the model itself can see: how soon it believes to be there
         row = {"iteration": iteration + 1, "env_steps": env_steps, "episodes": episodes, "success": float(truth.mean()),
                "detected": float(detected.mean()), "false_positives": float((detected & ~truth).mean()),
@@ -289,11 +320,13 @@ def main(cfg: Config) -> None:
         score = float(np.mean(recent))
         if len(recent) == recent.maxlen and score < 0.99 * best:  # best so far; saved with the updates since
             best, best_at = score, iteration
-            common.write_atomically(folder / "policy.safetensors", lambda p: models.save_model(policy, p))
-        run.checkpoint(policy=policy.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
+            common.save(policy, folder / "policy.safetensors")
+        run.checkpoint(policy=models.trained(policy), optimizer=optimizer.state_dict(), generator=generator.get_state(),
                        iteration=iteration + 1, env_steps=env_steps, episodes=episodes, best=best, best_at=best_at,
                        recent=list(recent), operator=operator and operator.state_dict())  # fmt: skip
 
+    if common.rank():
+        return
     import eval as evaluation  # it imports the stages
 
     summary = {"stage": "stage2", "domain": domain, "obs": obs_mode, "seed": cfg.seed, "stage1": cfg.stage1,
@@ -303,4 +336,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    common.cli(Config, main)
+    common.cli(Config, main, ranks=True)

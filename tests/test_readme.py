@@ -210,7 +210,7 @@ def test_flags_in_the_prose_exist():
     """Every `--flag` in backticks is one of some script, or of git, pip or pytest where the command says so."""
     fields = {f.name.replace("_", "-") for s in SCRIPTS.values() for f in dataclasses.fields(s.Config)}
     for code in quoted(re.sub(r"```.*?```", "", README, flags=re.S)):
-        if not re.match(r"(git|pip|python -m|grep|ruff|tensorboard)\b", code):
+        if not re.match(r"(git|pip|torchrun|python -m|grep|ruff|tensorboard)\b", code):
             for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", code):
                 assert flag in fields or flag.removeprefix("no-") in fields, code
 

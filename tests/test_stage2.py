@@ -257,8 +257,8 @@ def run(tmp_path, monkeypatch, obs: str, **settings) -> tuple[list[EFM], list[di
     stage1_run(Path("runs/stage1"), obs)
     loaded, before, load = [], [], common.load
 
-    def keep(path, env):
-        loaded.append(load(path, env))
+    def keep(path, env, *beside):
+        loaded.append(load(path, env, *beside))
         before.append({k: v.clone() for k, v in loaded[-1].state_dict().items()})
         return loaded[-1]
 
