@@ -176,7 +176,9 @@ class Uncached(EFM):
 
 def look_again(model: EFM, obs: dict, rows: np.ndarray, before: dict | None, look=stage2.look) -> dict[str, Tensor]:
     """`stage2.look` without features: each model's ViT sees both frames whenever the model is asked."""
-    return look(model, obs, rows, None) if "state" in obs else {"images": torch.from_numpy(obs["images"][rows])}
+    if "state" in obs:
+        return look(model, obs, rows, None)
+    return {key: torch.from_numpy(obs[key][rows]) for key in ("images", "joints") if key in obs}
 
 
 def rollout(domain: str, obs: str, steps: int, rounds: int, n: int = 16) -> None:
