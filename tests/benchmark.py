@@ -7,7 +7,7 @@
 
 What is compared runs in turns on one thread, and its clock is that thread's CPU time (medians), so that other processes
 on the machine weigh on both sides, and little. A line ends in the ratio by the clock on the wall. THP_MEM_ALLOC_ENABLE
-is PyTorch's switch for large pages, where the kernel has some: half of the slice's CPU time can be the first touch of fresh memory.
+is PyTorch's switch for large pages, where the kernel has some: fresh memory can take half of the slice's CPU time.
 """
 
 import itertools
@@ -65,7 +65,7 @@ def clocks() -> tuple[float, float, float]:
 
 
 def take_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, ...]]:
-    """Median seconds a call, (CPU, wall, CPU without the kernel's part), of functions called A, B, A, B, ... after a round that does not count."""
+    """Median seconds (CPU, wall, CPU without the kernel's part), called A, B, A, B, ...; the first round is not counted."""
     taken: dict[str, list] = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
