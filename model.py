@@ -264,19 +264,20 @@ class GemmaBlock(nn.Module):
         self.gate_proj, self.up_proj = (nn.Linear(D, cfg.mlp_dim, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(cfg.mlp_dim, D, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: list[Tensor] | None, keep: int) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: Tensor | None, keep: int) -> Tensor:
         """The block's output at the last `keep` of T positions, float (B, keep, D).
 
-        x float (B, T, D), mask bool (B, 1, T, keys); a cache [keys, values] is read and extended in place.
+        x float (B, T, D), mask bool (B, 1, T, keys); a cache float (2, B, G, keys or more, C) has the keys and values of
+        what came before x, and is given x's own.
         """
-        h = self.input_layernorm(x)
+        h, T, keys = self.input_layernorm(x), x.shape[1], mask.shape[-1]
         k, v = (p(h).unflatten(-1, (-1, self.C)).transpose(1, 2) for p in (self.k_proj, self.v_proj))  # (B, G, T, C)
         x, mask = x[:, -keep:], mask[:, :, -keep:]
         q = self.q_proj(h[:, -keep:]).unflatten(-1, (-1, self.C)).transpose(1, 2)  # (B, H, keep, C)
         q, k = rotate(q, *(r[:, :, -keep:] for r in rope)), rotate(k, *rope)
         if cache is not None:
-            cache[:] = [torch.cat([old, new], 2) for old, new in zip(cache, (k, v), strict=True)] if cache else [k, v]
-            k, v = cache
+            cache[0, :, :, keys - T : keys], cache[1, :, :, keys - T : keys] = k, v
+            k, v = cache[:, :, :, :keys]
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
         x = x + self.o_proj(h.transpose(1, 2).flatten(2))  # (B, keep, D)
         h = self.post_attention_layernorm(x)
@@ -297,7 +298,7 @@ class Gemma(nn.Module):
         x = self.embed_tokens(ids)
         return x * torch.tensor(math.sqrt(self.cfg.width), dtype=x.dtype)  # (B, T, D); Gemma rounds the factor to x's dtype
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, keep: int, caches: list[list[Tensor]] | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, keep: int, caches: Tensor | None = None) -> Tensor:
         """Hidden states of the last `keep` positions, float (B, keep, D): the last block computes no others."""
         rope, T = rotary(self.cfg, positions), x.shape[1]
         for i, layer in enumerate(self.layers):
@@ -370,10 +371,12 @@ class EFM(nn.Module):
         """uint8 (B, 2, H, W, 3) -> float (B, 2, N, Dv). Each image on its own, so that features can be kept."""
         return self.vision_tower(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
-    def prefix(self, obs: dict[str, Tensor], prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings float (B, P, D) and valid bool (B, P): images, then state or joints, then the prompt."""
+    def prefix(self, obs: dict[str, Tensor], prompts: list[str], answer: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Embeddings float (B, P, D) and valid bool (B, P): images, state or joints, the prompt, an answer's tokens."""
         device = self.language_model.embed_tokens.weight.device
         ids, valid = (x.to(device) for x in self.tokenizer.prompts(prompts))
+        if answer is not None:  # looked up together: each look-up costs a gradient of the size of the whole table
+            ids, valid = torch.cat([ids, answer], 1), torch.cat([valid, torch.ones_like(answer, dtype=torch.bool)], 1)
         parts = [self.language_model.embed(ids)]
         if "state" in obs:
             # a quantity enters by its name, in the prompt's own words: this is how "red" in the prompt finds the red goal
@@ -403,19 +406,19 @@ class EFM(nn.Module):
 
     def hidden(self, obs: dict[str, Tensor], prompts: list[str], ids: Tensor) -> Tensor:
         """What predicts each token of an answer long (B, L), given those before it: float (B, L, D)."""
-        x, valid = self.prefix(obs, prompts)
-        P, L = x.shape[1], ids.shape[1]
-        x = torch.cat([x, self.language_model.embed(ids[:, :-1])], 1)  # (B, P + L - 1, D)
-        valid = torch.cat([valid, valid.new_ones(len(x), L - 1)], 1)
+        x, valid = self.prefix(obs, prompts, ids[:, :-1])  # (B, P + L - 1, D)
+        L = ids.shape[1]
         positions = valid.cumsum(1) - 1  # padding takes no position
-        return self.language_model(x, positions, prefix_mask(valid[:, :P], L - 1), keep=L)
+        return self.language_model(x, positions, prefix_mask(valid[:, : x.shape[1] - L + 1], L - 1), keep=L)
 
     def log_probs(
         self, obs: dict[str, Tensor], prompts: list[str], answer: Tensor, ranges: list[tuple[int, int]]
     ) -> list[Tensor]:
         """log p of every allowed number at every answer position, given the answer before it: L x float (B, K)."""
         hidden = self.hidden(obs, prompts, answer + self.tokenizer.loc)  # (B, L, D)
-        return [self.logits(hidden[:, i], self.number_ids(r)).float().log_softmax(-1) for i, r in enumerate(ranges)]
+        least, most = min(r[0] for r in ranges), max(r[1] for r in ranges)
+        logits = self.logits(hidden, self.number_ids((least, most))).float()  # one product for all positions, allowed or not
+        return [logits[:, i, first - least : end - least].log_softmax(-1) for i, (first, end) in enumerate(ranges)]
 
     def log_prob(self, obs: dict[str, Tensor], prompts: list[str], answer: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
         """log p(answer | o, question): the sum over the answer's tokens, float (B,).
@@ -436,19 +439,19 @@ class EFM(nn.Module):
         Returns number tokens long (B, L) and the entropy in nats of each position's distribution, float (B, L).
         """
         x, valid = self.prefix(obs, prompts)
-        positions, mask = valid.cumsum(1) - 1, prefix_mask(valid, 0)
-        caches, tokens, entropies = [[] for _ in self.language_model.layers], [], []
-        for allowed in ranges:
-            hidden = self.language_model(x, positions, mask, 1, caches)[:, -1]  # (B, D)
-            log_p = self.logits(hidden, self.number_ids(allowed)).float().log_softmax(-1)  # (B, K)
+        (B, P, _), L, cfg = x.shape, len(ranges), self.cfg
+        mask, keys = prefix_mask(valid, 0), F.pad(valid, (0, L - 1), value=True)  # keys bool (B, P + L - 1)
+        positions, tokens, entropies = keys.cumsum(1) - 1, [], []
+        caches = x.new_empty(cfg.depth, 2, B, cfg.kv_heads, P + L - 1, cfg.head_dim)
+        for n, (first, end) in enumerate(ranges, P):  # n keys are known
+            hidden = self.language_model(x, positions[:, n - x.shape[1] : n], mask, 1, caches)[:, -1]  # (B, D)
+            log_p = self.logits(hidden, self.number_ids((first, end))).float().log_softmax(-1)  # (B, K)
             entropies.append(-(log_p.exp() * log_p).sum(-1))
             # inverse-CDF sampling from one uniform number a row: the same draw on every device
-            u = torch.rand(len(x), 1, generator=generator).to(log_p.device)
+            u = torch.rand(B, 1, generator=generator).to(log_p.device)
             token = log_p.argmax(-1) if greedy else (log_p.exp().cumsum(-1) < u).sum(-1).clamp(max=log_p.shape[-1] - 1)
-            tokens.append(token + allowed[0])
-            x = self.language_model.embed(tokens[-1][:, None] + self.tokenizer.loc)
-            valid = torch.cat([valid, valid.new_ones(len(x), 1)], 1)
-            positions, mask = valid.sum(1, keepdim=True) - 1, valid[:, None, None]
+            tokens.append(token + first)
+            x, mask = self.language_model.embed(tokens[-1][:, None] + self.tokenizer.loc), keys[:, None, None, : n + 1]
         return torch.stack(tokens, 1), torch.stack(entropies, 1)
 
     def text_log_prob(self, obs: dict[str, Tensor], prompts: list[str], texts: list[str]) -> Tensor:

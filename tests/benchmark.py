@@ -1,14 +1,38 @@
-"""Speeds of the domains, measured in one run: python -m tests.benchmark. Not a test: nothing here depends on them."""
+"""Speeds, side by side in one run. Not a test: nothing here depends on them.
+
+    python -m tests.benchmark            # the domains
+    python -m tests.benchmark training   # a step of the nano model and transformers' PaliGemma, two minutes
+    THP_MEM_ALLOC_ENABLE=1 python -m tests.benchmark slice  # for four layers of the 3B model: 11 GB of memory, some minutes
+    python -m tests.benchmark rollout    # Stage 2's loop with and without features and keys kept, a minute
+
+What is compared runs in turns on one thread, and its clock is that thread's CPU time (medians), so that other processes
+on the machine weigh on both sides, and little. A line ends in the ratio by the clock on the wall. THP_MEM_ALLOC_ENABLE
+is PyTorch's switch for large pages, where the kernel has some: fresh memory can take half of the slice's CPU time.
+"""
 
 import itertools
+import resource
+import statistics
+import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from unittest import mock
 
 import gymnasium as gym
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import envs
+import model as models
+import stage2
 from envs.pointmass import draw
+from model import EFM, PRESETS, QUESTION_ACTION, EFMConfig, Tokenizer
 from stage1 import record
+from tests.conftest import declare_torchvision_ops
 
 
 def rate(function, amount: int, seconds: float = 2.0) -> float:
@@ -35,7 +59,157 @@ def aloha(seconds: float = 10.0) -> None:
         print(f"aloha decisions, obs={obs}, 16 at once: {decisions / taken:,.0f} /s")
 
 
-def main() -> None:
+# --- a training step against transformers' -----------------------------------------------------------------------------
+def clocks() -> tuple[float, float, float]:
+    return time.process_time(), time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
+
+
+def take_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, ...]]:
+    """Median seconds (CPU, wall, CPU without the kernel's part), called A, B, A, B, ...; the first round is not counted."""
+    taken: dict[str, list] = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            start = clocks()
+            function()
+            taken[name].append([b - a for a, b in zip(start, clocks(), strict=True)])
+    return {name: tuple(statistics.median(x) for x in zip(*times[1:], strict=True)) for name, times in taken.items()}
+
+
+def paligemma(cfg: EFMConfig, tokenizer: Tokenizer) -> tuple[EFM, nn.Module]:
+    """Ours and transformers' with the *same* parameters: one copy in memory, one gradient, one optimiser."""
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+    vision = {"model_type": "siglip_vision_model", "hidden_size": cfg.vit_width, "intermediate_size": cfg.vit_mlp_dim,
+              "num_hidden_layers": cfg.vit_depth, "num_attention_heads": cfg.vit_heads, "image_size": cfg.image_size,
+              "patch_size": cfg.patch_size, "vision_use_head": False}  # fmt: skip
+    text = {"model_type": "gemma", "hidden_size": cfg.width, "intermediate_size": cfg.mlp_dim, "num_hidden_layers": cfg.depth,
+            "num_attention_heads": cfg.heads, "num_key_value_heads": cfg.kv_heads, "head_dim": cfg.head_dim,
+            "vocab_size": cfg.vocab_size}  # fmt: skip
+    theirs = PaliGemmaForConditionalGeneration(PaliGemmaConfig(
+        vision_config=vision, text_config=text, projection_dim=cfg.width, hidden_size=cfg.width,
+        image_token_index=cfg.vocab_size)).train()  # fmt: skip
+    with torch.device("meta"):
+        ours = EFM(cfg, tokenizer)
+    for key, p in theirs.named_parameters():
+        owner, _, leaf = models.rename(key).rpartition(".")
+        setattr(ours.get_submodule(owner), leaf, p)
+    assert not any(p.is_meta for p in ours.parameters())
+    return ours, theirs
+
+
+def descend(p: nn.Parameter) -> None:
+    p.data.add_(p.grad, alpha=-1e-9)
+    p.grad = None
+
+
+def training(cfg: EFMConfig, B: int, rounds: int) -> None:
+    """Samples per second of one optimiser step on two frames and two action tokens, among the whole vocabulary."""
+    env = envs.make_vec("pointmass", 1)
+    tokenizer = Tokenizer.train(env.instructions())
+    cfg = replace(cfg, vocab_size=cfg.vocab_size or tokenizer.tokenizer.get_vocab_size())
+    torch.manual_seed(0)
+    ours, theirs = paligemma(cfg, tokenizer)
+    prompts = [QUESTION_ACTION.format(g) for g in itertools.islice(itertools.cycle(env.instructions()), B)]
+    images = torch.randint(0, 256, (B, 2, cfg.image_size, cfg.image_size, 3), dtype=torch.uint8)
+    answer = torch.randint(0, 21, (B, 2)) + tokenizer.loc
+    ids, valid = tokenizer.prompts(prompts)
+    pictures = valid.new_ones(B, 2 * (cfg.image_size // cfg.patch_size) ** 2)
+    suffix = valid.new_ones(B, 2)
+    batch = {"input_ids": torch.cat([pictures * cfg.vocab_size, ids, answer], 1),
+             "attention_mask": torch.cat([pictures, valid, suffix], 1).long(),
+             "token_type_ids": torch.cat([0 * pictures, 0 * ids, suffix], 1),
+             "pixel_values": images.flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1, "use_cache": False}  # fmt: skip
+
+    def loss() -> Tensor:
+        logits = ours.logits(ours.hidden({"images": images}, prompts, answer), None)  # (B, 2, vocabulary)
+        return F.cross_entropy(logits.flatten(0, 1), answer.flatten())
+
+    def their_loss() -> Tensor:
+        return theirs(**batch, labels=batch["input_ids"].where(batch["token_type_ids"] == 1, -100)).loss
+
+    def suffix_loss() -> Tensor:  # by hand: with `labels`, it computes the logits of the images, too
+        return F.cross_entropy(theirs(**batch, logits_to_keep=3).logits[:, :-1].flatten(0, 1), answer.flatten())
+
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-9, fused=True) if cfg.width < 2048 else None
+    if optimizer is None:  # neither moments nor all gradients at once would fit: plain descent as soon as there is a gradient
+        for p in ours.parameters():
+            p.register_post_accumulate_grad_hook(descend)
+    seen: dict[str, float] = {}
+
+    def step(name: str, loss: Callable[[], Tensor]) -> None:
+        value = loss()
+        value.backward()
+        if optimizer:
+            optimizer.step()
+            optimizer.zero_grad()
+        seen[name] = value.item()
+
+    with FlopCounterMode(display=False) as flops:
+        step("ours", loss)
+    side, how = (2048, "2,048 x 2,048")
+    a = torch.randn(side, side)
+    names = {"ours": loss, "transformers": their_loss, "transformers, logits of the suffix only": suffix_loss}
+    taken = take_turns({name: lambda name=name: step(name, names[name]) for name in names} | {how: lambda: a @ a}, rounds)
+    assert max(seen.values()) - min(seen.values()) < 1e-4 * seen["ours"], seen
+    cpu, wall, user = taken["ours"]
+    peak = 2 * side**3 / taken[how][0]
+    rate = flops.get_total_flops() / cpu  # the CPU's fused attention is not counted
+    size = sum(p.numel() for p in ours.parameters()) / 1e6
+    print(f"training step, {size:,.1f}M parameters, batch {B}, loss {seen['ours']:.5f}: {B / cpu:,.3g} samples/s")
+    print(f"    {rate / 1e9:,.1f} GFLOP/s, {rate / peak:.0%} of the {peak / 1e9:,.0f} of {how} products; "
+          f"{rate * cpu / user / peak:.0%} without the time in the kernel, which fresh memory costs")  # fmt: skip
+    for name in list(names)[1:]:
+        theirs_cpu, theirs_wall, _ = taken[name]
+        print(f"    {name}: {B / theirs_cpu:,.3g} samples/s, ours {theirs_cpu / cpu:.2f} times (wall {theirs_wall / wall:.2f})")
+
+
+# --- Stage 2's rollout ------------------------------------------------------------------------------------------------
+class Uncached(EFM):
+    """`sample` by the book: for each token the whole sequence again."""
+
+    @torch.no_grad()
+    def sample(self, obs, prompts, ranges, generator=None, greedy=False):
+        tokens, entropies = torch.zeros(len(prompts), 0, dtype=torch.long), []
+        for i, (first, _) in enumerate(ranges):
+            answer = torch.cat([tokens, torch.full((len(prompts), 1), first)], 1)
+            log_p = self.log_probs(obs, prompts, answer, ranges[: i + 1])[-1]
+            entropies.append(-(log_p.exp() * log_p).sum(-1))
+            u = torch.rand(len(prompts), 1, generator=generator)
+            token = (log_p.exp().cumsum(-1) < u).sum(-1, keepdim=True).clamp(max=log_p.shape[-1] - 1)
+            tokens = torch.cat([tokens, token + first], 1)
+        return tokens, torch.stack(entropies, 1)
+
+
+def look_again(model: EFM, obs: dict, rows: np.ndarray, before: dict | None, look=stage2.look) -> dict[str, Tensor]:
+    """`stage2.look` without features: each model's ViT sees both frames whenever the model is asked."""
+    if "state" in obs:
+        return look(model, obs, rows, None)
+    return {key: torch.from_numpy(obs[key][rows]) for key in ("images", "joints") if key in obs}
+
+
+def rollout(domain: str, obs: str, steps: int, rounds: int, n: int = 16) -> None:
+    """Stage 2's loop (policy, environment, d) on new models, policy and reward model equal, for `steps` steps."""
+    env = envs.make_vec(domain, n, obs=obs)
+    env.horizon = steps
+    sizes = {"image_size": env.size} if obs == "images" else {"state_names": env.state_names, "state_dim": env.state_dim}
+    cfg = replace(PRESETS[env.recipes[obs]["model"]], **sizes)
+    torch.manual_seed(0)
+    model = EFM(cfg, Tokenizer.train([*env.instructions(), *env.state_names]))
+    slow, tokens = Uncached(cfg, model.tokenizer), {}
+    slow.load_state_dict(model.state_dict())
+
+    def run(name: str, model: EFM, look: Callable = stage2.look) -> None:
+        with mock.patch.object(stage2, "look", look):  # s = -1: no episode ends early
+            tokens[name] = stage2.rollout(model, model, env, 0, torch.Generator().manual_seed(0), s=-1.0)["tokens"]
+
+    taken = take_turns({"kept": lambda: run("kept", model), "again": lambda: run("again", slow, look_again)}, rounds)
+    assert torch.equal(tokens["kept"], tokens["again"])
+    (cpu, wall, _), (again, again_wall, _), acted = taken["kept"], taken["again"], len(tokens["kept"])
+    print(f"rollout, {domain}, obs={obs}, {tokens['kept'].shape[1]} tokens an action, {n} at once: {acted / cpu:,.0f} steps/s")
+    print(f"    nothing kept: {acted / again:,.0f} steps/s, ours {again / cpu:.2f} times (wall {again_wall / wall:.2f})")
+
+
+def domains() -> None:
     rng, n = np.random.default_rng(0), 256
     pos, goals = rng.uniform(-1, 1, (n, 2)), rng.uniform(-0.9, 0.9, (n, 3, 2))
     print(f"pointmass frames, 32 x 32, batches of {n}: {rate(lambda: draw(pos, pos, goals, 32), n):,.0f} /s")
@@ -63,5 +237,22 @@ def main() -> None:
     aloha()
 
 
+def main(what: str = "domains") -> None:
+    if what == "domains":
+        domains()
+        return
+    torch.set_num_threads(1)
+    if what == "rollout":
+        rollout("pointmass", "images", steps=20, rounds=9)
+        rollout("tabletop", "images", steps=10, rounds=5)
+        rollout("aloha", "state", steps=4, rounds=5)
+        return
+    kept = declare_torchvision_ops()  # noqa: F841 - alive until transformers has been imported
+    if what == "training":
+        training(replace(PRESETS["nano-vision"], image_size=32), B=128, rounds=40)
+    else:
+        training(replace(PRESETS["paligemma-3b"], depth=4, vit_depth=4), B=1, rounds=2)
+
+
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

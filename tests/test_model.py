@@ -209,6 +209,22 @@ def test_cached_sampling_equals_the_uncached_path(rng, kv_heads):
         torch.testing.assert_close(entropy, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("L", [1, 2, 7])
+def test_a_longer_answer_costs_no_more_gradients_of_the_whole_table(L):
+    """Each use of the embeddings makes one of their size, 2 GB at 3B: the tokens' look-up and the scores, no more."""
+    model, obs = tiny().requires_grad_(), {"images": observe(2)["images"]}
+    loss = model.log_prob(obs, questions(2), torch.zeros(2, L, dtype=torch.long), ([(0, 6), (0, 9)] * 4)[:L]).sum()
+    uses, seen, todo = 0, set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        for after, _ in node.next_functions:
+            uses += getattr(after, "variable", None) is model.language_model.embed_tokens.weight
+            if after is not None and after not in seen:
+                seen.add(after)
+                todo.append(after)
+    assert uses == 2
+
+
 def test_answers_are_drawn_with_the_probability_that_log_prob_says(rng):
     model, ranges, n = tiny(), [(2, 5), (0, 4)], 20_000
     obs = {"state": observe(1)["state"]}
