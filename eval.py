@@ -61,10 +61,12 @@ def early_detections(d: np.ndarray, truth: np.ndarray, s: float) -> float:
 
 
 def load_run(folder: Path, num_envs: int, policy: str = "policy") -> tuple[VectorEnv, torch.nn.Module, torch.nn.Module]:
-    """The domain of the Stage 1 run behind a run's folder, num_envs at once; the run's policy and reward model."""
+    """The domain of a run, or of the Stage 1 run behind it, num_envs at once; the run's policy and reward model."""
     settings = common.read_json(folder / "config.json")
     if "stage1" in settings:
+        practised = settings.get("domain")
         settings = common.read_json(Path(settings["stage1"]) / "config.json")
+        settings |= {"domain": practised} if practised else {}
     if not {"domain", "obs"} <= settings.keys():
         raise UserError(f"{folder}/config.json: not the configuration of a Stage 1 or Stage 2 run; name another --run")
     env = common.make_env(settings["domain"], num_envs, obs=settings["obs"])

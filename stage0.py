@@ -33,7 +33,7 @@ from model import EFM, QUESTION_INSTRUCTION, Tokenizer, UniformBins
 
 @dataclass
 class Config:
-    domain: str = "pointmass"  # one of envs.DOMAINS
+    domain: str = "pointmass"  # one of envs.DOMAINS, with arguments of its own: tabletop,blocks=8
     model: str = "nano-vision"  # a preset of model.PRESETS
     seed: int = 0  # weights and scenes
     updates: int = 6000  # optimiser steps

@@ -40,7 +40,7 @@ from model import EFM, QUESTION_ACTION, QUESTION_INSTRUCTION, QUESTION_STEPS, EF
 
 @dataclass
 class Config:
-    domain: str = "pointmass"  # one of envs.DOMAINS
+    domain: str = "pointmass"  # one of envs.DOMAINS, with arguments of its own: tabletop,blocks=8
     obs: str = ""  # state or images; empty: the domain's default
     model: str = ""  # a preset of model.PRESETS or, with --weights, paligemma; empty: the domain's
     weights: str = ""  # folder or hub id of PaliGemma, or, with --vit, of Gemma

@@ -10,6 +10,7 @@ REINFORCE on Monte Carlo returns improves the policy. The domain's ground truth 
     python stage2.py                                    # continues the newest Stage 1 run, 2 minutes on two CPU cores
     python stage2.py --stage1 runs/pointmass-stage1-s1  # a given one
     python stage2.py --success ground-truth --gamma 0   # an ablation
+    python stage2.py --domain tabletop,look=real        # practice where the demonstrations were not: Real2Sim the other way
     torchrun --nproc_per_node 2 stage2.py               # two processes, half of the simulations and batches each
 """
 
@@ -37,6 +38,7 @@ from model import EFM, QUESTION_ACTION, StepsToGo, action_tokenizer
 class Config:
     stage1: str = ""  # folder of the Stage 1 run; empty: the newest finished one
     reward_run: str = ""  # folder of another Stage 1 run whose reward model judges (Figure 4's ablation); empty: the same run
+    domain: str = ""  # practise in another domain with the same observations, as in Real2Sim; empty: Stage 1's
     seed: int = -1  # rollouts and batches; -1: Stage 1's
     gamma: float = 0.9  # discount of the Monte Carlo returns
     c: float = 0.05  # scale of the REINFORCE loss
@@ -193,7 +195,7 @@ def main(cfg: Config) -> None:
     if not {"domain", "obs", "seed"} <= settings.keys():
         raise UserError(f"{stage1}/config.json: not the configuration of a Stage 1 run; name another --stage1")
     cfg.seed = settings["seed"] if cfg.seed < 0 else cfg.seed
-    domain, obs_mode = settings["domain"], settings["obs"]
+    domain, obs_mode = cfg.domain or settings["domain"], settings["obs"]
     common.require(cfg, 1, "updates", "batch", "num_envs", "patience", "eval_episodes")
     common.require(cfg, 1e-9, "lr", "c")
     common.require(cfg, 0, "lora_rank")
@@ -212,8 +214,9 @@ def main(cfg: Config) -> None:
         raise UserError(f"--operator: {domain} cannot go on without a reset; practise on tabletop or bananatable")
     judge = Path(cfg.reward_run) if cfg.reward_run else stage1
     trained = common.read_json(judge / "config.json")
-    if (trained.get("domain"), trained.get("obs")) != (domain, obs_mode):
-        raise UserError(f"--reward-run {judge}: not a Stage 1 run of --domain {domain} --obs {obs_mode}; name another")
+    if (trained.get("domain"), trained.get("obs")) != (settings["domain"], obs_mode):
+        taught = f"--domain {settings['domain']} --obs {obs_mode}"
+        raise UserError(f"--reward-run {judge}: not a Stage 1 run of {taught}; name another")
     policy = common.load(stage1 / "policy.safetensors", env)
     reward_model = common.load(judge / "reward.safetensors", env, policy)
     reward_model.requires_grad_(False)

@@ -5,7 +5,7 @@
 
 A domain is a `gymnasium.vector.VectorEnv` (autoreset disabled; `reset(options={"reset_mask": mask})` resets some) with
 
-    name, default_obs        "pointmass", "state"
+    name, default_obs        "pointmass" (with its arguments, see `make_vec`), "state"
     horizon                  steps until truncation
     recipes                  what the stages take, by kind of observation: model, demonstrations, updates, policy; iterations
     steps_cap, steps_bins    the steps-to-go tokens: bins of steps_cap / steps_bins steps
@@ -150,7 +150,19 @@ DOMAINS = {
 
 
 def make_vec(domain: str, num_envs: int, **kwargs: Any) -> VectorEnv:
-    """The domain's vector environment, unwrapped. Raises ValueError for an unknown domain."""
-    if domain not in DOMAINS:
+    """The domain's vector environment, unwrapped: "tabletop", or with arguments of its own "tabletop,blocks=8,look=real".
+
+    Raises ValueError for an unknown domain or argument.
+    """
+    name, *arguments = domain.split(",")
+    if name not in DOMAINS:
         raise ValueError(f"--domain {domain}: unknown; choose one of {', '.join(DOMAINS)}")
-    return gym.make_vec(DOMAINS[domain], num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        kwargs[key] = int(value) if value.isdigit() else value
+    try:
+        env = gym.make_vec(DOMAINS[name], num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
+    except TypeError as e:  # an argument that it does not have
+        raise ValueError(f"--domain {domain}: {e}; the domain's file in envs/ lists its arguments") from None
+    env.name = domain
+    return env

@@ -175,6 +175,9 @@ CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was don
     ("stage0", "--model nope", None, "--model nope"),
     ("stage1", "--model nope", None, "--model nope"),
     ("stage1", "--obs sound", None, "--obs sound"),
+    ("stage1", f"--domain tabletop,colour=red {NEW}", None, "--domain tabletop,colour=red"),
+    ("stage1", f"--domain tabletop,blocks=5 {NEW}", None, "blocks 5"),
+    ("stage2", f"--domain tabletop {NEW}", None, "--domain tabletop"),  # Stage 1 was elsewhere
     *(("stage0", f"--{f} {v} {NEW}", None, f"--{f} {v}") for f in ("updates", "batch", "eval-every") for v in (0, -1)),
     *(("stage1", f"--{f} 0 {NEW}", None, f"--{f} 0") for f in ("batch", "eval-every", "eval-episodes", "data-fraction")),
     ("stage1", f"--episodes 1 {NEW}", None, "--episodes 1"),

@@ -309,6 +309,26 @@ def test_the_success_bonus_is_added_where_an_episode_truly_ended_in_success(tmp_
     assert two["return_mean"] - none["return_mean"] == pytest.approx(added, abs=1e-4)
 
 
+def test_practice_in_another_domain(tmp_path, monkeypatch):
+    """Stage 1 on the simulated table, practice on the "real" one: it practises, and is evaluated, there."""
+    monkeypatch.chdir(tmp_path)
+    stage1_run(Path("runs/tabletop-stage1-s0"), "state", "tabletop")
+    (Path("runs/tabletop-stage1-s0") / "summary.json").write_text("{}")
+    few = {"updates": 1, "batch": 8, "num_envs": 2, "iterations": 1, "eval_episodes": 2}
+    looks, make_vec = [], envs.make_vec
+
+    def watched(*args, **kwargs):
+        env = make_vec(*args, **kwargs)
+        looks.append((env.name, env.look, len(env.things)))
+        return env
+
+    monkeypatch.setattr(envs, "make_vec", watched)
+    stage2.main(stage2.Config(domain="tabletop,look=real", **few))
+    assert set(looks) == {("tabletop,look=real", "real", 4)} and len(looks) >= 2  # practice, evaluation
+    summary = json.loads(Path("runs/tabletop,look=real-stage2-s0/summary.json").read_text())
+    assert summary["domain"] == "tabletop,look=real"
+
+
 def test_stage2_repeats_exactly(tmp_path, monkeypatch):
     weights = []
     for name in ("a", "b"):
