@@ -257,7 +257,7 @@ def figures(path: Path, data: dict[str, Tensor], agents: list[Agent], rows: list
     axes[1, 1].axhline(12.5, color="#D55E00", ls="--", label="PD straight to the goal [steps]")
     for ax, keys in zip(axes[1], (["success", "detected"], ["mean_steps"]), strict=False):
         ax.plot([r["env_steps"] for r in rows], [[r[key] for key in keys] for r in rows], label=keys)
-        ax.set(xlabel="environment steps", ylabel="practice, one seed")
+        ax.set(xlabel="environment steps", ylabel="practice, one seed", xticks=range(0, rows[-1]["env_steps"], 40_000))
         ax.legend()
     axis = torch.linspace(-1.3, 1.3, 80)
     pos = torch.cartesian_prod(axis, axis)  # x slowest; at rest, the goal in the middle
