@@ -179,6 +179,7 @@ def main(cfg: Config) -> None:
     settings = common.read_json(folder / "config.json")
     if cfg.s < 0:
         cfg.s = settings["s"] if "s" in settings else load_run(folder, 1, cfg.policy)[0].success_threshold
+    common.require(cfg, 0, "s")
     stage2 = "gamma" in settings
     if stage2 and not (folder / "metrics.csv").exists():
         raise UserError(f"{folder}/metrics.csv: missing; name a finished run with --run")

@@ -10,7 +10,8 @@ where the domain asks for it (the paper: LanguageTable) a third about the first 
     L_instruction = -E log p(g | o_first, o_last, "What instruction was performed")
 
 and two checkpoints are kept: the best at cloning on held-out episodes becomes Stage 2's policy, the best at steps to
-go its reward model and success detector. They need not be the same moment of training.
+go its reward model and success detector. They need not be the same moment of training. On Aloha the last one, over-fitted,
+is the policy, and the best at cloning is kept beside it.
 
     python stage1.py                          # pointmass from states, 3 minutes on two CPU cores
     python stage1.py --obs images --seed 1    # the same from 32 x 32 frames
@@ -21,6 +22,7 @@ go its reward model and success detector. They need not be the same moment of tr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -114,8 +116,8 @@ def pack(episodes: list[tuple]) -> dict[str, np.ndarray]:
     length = np.array([len(e[2]) for e in episodes])
     rows = {k: np.empty((length.sum(), *np.shape(v[0])), v[0].dtype) for k, v in episodes[0][1].items()}  # frames: one copy
     for (_, observations, actions), first in zip(episodes, np.cumsum(length) - length, strict=True):
-        for k, v in observations.items():
-            rows[k][first : first + len(actions)] = v
+        for k in list(observations):
+            rows[k][first : first + len(actions)] = observations.pop(k)  # and frees it
     return {**rows,
             "action": np.concatenate([np.stack(e[2]) for e in episodes]).astype(np.float32),
             "start": np.cumsum(length) - length, "length": length, "instruction": np.array([e[0] for e in episodes])}  # fmt: skip
@@ -303,6 +305,8 @@ def main(cfg: Config) -> None:
         rng.bit_generator.state, first, best, asks = (run.state[k] for k in ("rng", "update", "best", "asks"))
 
     data = common.rank_0_first(load_demonstrations, cfg)
+    if "frames" in data and (data["frames"].ndim == 5) != env.simultaneous:
+        raise UserError("data/: these demonstrations have the frames of an earlier version; delete them, they are recorded again")
     held_out, used = split(len(data["length"]), cfg.data_fraction)
     train, valid = (Demonstrations(data, np.flatnonzero(m & used), env.state_dim) for m in (~held_out, held_out))
     actions, steps = action_tokenizer(**env.action_tokens), StepsToGo(env.steps_cap, env.steps_bins)
@@ -321,6 +325,7 @@ def main(cfg: Config) -> None:
         return each
 
     run.start()
+    run.state = None  # at 3B tens of gigabytes
     if cfg.lora_rank and common.rank() == 0 and not model.base.exists():  # once; the checkpoints name it
         common.write_atomically(model.base, lambda p: models.save_base(model, p))
     # the same tuples at every look; of a pre-trained model no more than fit where a batch does
@@ -346,6 +351,8 @@ def main(cfg: Config) -> None:
             row |= {f"valid_{k}": v for k, v in held.items()} | {"seconds": run.seconds()}
             run.log(update + 1, row)
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+            if not all(map(math.isfinite, held.values())):
+                raise UserError(f"--lr {cfg.lr}: the held-out losses are no numbers any more; start again with a smaller one")
             late = cfg.policy == "last"  # the paper's Aloha: an over-fitted policy is the better one; both are kept
             for name, key in (("early_policy" if late else "policy", "valid_bc"), ("reward", "valid_steps_to_go")):
                 if row[key] < best[key]:  # best at cloning, at steps to go

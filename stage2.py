@@ -214,9 +214,13 @@ def main(cfg: Config) -> None:
         raise UserError(f"--operator: {domain} cannot go on without a reset; practise on tabletop or bananatable")
     judge = Path(cfg.reward_run) if cfg.reward_run else stage1
     trained = common.read_json(judge / "config.json")
-    if (trained.get("domain"), trained.get("obs")) != (settings["domain"], obs_mode):
-        taught = f"--domain {settings['domain']} --obs {obs_mode}"
-        raise UserError(f"--reward-run {judge}: not a Stage 1 run of {taught}; name another")
+    if trained.get("domain") not in (settings["domain"], domain) or trained.get("obs") != obs_mode:
+        raise UserError(f"--reward-run {judge}: not a Stage 1 run of --domain {domain} --obs {obs_mode}; name another")
+    if cfg.domain:
+        taught = common.make_env(settings["domain"], 1, obs=obs_mode)
+        alike = ("state_names", "state_dim", "action_tokens", "steps_cap", "steps_bins", "simultaneous")
+        if any(getattr(env, k) != getattr(taught, k) for k in alike):
+            raise UserError(f"--domain {domain}: its actions or observations are not those of {settings['domain']}; leave it out")
     policy = common.load(stage1 / "policy.safetensors", env)
     reward_model = common.load(judge / "reward.safetensors", env, policy)
     reward_model.requires_grad_(False)
@@ -263,6 +267,7 @@ def main(cfg: Config) -> None:
             run.state[k] for k in ("iteration", "env_steps", "episodes", "best", "best_at")
         )
         recent.extend(run.state["recent"])
+        run.state = None  # at 3B tens of gigabytes
     else:
         for name, m in (("policy", policy), ("reward", reward_model)):  # until practice finds a better policy
             common.save(m, folder / f"{name}.safetensors")

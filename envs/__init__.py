@@ -41,6 +41,12 @@ if "MUJOCO_GL" not in os.environ and sys.platform == "linux" and not os.environ.
     os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "disable"
 
 
+def require_size(size: int) -> None:
+    """Raises ValueError unless frames can have sides of so many pixels."""
+    if not isinstance(size, int) or not 16 <= size <= 640:
+        raise ValueError(f"size {size}: choose 16 to 640 pixels")
+
+
 class CannotRender(ValueError):
     """This machine has nothing to draw with: `common.cli` prints it as one line and exits with code 2."""
 
@@ -159,7 +165,9 @@ def make_vec(domain: str, num_envs: int, **kwargs: Any) -> VectorEnv:
         raise ValueError(f"--domain {domain}: unknown; choose one of {', '.join(DOMAINS)}")
     for argument in arguments:
         key, _, value = argument.partition("=")
-        kwargs[key] = int(value) if value.isdigit() else value
+        if key in kwargs or key in ("obs", "render_mode"):
+            raise ValueError(f"--domain {domain}: {key} has a flag of its own, or comes twice; leave it out")
+        kwargs[key] = int(value) if value.isdecimal() and value.isascii() else value
     try:
         env = gym.make_vec(DOMAINS[name], num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
     except TypeError as e:  # an argument that it does not have

@@ -45,7 +45,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from mujoco.batch import Batch
 
-from envs import MujocoVectorEnv, SingleView, reseed
+from envs import MujocoVectorEnv, SingleView, require_size, reseed
 
 SIDES = ("left", "right")  # the left arm takes the socket, the right one the peg
 START = np.array([0, -0.96, 1.16, 0, -0.3, 0])  # [rad]
@@ -262,6 +262,7 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
     def __init__(self, num_envs: int = 1, obs: str = "state", size: int = 128, render_mode: str | None = None):
         if obs not in ("state", "images"):
             raise ValueError(f"--obs {obs}: choose state or images")
+        require_size(size)
         self.num_envs, self.obs, self.size, self.render_mode = num_envs, obs, size, render_mode
         n, unbounded = num_envs, {"low": -np.inf, "high": np.inf, "dtype": np.float32}
         self.single_action_space = gym.spaces.Box(self.low, self.high, dtype=np.float32)

@@ -36,7 +36,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 import pointmass
-from envs import SingleView, reseed
+from envs import SingleView, require_size, reseed
 
 COLOURS = ("red", "green", "blue")
 VERBS, NOUNS = ("move", "go", "drive", "steer"), ("goal", "target", "spot")
@@ -110,6 +110,7 @@ class PointmassVectorEnv(VectorEnv):
     def __init__(self, num_envs: int = 1, obs: str = "state", size: int = 32, render_mode: str | None = None):
         if obs not in ("state", "images"):
             raise ValueError(f"--obs {obs}: choose state or images")
+        require_size(size)
         self.num_envs, self.obs, self.size, self.render_mode = num_envs, obs, size, render_mode
         limit = np.float32(ACTION_LIMIT)
         self.single_action_space = gym.spaces.Box(-limit, limit, (2,), np.float32)

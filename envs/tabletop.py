@@ -50,7 +50,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from mujoco.batch import Batch
 
-from envs import MujocoVectorEnv, SingleView, reseed
+from envs import MujocoVectorEnv, SingleView, require_size, reseed
 from envs import tabletop_language as language
 from envs.tabletop_language import Meaning
 
@@ -302,8 +302,7 @@ class TabletopVectorEnv(MujocoVectorEnv):
         for flag, value, known in (("obs", obs, ("state", "images")), ("look", look, ("sim", "real"))):
             if value not in known:
                 raise ValueError(f"--{flag} {value}: choose {' or '.join(known)}")
-        if not 16 <= size <= 640:
-            raise ValueError(f"size {size}: choose 16 to 640 pixels")
+        require_size(size)
         self.num_envs, self.obs, self.size, self.look, self.render_mode = num_envs, obs, size, look, render_mode
         n, B = num_envs, len(self.things)
         self.state_names = ("tool", *self.things)

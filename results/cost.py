@@ -7,13 +7,14 @@ its own. A Stage 1 sample is one forward and backward pass, half of them over an
 steps-to-go token. A Stage 2 sample is a step of practice: both models' ViTs see the new frame, the policy decodes an
 action (KV cache), the reward model answers d; then comes one forward and backward pass of the decoder on kept features.
 
-Memory: weights, gradients and AdamW's two moments of what is trained, in float32, 16 bytes a parameter; 4 (LoRA: bfloat16, 2)
-a frozen one. Stage 2 trains the decoder only and keeps a second, frozen model for d. FSDP2 spreads all of it over the
-devices and gathers, whole, the embeddings and one block at a time. Activations are what autograd keeps for one sample, as
-`activations` lists it, with fused attention, in float32 (LoRA: bfloat16) and not recomputed. The caching allocator, PyTorch
+Memory: weights, gradients and AdamW's two moments of what is trained, in float32, 16 bytes a parameter; 4 a frozen one. Stage
+2 trains the decoder only and keeps a second, frozen model for d (LoRA: a second set of adapters on the same weights). FSDP2,
+for 3B trained whole, spreads all of it over the devices and gathers, whole, the embeddings and one block at a time to train,
+both models to roll out; the others run DDP, which spreads the samples only. Activations are what autograd keeps for one
+sample, as `activations` lists it, with fused attention, in float32 and not recomputed. The caching allocator, PyTorch
 itself, a block's short-lived results and the all-vocabulary logits of instruction prediction come on top.
 
-tests/test_cost.py holds all three to 10 % of what small runs take.
+tests/test_cost.py holds all three to 10 % of what small runs on one device take; several devices are arithmetic.
 """
 
 import sys
@@ -25,11 +26,11 @@ from model import PRESETS, EFMConfig  # noqa: E402
 
 PROMPT, ANSWER, ALLOWED = 16, 4, 50  # tokens: of a prompt, of a tabletop action; numbers allowed at a position
 NANO = replace(PRESETS["nano-vision"], image_size=64, vocab_size=1100)
-ROWS = {  # title: sizes, rank of LoRA (0: full fine-tuning)
-    "nano": (NANO, 0),
-    "small": (replace(PRESETS["small"], image_size=64, vocab_size=1100), 0),
-    "3B, full": (PRESETS["paligemma-3b"], 0),
-    "3B, LoRA": (PRESETS["paligemma-3b"], 16),
+ROWS = {  # title: sizes, rank of LoRA (0: full fine-tuning), whether FSDP2 spreads it
+    "nano": (NANO, 0, False),
+    "small": (replace(PRESETS["small"], image_size=64, vocab_size=1100), 0, False),
+    "3B, full": (PRESETS["paligemma-3b"], 0, True),
+    "3B, LoRA": (PRESETS["paligemma-3b"], 16, False),
 }
 
 
@@ -87,8 +88,8 @@ def prefix_tokens(cfg: EFMConfig) -> int:
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
-def activations(cfg: EFMConfig, T: int, keep: int, vit: bool, size: int = 4) -> float:
-    """Bytes that autograd keeps for the backward pass of a sample of T tokens; `size` bytes a number."""
+def activations(cfg: EFMConfig, T: int, keep: int, vit: bool) -> float:
+    """Bytes that autograd keeps for the backward pass of a sample of T tokens."""
     N, D, M = (cfg.image_size // cfg.patch_size) ** 2, cfg.width, cfg.mlp_dim
     q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
     # x and its norm, twice; q, k, v, what attention returns; before and after GELU
@@ -97,7 +98,7 @@ def activations(cfg: EFMConfig, T: int, keep: int, vit: bool, size: int = 4) -> 
     per_token, keys = 6 * D + 2 * q + 4 * M, 2 * kv
     decoder = (cfg.depth - 1) * T * (per_token + keys) + T * (3 * D + keys) + keep * per_token
     masks = (cfg.depth - 1) * T * T  # as numbers, one for each block
-    return size * (vit * tower + 2 * N * cfg.vit_width + decoder + masks + 2 * T * cfg.head_dim)
+    return 4 * (vit * tower + 2 * N * cfg.vit_width + decoder + masks + 2 * T * cfg.head_dim)
 
 
 # --- the two stages ---------------------------------------------------------------------------------------------------
@@ -107,16 +108,18 @@ class Cost:
     trained: int
     flops: float  # a sample
     states: float  # bytes: weights, gradients, moments
-    gathered: float  # bytes that each of several devices holds whole at a time
+    gathered: tuple[float, float]  # bytes that each of several devices holds whole at a time: to train, to roll out
     activations: float  # bytes a sample
 
-    def memory(self, devices: int) -> float:
+    def memory(self, devices: int, shard: bool) -> float:
         """Bytes on each device, with one sample."""
-        return self.states / devices + self.gathered * (devices > 1) + self.activations
+        if devices == 1 or not shard:
+            return self.states + self.activations
+        return self.states / devices + max(self.gathered[0] + self.activations, self.gathered[1])
 
 
 def cost(cfg: EFMConfig, rank: int, stage: int) -> Cost:
-    n, P, size = parameters(cfg, rank), prefix_tokens(cfg), 2 if rank else 4
+    n, P = parameters(cfg, rank), prefix_tokens(cfg)
     vit, T = stage == 1, P + ANSWER - 1
     projector = projector_flops(cfg, P - PROMPT)
     train = [decoder_flops(cfg, P + L - 1, L, rank=rank, train=True) for L in (ANSWER, 1)]
@@ -130,9 +133,11 @@ def cost(cfg: EFMConfig, rank: int, stage: int) -> Cost:
     adapters = n["adapters"] + n["vit_adapters"]
     trained = (n["adapters"] + vit * n["vit_adapters"]) if rank else n["all"] - (not vit) * n["tower"]
     frozen = n["all"] + adapters - trained
-    states = 16 * trained + size * frozen + (0 if vit else size * n["all"] + 4 * adapters)
-    gathered = (n["embeddings"] + n["block"]) * size * (1 if rank else 2)  # weights and, where they are trained, gradients
-    return Cost(n["all"] + adapters, trained, flops, states, gathered, activations(cfg, T, ANSWER, vit, size))
+    second = 0 if stage == 1 else adapters if rank else n["all"]  # the reward model's own weights
+    gathered = 8 * (n["embeddings"] + n["block"]), 0 if stage == 1 else 8 * n["all"]  # with gradients; two models
+    return Cost(
+        n["all"] + adapters, trained, flops, 16 * trained + 4 * (frozen + second), gathered, activations(cfg, T, ANSWER, vit)
+    )
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -149,10 +154,10 @@ def table() -> str:
         "model|stage|parameters|trained|FLOPs a sample|bytes a sample's activations|bytes on 1 device|on each of 8|on each of 64"
     )
     lines = ["| " + header.replace("|", " | ") + " |", "|" + "---|" * 9]
-    for title, (cfg, rank) in ROWS.items():
+    for title, (cfg, rank, shard) in ROWS.items():
         for stage in (1, 2):
             c = cost(cfg, rank, stage)
-            cells = [c.parameters, c.trained, c.flops, c.activations, *(c.memory(n) for n in (1, 8, 64))]
+            cells = [c.parameters, c.trained, c.flops, c.activations, *(c.memory(n, shard) for n in (1, 8, 64))]
             lines.append(f"| {title} | {stage} | " + " | ".join(map(short, cells)) + " |")
     return "\n".join(lines) + "\n"
 

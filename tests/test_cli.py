@@ -169,6 +169,7 @@ CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was don
     ("stage2", "--success maybe", None, "--success"),
     ("stage2", "--stage1", None, "--stage1"),
     ("eval", "--s three", None, "--s"),
+    ("eval", "--s nan", None, "--s nan"),
     # values
     ("stage0", "--domain nope", None, "--domain nope"),
     ("stage1", "--domain nope", None, "--domain nope"),
@@ -177,6 +178,10 @@ CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was don
     ("stage1", "--obs sound", None, "--obs sound"),
     ("stage1", f"--domain tabletop,colour=red {NEW}", None, "--domain tabletop,colour=red"),
     ("stage1", f"--domain tabletop,blocks=5 {NEW}", None, "blocks 5"),
+    ("stage1", f"--domain pointmass,obs=images {NEW}", None, "--domain pointmass,obs=images"),
+    ("stage1", f"--domain tabletop,blocks=8,blocks=4 {NEW}", None, "twice"),
+    ("stage1", f"--domain pointmass,size=0 --obs images {NEW}", None, "size 0"),
+    ("stage1", f"--domain aloha,size=big --obs images {NEW}", None, "size big"),
     ("stage2", f"--domain tabletop {NEW}", None, "--domain tabletop"),  # Stage 1 was elsewhere
     *(("stage0", f"--{f} {v} {NEW}", None, f"--{f} {v}") for f in ("updates", "batch", "eval-every") for v in (0, -1)),
     *(("stage1", f"--{f} 0 {NEW}", None, f"--{f} 0") for f in ("batch", "eval-every", "eval-episodes", "data-fraction")),

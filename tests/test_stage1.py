@@ -426,3 +426,21 @@ def test_the_last_policy_is_kept_beside_the_best_where_the_domain_takes_it(tmp_p
     for name, weights in (("early_policy", early), ("policy", last)):  # eval.py --policy
         acts = evaluation.load_run(Path("last"), 1, name)[1].state_dict()
         assert all(torch.equal(acts[k], weights[k]) for k in weights)
+
+
+def test_a_run_that_diverges_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--lr 1e[+]?06"):
+        stage1.main(stage1.Config(episodes=20, updates=4, batch=8, eval_every=2, eval_episodes=2, lr=1e6, out="run"))
+
+
+def test_frames_of_an_earlier_version_are_not_learnt_from(tmp_path, monkeypatch):
+    """One view where the domain now shows two: a previous frame would be taken for the second view."""
+    monkeypatch.chdir(tmp_path)
+    cfg = stage1.Config(obs="images", init="none", episodes=6, updates=1, batch=8, eval_episodes=2, out="run")
+    data = one_view(stage1.record("pointmass", "images", 6, seed=0))
+    Path("data").mkdir()
+    np.savez("data/pointmass-images-6-s0.npz", **data)
+    with pytest.raises(UserError, match="earlier version"):
+        stage1.main(cfg)
+    assert not Path("run").exists()
