@@ -11,7 +11,7 @@ random scenes of a domain, in number tokens as PaliGemma does for detection:
 No action, no goal to reach and no steps to go is in it. `stage1.py --obs images` starts from the newest Stage 0 run of
 its domain (the paper's PaLI variant); `--init none` is its Scratch variant.
 
-    python stage0.py                  # pointmass, 6 minutes on one CPU core
+    python stage0.py                  # pointmass, 8 minutes on one busy CPU core
     python stage0.py --updates 6000 --seed 1
     python stage0.py --resume         # continue an interrupted run, exactly
 """
