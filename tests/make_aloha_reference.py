@@ -1,8 +1,8 @@
 """Writes tests/aloha_reference.npz: what gym-aloha's own model says, for tests/test_aloha.py. Run once, in an environment
 of its own, because gym-aloha needs an older MuJoCo (ours were gym-aloha 0.1.5, mujoco 3.8.1):
 
-    python -m venv /tmp/venv_aloha && /tmp/venv_aloha/bin/pip install gym-aloha
-    /tmp/venv_aloha/bin/python tests/make_aloha_reference.py
+    python -m venv venv_aloha && venv_aloha/bin/pip install gym-aloha
+    venv_aloha/bin/python tests/make_aloha_reference.py
 
     joints (100, 16) -> bodies (100, 2, 9, 3), cameras (100, 5, 12)   kinematics at random joint positions
     flags (64, 6) -> flag_stages (64,)                                the reward of every set of contacts
