@@ -60,8 +60,8 @@ def early_detections(d: np.ndarray, truth: np.ndarray, s: float) -> float:
     return float(np.mean(kept)) if kept else 0.0
 
 
-def load_run(folder: Path, num_envs: int, policy: str = "policy") -> tuple[VectorEnv, torch.nn.Module, torch.nn.Module]:
-    """The domain of a run, or of the Stage 1 run behind it, num_envs at once; the run's policy and reward model."""
+def run_env(folder: Path, num_envs: int) -> VectorEnv:
+    """The domain of a run, or of the Stage 1 run behind it, num_envs at once."""
     settings = common.read_json(folder / "config.json")
     if "stage1" in settings:
         practised = settings.get("domain")
@@ -69,7 +69,12 @@ def load_run(folder: Path, num_envs: int, policy: str = "policy") -> tuple[Vecto
         settings |= {"domain": practised} if practised else {}
     if not {"domain", "obs"} <= settings.keys():
         raise UserError(f"{folder}/config.json: not the configuration of a Stage 1 or Stage 2 run; name another --run")
-    env = common.make_env(settings["domain"], num_envs, obs=settings["obs"])
+    return common.make_env(settings["domain"], num_envs, obs=settings["obs"])
+
+
+def load_run(folder: Path, num_envs: int, policy: str = "policy") -> tuple[VectorEnv, torch.nn.Module, torch.nn.Module]:
+    """`run_env`, and the run's policy and reward model."""
+    env = run_env(folder, num_envs)
     acting = common.load(folder / f"{policy}.safetensors", env)
     return env, acting, common.load(folder / "reward.safetensors", env, acting)
 
@@ -178,7 +183,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"--episodes {cfg.episodes}: must be at least 1")
     settings = common.read_json(folder / "config.json")
     if cfg.s < 0:
-        cfg.s = settings["s"] if "s" in settings else load_run(folder, 1, cfg.policy)[0].success_threshold
+        cfg.s = settings["s"] if "s" in settings else run_env(folder, 1).success_threshold
     common.require(cfg, 0, "s")
     stage2 = "gamma" in settings
     if stage2 and not (folder / "metrics.csv").exists():

@@ -99,7 +99,7 @@ def main(cfg: Config) -> None:
             row = {"update": update + 1, "loss": loss.item(), "valid_loss": valid, "valid_error": error, "seconds": run.seconds()}
             run.log(update + 1, row)
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
-            common.write_atomically(folder / "policy.safetensors", lambda p: models.save_model(model, p))
+            common.save(model, folder / "policy.safetensors")
             run.checkpoint(model=model.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state,
                            update=update + 1, error=error)  # fmt: skip
     summary = {"stage": "stage0", "domain": cfg.domain, "obs": "images", "seed": cfg.seed, "valid_error": error}
