@@ -7,6 +7,11 @@ random scenes of a domain, in number tokens as PaliGemma does for detection:
     where is the red goal                   ->  <loc0042> <loc0060>      x and y in 64 bins
     from the point where is the red goal    ->  <loc0038> <loc0016>
     where was the point                     ->  <loc0024> <loc0032>      its wake, seen from it: its velocity
+    near the tool where is the red moon     ->  <loc0011> <loc0047>      in the second view
+
+Where a domain tells what every patch shows (the tabletop: its blocks are small and many), each thing's name has to
+find its patch as well, in every scene: image and words in one space, as SigLIP has them before PaLI starts. It is what
+makes attention from a word to its patch, which the questions alone had not found in hours (results/README.md).
 
 No action, no goal to reach and no steps to go is in it. `stage1.py --obs images` starts from the newest Stage 0 run of
 its domain (the paper's PaLI variant); `--init none` is its Scratch variant.
@@ -22,6 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -47,9 +53,23 @@ class Config:
 ANSWER = UniformBins(64, 0.0, 1.0, 2)  # x and y as shares of the frame, finer than its pixels
 
 
-def answer_loss(model: EFM, images: Tensor, questions: list[str], answers: Tensor) -> Tensor:
-    """-log p(answer | images, question), averaged; images uint8 (B, 2, H, W, 3), answers float (B, 2) in [0, 1]."""
-    return -model.log_prob({"images": images}, questions, ANSWER.encode(answers).to(images.device), ANSWER.ranges).mean()
+def answer_loss(model: EFM, features: Tensor, questions: list[str], answers: Tensor) -> Tensor:
+    """-log p(answer | images, question), averaged; features float (B, 2, N, Dv), answers float (B, 2) in [0, 1]."""
+    return -model.log_prob({"features": features}, questions, ANSWER.encode(answers).to(features.device), ANSWER.ranges).mean()
+
+
+def pointing_loss(model: EFM, features: Tensor, things: tuple[str, ...], places: Tensor) -> Tensor:
+    """-log p(patch | thing), averaged over the things in view: which patch of an image shows the red moon.
+
+    features float (B, 2, N, Dv) of `encode_images`; places float (B, 2, things, 2), shares of each image, right and down.
+    A patch's score is its embedding times the mean of the name's, as they enter the transformer.
+    """
+    words = [model.tokenizer.tokenizer.encode(thing, add_special_tokens=False).ids for thing in things]
+    names = torch.stack([model.language_model.embed(torch.tensor(ids, device=features.device)).mean(0) for ids in words])
+    scores = names @ model.multi_modal_projector(features).transpose(2, 3) / model.cfg.width**0.5  # (B, 2, things, N)
+    side = model.cfg.image_size // model.cfg.patch_size
+    seen, cell = ((places >= 0) & (places < 1)).all(-1), (places.clamp(0, 1 - 1e-6) * side).long()
+    return F.cross_entropy(scores[seen], (cell[..., 1] * side + cell[..., 0])[seen])
 
 
 def main(cfg: Config) -> None:
@@ -77,26 +97,30 @@ def main(cfg: Config) -> None:
         optimizer.load_state_dict(run.state["optimizer"])
         rng.bit_generator.state, first, error = run.state["rng"], run.state["update"], run.state["error"]
 
-    def scenes(rng: np.random.Generator, n: int) -> tuple[Tensor, list[str], Tensor]:
-        images, questions, answers = env.scenes(rng, n)
-        return torch.from_numpy(images).to(device), questions, torch.from_numpy(answers)
+    def losses(images: np.ndarray, questions: list[str], answers: np.ndarray, places: np.ndarray | None) -> dict[str, Tensor]:
+        features = model.encode_images(torch.from_numpy(images).to(device))
+        each = {"loss": answer_loss(model, features, questions, torch.from_numpy(answers))}
+        if places is not None:
+            each["pointing"] = pointing_loss(model, features, env.state_names, torch.from_numpy(places).to(device))
+        return each
 
-    held_out = scenes(np.random.default_rng(10**6), 1024)
+    held_out = env.scenes(np.random.default_rng(10**6), 1024)
     run.start()
     for update in tqdm(range(first, cfg.updates), initial=first, total=cfg.updates, desc="stage 0", disable=None):
-        loss = answer_loss(model, *scenes(rng, cfg.batch))
+        now = losses(*env.scenes(rng, cfg.batch))
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(update, cfg.updates, cfg.lr)
         optimizer.zero_grad()
-        loss.backward()
+        sum(now.values()).backward()
         optimizer.step()
         if (update + 1) % cfg.eval_every == 0 or update + 1 == cfg.updates:
-            images, questions, answers = held_out
+            images, questions, answers, _ = held_out
             with torch.no_grad():
-                valid = answer_loss(model, *held_out).item()
-            tokens, _ = model.sample({"images": images}, questions, ANSWER.ranges, greedy=True)
-            error = (ANSWER.decode(tokens.cpu()) - answers).abs().mean().item()
-            row = {"update": update + 1, "loss": loss.item(), "valid_loss": valid, "valid_error": error, "seconds": run.seconds()}
+                valid = losses(*held_out)
+            tokens, _ = model.sample({"images": torch.from_numpy(images).to(device)}, questions, ANSWER.ranges, greedy=True)
+            error = float(np.abs(ANSWER.decode(tokens.cpu()).numpy() - answers).mean())
+            row = {"update": update + 1} | {k: v.item() for k, v in now.items()}
+            row |= {f"valid_{k}": v.item() for k, v in valid.items()} | {"valid_error": error, "seconds": run.seconds()}
             run.log(update + 1, row)
             tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
             common.save(model, folder / "policy.safetensors")

@@ -213,6 +213,8 @@ class Demonstrations:
         rows (B, 2) -> state (B, 2, S, d) or images (B, 2, H, W, 3), one view of two moments."""
         if "state" in self.data:
             return {"state": torch.from_numpy(self.data["state"][i]).unflatten(-1, (-1, self.state_dim)).to(device)}
+        if i.ndim == 2 and self.data["frames"].ndim == 5:  # the first view of each, without the joints
+            return {"images": torch.from_numpy(self.data["frames"][i, 0]).to(device)}
         names = {"images": "frames", "joints": "joints"}
         return {k: torch.from_numpy(self.data[v][i]).to(device) for k, v in names.items() if v in self.data}
 

@@ -18,7 +18,7 @@ A domain is a `gymnasium.vector.VectorEnv` (autoreset disabled; `reset(options={
     size                     pixels of a side of a frame of obs="images"; a robot's `joints` may come with them
     instructions()           every text of its grammar
     demonstrate(), expert()  actions for the present states: of the demonstrator, and of the best we can script
-    questions(), scenes()    Stage 0's questions, and random scenes with a question and its answer
+    questions(), scenes()    Stage 0's questions, and random scenes, each with a question, its answer and where things are
     ask(), anew, fallen, get_state(), set_state()   where a domain can go on without a reset: `stage2.py --operator`
     track()                  what moves, in shares of the rendered frame; for figures
 

@@ -173,8 +173,9 @@ class PointmassVectorEnv(VectorEnv):
         """The PD expert's actions straight to the goal, float (N, 2): the yardstick."""
         return np.clip(pointmass.expert(self.pos, self.vel, self._goal()), -ACTION_LIMIT, ACTION_LIMIT)
 
-    def scenes(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str], np.ndarray]:
+    def scenes(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str], np.ndarray, None]:
         """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers float (n, 2) in [0, 1].
+        Where everything is (None) is not told: the questions are enough here.
 
         Positions are shares of the first view, "from the point" of two of them; "was" is the wake, in the second view.
         """
@@ -185,7 +186,7 @@ class PointmassVectorEnv(VectorEnv):
         every = np.concatenate([goals, (goals - pos[:, None]) / 2, pos[:, None], ZOOM * (wake - pos)[:, None]], 1)  # (n, 8, 2)
         places = every[np.arange(n), asked]  # (n, 2)
         texts = [questions()[3 * a + b if a < 6 else 12 + a] for a, b in zip(asked, names, strict=True)]
-        return images, texts, np.clip(places / (2 * WALL) + 0.5, 0, 1).astype(np.float32)
+        return images, texts, np.clip(places / (2 * WALL) + 0.5, 0, 1).astype(np.float32), None
 
     def render(self) -> tuple[np.ndarray, ...]:
         return tuple(draw(self.pos, self._wake(), self.goals, 256))

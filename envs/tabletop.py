@@ -12,8 +12,9 @@ Observation space (Dict)
     instruction  text, e.g. "push the red moon to the blue cube"
     obs="state"  state float32 (4 + 4 B,): the tool (x, y from the workspace's centre, then its target from the tool),
                  each block (x, y from the tool, then cos, sin of its yaw); lengths in dm
-    obs="images" images uint8 (2, size, size, 3): the previous and the current frame, LanguageTable's 16:9 view of the
-                 table squeezed into a square
+    obs="images" images uint8 (2, size, size, 3), both of now: LanguageTable's 16:9 view of the table squeezed into a
+                 square, and its part around the tool, twice as large, grey beyond the edge; with `history` the paper's
+                 two, the previous and the current frame of the table
 Rewards
     1 on success, else 0. Stage 2 never reads it.
 Starting state
@@ -29,6 +30,7 @@ Arguments
              separate_blocks | mixed (a family drawn at each reset)
     blocks   4 | 8: LanguageTable's BLOCK_4, BLOCK_8
     obs      "state" | "images"; size, the frame's pixels (64)
+    history  False | True: of obs="images", the previous frame in place of the second view
     look     "sim" | "real": a second domain for sim-to-real at our scale. "real" has duller colours, a browner board,
              light from the side, a camera moved by up to 1 cm and turned by up to 1 degree along each axis at each reset,
              friction with the table times 0.7-1.3, and a tool that covers 6 % instead of 10 %.
@@ -181,6 +183,20 @@ def pixels(points: np.ndarray, camera: np.ndarray = np.zeros((2, 3))) -> np.ndar
     return np.stack([0.5 + FOCAL * right / depth, 0.5 - FOCAL * 16 / 9 * up / depth], -1)
 
 
+def foveate(picture: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A picture uint8 (2 s, 2 s, 3) at half its fineness, and as it is around `at`, (2,) in shares: uint8 (2, s, s, 3).
+
+    Also where the second view begins in the picture, in shares of it, float (2,): (right, down).
+    """
+    s = len(picture) // 2
+    first = np.clip(np.round(at * 2 * s).astype(int) - s // 2, -s, 2 * s)
+    whole = picture.reshape(s, 2, s, 2, 3).mean((1, 3))
+    around = np.full((4 * s, 4 * s, 3), 128, np.uint8)
+    around[s : 3 * s, s : 3 * s] = picture
+    x, y = first + s
+    return np.stack([whole.astype(np.uint8), around[y : y + s, x : x + s]]), first / (2 * s)
+
+
 def beside(direction: str) -> np.ndarray:
     """From a block to the place beside it in a direction, float (2,) [m]: 8 cm along an axis, 4 cm along both."""
     return np.multiply(language.DIRECTIONS[direction], 0.08 if len(direction.split()) == 1 else 0.04 * 2**0.5)
@@ -281,14 +297,13 @@ class TabletopVectorEnv(MujocoVectorEnv):
     clearance, girth, reach = 0.06, 0.045, 0.05
     steps_cap, steps_bins = 100, 50
     success_threshold, success_bonus = 3.0, 0.0
-    simultaneous = False
     predicts_instruction = True
     action_tokens = {"kind": "sign-magnitude", "limit": STRIDE, "dims": 2}
     state_dim = 4
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 10}
 
     def __init__(self, num_envs: int = 1, family: str = "block2block", blocks: int = 4, obs: str = "state", size: int = 64,
-                 look: str = "sim", render_mode: str | None = None):  # fmt: skip
+                 look: str = "sim", history: bool = False, render_mode: str | None = None):  # fmt: skip
         if family not in (*language.FAMILIES, "mixed"):
             raise ValueError(f"family {family}: choose one of {', '.join(language.FAMILIES)} or mixed")
         if blocks not in language.BLOCK_SETS:
@@ -296,14 +311,15 @@ class TabletopVectorEnv(MujocoVectorEnv):
         self.families = language.FAMILIES if family == "mixed" else (family,)
         self.things = language.BLOCK_SETS[blocks]
         self.horizon = 100 if blocks == 4 else 200
-        self._build(num_envs, obs, size, look, render_mode)
+        self._build(num_envs, obs, size, look, history, render_mode)
 
-    def _build(self, num_envs: int, obs: str, size: int, look: str, render_mode: str | None) -> None:
+    def _build(self, num_envs: int, obs: str, size: int, look: str, history: bool, render_mode: str | None) -> None:
         for flag, value, known in (("obs", obs, ("state", "images")), ("look", look, ("sim", "real"))):
             if value not in known:
                 raise ValueError(f"--{flag} {value}: choose {' or '.join(known)}")
         require_size(size)
         self.num_envs, self.obs, self.size, self.look, self.render_mode = num_envs, obs, size, look, render_mode
+        self.history, self.simultaneous = bool(history), not history  # both images are of now
         n, B = num_envs, len(self.things)
         self.state_names = ("tool", *self.things)
         self.single_action_space = gym.spaces.Box(-ACTION_LIMIT, ACTION_LIMIT, (2,), np.float32)
@@ -353,7 +369,8 @@ class TabletopVectorEnv(MujocoVectorEnv):
         if stuck.any():
             self.reset(options={"reset_mask": stuck})
         self.t[mask] = 0
-        self.frames[mask, 0] = self.frames[mask, 1]  # an episode's first frame is its own predecessor
+        if self.history:
+            self.frames[mask, 0] = self.frames[mask, 1]  # an episode's first frame is its own predecessor
         return self._observe(), self._info()
 
     def step(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
@@ -384,35 +401,50 @@ class TabletopVectorEnv(MujocoVectorEnv):
         return language.names(k, len(self.things))
 
     def questions(self) -> list[str]:
-        """What Stage 0 asks of a scene: each thing by each of its names, in the frame and from the tool; the tool."""
+        """What Stage 0 asks of a scene: each thing by each of its names, in three ways; the tool."""
         names = [name for k in range(len(self.things)) for name in self._names(k)]
-        return [f"{form} the {name}" for form in ("where is", "from the tool where is") for name in names] + ["where is the tool"]
+        return [f"{way} the {name}" for way in self._ways() for name in names] + ["where is the tool"]
 
-    def scenes(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str], np.ndarray]:
-        """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers float (n, 2) in [0, 1].
+    def _ways(self) -> list[str]:
+        return ["where is", "from the tool where is"] + ["near the tool where is"] * (not self.history)
 
-        A place is where a thing stands in the frame, in shares; "from the tool" is half the way from there, plus a half.
+    def scenes(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
+        """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers float (n, 2) in [0, 1],
+        and where `state_names`, the tool first, stand in each image, float (n, 2, B + 1, 2), in shares, outside [0, 1) if unseen.
+
+        A place is where a thing stands in the view of the table, "near the tool" in the other one; "from the tool" is half
+        the way from there, plus a half.
         """
-        B, images, texts, answers = len(self.things), [], [], np.zeros((n, 2), np.float32)
+        B, images, texts = len(self.things), [], []
+        answers, places = np.zeros((n, 2), np.float32), np.zeros((n, 2, B + 1, 2), np.float32)
         for i in range(n):
             while True:
-                places = rng.uniform(LOW, HIGH, (B + 1, 2))  # the tool is the last
-                gap = np.linalg.norm(places[:, None] - places[None], axis=2) + np.eye(B + 1)
-                if gap.min() > 0.04:
+                at = rng.uniform(LOW, HIGH, (B + 1, 2))  # [m]; the tool is the last
+                gap = np.linalg.norm(at[:, None] - at[None], axis=2) + np.eye(B + 1)
+                if gap.min() > 0.03:
                     break
-            yaw, before = rng.uniform(0, 2 * np.pi, B), places[-1] + rng.uniform(-0.02, 0.02, 2)
-            camera = rng.uniform(-1, 1, (2, 3)) * JITTER * (self.look == "real")
-            scene = np.c_[places[:-1], yaw].ravel()
-            images.append([self._picture(np.r_[scene, tool], camera, self.size, self.size) for tool in (before, places[-1])])
-            seen, k = pixels(np.c_[places, np.zeros(B + 1)], camera), rng.integers(2 * B + 1)
-            if k == 2 * B:
+            yaw, camera = rng.uniform(0, 2 * np.pi, B), rng.uniform(-1, 1, (2, 3)) * JITTER * (self.look == "real")
+            views, first = self._views(np.r_[np.c_[at[:-1], yaw].ravel(), at[-1]], camera)
+            seen = pixels(np.c_[at, np.zeros(B + 1)], camera)
+            places[i] = np.roll(seen, 1, 0), np.roll(2 * (seen - first), 1, 0)  # the tool is the first
+            if self.history:
+                before = at[-1] + rng.uniform(-0.02, 0.02, 2)
+                then, _ = self._views(np.r_[np.c_[at[:-1], yaw].ravel(), before], camera)
+                views, places[i, 1] = np.stack([then[0], views[0]]), places[i, 0]
+                places[i, 0, 0] = pixels(np.r_[before, 0], camera)
+            images.append(views)
+            k = rng.integers(B * len(self._ways()) + 1)
+            if k == B * len(self._ways()):
                 texts.append("where is the tool")
                 answers[i] = seen[-1]
-            else:
-                form, name = "where is" if k < B else "from the tool where is", rng.choice(self._names(k % B))
-                texts.append(f"{form} the {name}")
-                answers[i] = seen[k] if k < B else (seen[k % B] - seen[-1]) / 2 + 0.5
-        return np.array(images), texts, np.clip(answers, 0, 1)
+                continue
+            way, k = divmod(k, B)
+            near = np.flatnonzero(((places[i, 1, 1:] >= 0) & (places[i, 1, 1:] < 1)).all(1))
+            if way == 2 and len(near):
+                k = rng.choice(near)
+            texts.append(f"{self._ways()[way]} the {rng.choice(self._names(k))}")
+            answers[i] = (seen[k], (seen[k] - seen[-1]) / 2 + 0.5, places[i, 1, k + 1])[way]
+        return np.array(images), texts, np.clip(answers, 0, 1), places
 
     # --- practice without resets --------------------------------------------------------------------------------------
     KEPT = ("target", "t", "texts", "camera", "tasks", "fallen", "meanings", "frames", "speed", "wobble", "pause", "detour",
@@ -519,10 +551,16 @@ class TabletopVectorEnv(MujocoVectorEnv):
     def _draw(self, mask: np.ndarray, first: bool = False) -> None:
         if self.obs == "images":
             for i in np.flatnonzero(mask):
-                self.frames[i, 0] = self.frames[i, 1]
-                self.frames[i, 1] = self._render(i, self.size, self.size)
-                if first:
-                    self.frames[i, 0] = self.frames[i, 1]
+                views, _ = self._views(self.sim.qpos[i], self.camera[i])
+                if self.history:
+                    views[1] = views[0]
+                    if not first:
+                        views[0] = self.frames[i, 1]
+                self.frames[i] = views
+
+    def _views(self, qpos: np.ndarray, camera: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What `foveate` makes of a scene: the table, and what is around the tool."""
+        return foveate(self._picture(qpos, camera, 2 * self.size, 2 * self.size), pixels(np.r_[qpos[-2:], 0], camera))
 
     def _render(self, i: int, height: int, width: int) -> np.ndarray:
         return self._picture(self.sim.qpos[i], self.camera[i], height, width)
@@ -634,8 +672,9 @@ class BananaTableVectorEnv(TabletopVectorEnv):
     name, things, families, horizon = "bananatable", ("banana",), ("block2absolutelocation",), 100
     clearance, girth, reach = 0.12, 0.085, 0.095
 
-    def __init__(self, num_envs: int = 1, obs: str = "state", size: int = 64, look: str = "sim", render_mode: str | None = None):
-        self._build(num_envs, obs, size, look, render_mode)
+    def __init__(self, num_envs: int = 1, obs: str = "state", size: int = 64, look: str = "sim", history: bool = False,
+                 render_mode: str | None = None):  # fmt: skip
+        self._build(num_envs, obs, size, look, history, render_mode)
 
     def instructions(self) -> list[str]:
         return [f"{verb} banana to the {place} of the table" for verb in language.PUSH for place in BANANA_PLACES.values()]
