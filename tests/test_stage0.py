@@ -18,7 +18,7 @@ COLOURS, N = ("red", "green", "blue"), 2000
 @pytest.fixture(scope="module")
 def scenes():
     env = envs.make_vec("pointmass", 1, obs="images")
-    return env, *env.scenes(np.random.default_rng(0), N)
+    return env, *env.scenes(np.random.default_rng(0), N)[:3]
 
 
 def disc(weight: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +107,8 @@ def test_answer_loss_is_that_of_the_number_tokens(scenes):
     n = 8
     tokens = (answers[:n] * 64).astype(int).clip(0, 63)
     with torch.no_grad():
-        loss = stage0.answer_loss(model, torch.from_numpy(images[:n]), questions[:n], torch.from_numpy(answers[:n]))
+        features = model.encode_images(torch.from_numpy(images[:n]))
+        loss = stage0.answer_loss(model, features, questions[:n], torch.from_numpy(answers[:n]))
         x, y = model.log_probs({"images": torch.from_numpy(images[:n])}, questions[:n], torch.from_numpy(tokens), [(0, 64)] * 2)
     every = np.array([[x[i, tokens[i, 0]].item(), y[i, tokens[i, 1]].item()] for i in range(n)])
     expected = -every.sum(1).mean()
@@ -127,7 +128,7 @@ def test_overfits_a_batch(scenes):
     images, questions, answers = torch.from_numpy(images[:16]), questions[:16], torch.from_numpy(answers[:16])
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
     for _ in range(100):
-        loss = stage0.answer_loss(model, images, questions, answers)
+        loss = stage0.answer_loss(model, model.encode_images(images), questions, answers)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -136,3 +137,30 @@ def test_overfits_a_batch(scenes):
     assert losses[-1] < 0.3
     tokens, _ = model.sample({"images": images}, questions, stage0.ANSWER.ranges, greedy=True)
     assert (stage0.ANSWER.decode(tokens) - answers).abs().nanmean() < 0.02
+
+
+def test_pointing_loss_by_hand():
+    """Scores are products of a patch's embedding and the mean of a name's words; a thing out of view does not count."""
+    torch.manual_seed(0)
+    env = envs.make_vec("tabletop", 1, obs="images")
+    cfg = EFMConfig(width=8, depth=1, heads=2, kv_heads=2, head_dim=4, mlp_dim=16, image_size=4, patch_size=2,
+                    vit_width=6, vit_depth=1, vit_heads=2, vit_mlp_dim=8)  # fmt: skip
+    model = EFM(cfg, Tokenizer.train([*env.instructions(), *env.questions()]))
+    features = torch.randn(2, 2, 4, 6)
+    places = torch.full((2, 2, 2, 2), 1.5)  # all out of view
+    places[0, 0, 0] = torch.tensor([0.9, 0.1])  # right, top: patch 1
+    places[1, 1, 1] = torch.tensor([0.2, 0.7])  # left, bottom: patch 2
+    places[1, 0, 1] = torch.tensor([0.2, -0.1])  # above the image
+    with torch.no_grad():
+        loss = stage0.pointing_loss(model, features, ("tool", "red moon"), places).item()
+        patches = model.multi_modal_projector(features)
+        words = [model.tokenizer.tokenizer.token_to_id(w) for w in ("tool", "red", "moon")]
+        tool, red, moon = model.language_model.embed(torch.tensor(words))
+        expected = []
+        for patch, of, name in ((1, patches[0, 0], tool), (2, patches[1, 1], (red + moon) / 2)):
+            score = [float(x @ name) / 8**0.5 for x in of]
+            expected.append(np.log(np.exp(score).sum()) - score[patch])
+    assert loss == pytest.approx(np.mean(expected), abs=1e-5)
+    places.requires_grad_()
+    stage0.pointing_loss(model, features.requires_grad_(), ("tool", "red moon"), places.detach()).backward()
+    assert features.grad[0, 0].abs().max() > 0 and features.grad[0, 1].abs().max() == 0  # nothing is seen in that one
