@@ -1,7 +1,8 @@
-"""From runs/ to results/: python results/collect.py copies each run's summary and metrics and draws the figures.
+"""From runs/ to results/: python results/collect.py adds each run's summary and metrics there and draws the figures.
 
-The runs themselves are made by the commands in results/README.md. Writes summaries.csv (a row per run), metrics/*.csv
-(each run's raw metrics), table.md (the README's) and learning.png (practice, every seed a line).
+The runs themselves are made by the commands in results/README.md. Writes summaries.csv (a row per run) and metrics/*.csv
+(each run's raw metrics), in which runs that are not in runs/ any more stay, and from these two table.md (the README's),
+learning.png (practice, every seed a line) and figure3.png.
 """
 
 import csv
@@ -9,6 +10,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -31,15 +33,26 @@ def spread(values: list[float], digits: int) -> str:
     return f"{mean} ({low}-{high})"
 
 
+def parse(value: str) -> Any:
+    """A cell of summaries.csv as it was in summary.json: a number if it is one."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
 def main() -> None:
-    runs = sorted(p.parent for p in Path("runs").glob("*/summary.json") if re.fullmatch(r".*-s\d+", p.parent.name))
-    summaries = [{"run": run.name} | json.loads((run / "summary.json").read_text()) for run in runs]
-    columns = list(dict.fromkeys(key for summary in summaries for key in summary))
+    with open(OUT / "summaries.csv", newline="") as f:
+        by_run = {row["run"]: {k: v if k == "commit" else parse(v) for k, v in row.items() if v} for row in csv.DictReader(f)}
+    for run in (p.parent for p in Path("runs").glob("*/summary.json") if re.fullmatch(r".*-s\d+", p.parent.name)):
+        by_run[run.name] = {"run": run.name} | json.loads((run / "summary.json").read_text())
+        shutil.copy(run / "metrics.csv", OUT / "metrics" / f"{run.name}.csv")
+    by_run = dict(sorted(by_run.items()))
+    columns = list(dict.fromkeys(key for summary in by_run.values() for key in summary))
     with open(OUT / "summaries.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(summaries)
-    by_run = {summary["run"]: summary for summary in summaries}
+        writer.writerows(by_run.values())
     header = "command|seeds|Stage 1 success|steps|Stage 2 success|steps|practice episodes|environment steps|seconds, all stages"
     lines = ["| " + header.replace("|", " | ") + " |", "|" + "---|" * 9]
     for title, (prefix, _) in GROUPS.items():
@@ -58,19 +71,15 @@ def main() -> None:
     (OUT / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
-    (OUT / "metrics").mkdir(exist_ok=True)
-    for run in runs:
-        shutil.copy(run / "metrics.csv", OUT / "metrics" / f"{run.name}.csv")
-
     fig, axes = plt.subplots(2, len(GROUPS), figsize=(4 * len(GROUPS), 6), sharex="col")
     for (title, (prefix, straight)), (top, bottom) in zip(GROUPS.items(), axes.T, strict=True):
-        group = [run for run in runs if re.fullmatch(re.escape(prefix) + r"\d+", run.name)]
+        group = [run for run in by_run if re.fullmatch(re.escape(prefix) + r"\d+", run)]
         for run, colour in zip(group, plt.get_cmap("viridis")([i / max(1, len(group)) for i in range(len(group))]), strict=True):
-            with open(run / "metrics.csv") as f:
+            with open(OUT / "metrics" / f"{run}.csv") as f:
                 rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
             x = [r["env_steps"] for r in rows]
             top.plot(x, [r["detected"] for r in rows], color=colour, lw=0.9)
-            bottom.plot(x, [r["mean_steps"] for r in rows], color=colour, lw=0.9, label=run.name.split("-")[-1])
+            bottom.plot(x, [r["mean_steps"] for r in rows], color=colour, lw=0.9, label=run.split("-")[-1])
         top.set_title(f"{title} (n = {len(group)} seeds)", fontsize=9)
         top.set(ylabel="share of episodes ended by the detector", ylim=(0, 1.05))
         bottom.axhline(straight, color="#D55E00", ls="--", label="scripted, straight to the goal")
@@ -86,7 +95,7 @@ def figure3(by_run: dict[str, dict]) -> None:
     """Figure 3's first panel at our scale: imitation alone against imitation and practice, by episodes of either."""
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     blue, orange, curve = "#0072B2", "#D55E00", []
-    for prefix in ("tabletop-p10", "tabletop-p40", "tabletop"):
+    for prefix in ("tabletop-10percent", "tabletop-20percent", "tabletop-p40", "tabletop-80percent", "tabletop"):
         first, second = ([s for name, s in by_run.items() if re.fullmatch(rf"{prefix}-{stage}-s\d+", name)]
                          for stage in ("stage1", "stage2"))  # fmt: skip
         if first:

@@ -219,7 +219,7 @@ def domains() -> None:
         action = env.action_space.sample()
         print(f"pointmass steps, obs={obs}, {n} at once: {rate(lambda env=env, a=action: env.step(a), n):,.0f} /s")
     n = 64
-    for obs in ("state", "images"):  # images: two frames of 64 x 64, one of them new
+    for obs in ("state", "images"):  # images: two views of 64 x 64, of a picture of 128 x 128
         batch = envs.make_vec("tabletop", n, obs=obs)
         batch.reset(seed=0)
         singles = [gym.make(envs.DOMAINS["tabletop"], obs=obs).unwrapped for _ in range(n)]

@@ -207,7 +207,7 @@ def test_batch_returns_the_frame_before_and_never_another_episodes():
     assert torch.equal(steps, demos.steps)
 
 
-@pytest.mark.parametrize("domain", ["pointmass", "tabletop"])  # two views of a moment, one view of two moments
+@pytest.mark.parametrize("domain", ["pointmass", "tabletop", "tabletop,history=1"])  # two views of a moment; one of two moments
 def test_batch_equals_what_the_environment_shows(domain):
     """The two frames a model learns from are the two it will see."""
     env = envs.make_vec(domain, 2, obs="images")
@@ -233,10 +233,13 @@ def test_state_batches_are_split_into_quantities(states):
     assert np.array_equal(obs["state"].flatten(1).numpy(), states["state"][rows])
 
 
-def test_first_and_last_observations_of_an_episode(recorded):
+@pytest.mark.parametrize("views", [1, 2])
+def test_first_and_last_observations_of_an_episode(recorded, views):
+    """Of two views of a moment the first, the whole scene."""
     obs, data = recorded[0], one_view(recorded[1])
+    shows = recorded[1] if views == 2 else data
     chosen = np.array([7, 2, 9, 4])
-    demos, asked = Demonstrations(data, chosen, 2), np.array([3, 0, 0])
+    demos, asked = Demonstrations(shows, chosen, 2), np.array([3, 0, 0])
     ends, goals = demos.first_and_last(asked, CPU)
     key, shape = ("state", (3, 2, 5, 2)) if obs == "state" else ("frames", (3, 2, *data.get("frames", np.zeros(1)).shape[1:]))
     (shown,) = ends.values()
