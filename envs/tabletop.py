@@ -142,7 +142,7 @@ def scene(things: tuple[str, ...], look: str) -> str:
     <mujoco model="tabletop">
       <option timestep="{1 / 240}" jacobian="dense" gravity="0 0 0" cone="pyramidal"/>
       <visual>
-        <quality offsamples="0" shadowsize="0"/> <global offwidth="640" offheight="640"/> <map znear=".01" zfar="10"/>
+        <quality offsamples="0" shadowsize="0"/> <global offwidth="1280" offheight="1280"/> <map znear=".01" zfar="10"/>
         <headlight ambient=".35 .35 .35" diffuse=".3 .3 .3" specular="0 0 0"/>
       </visual>
       <statistic extent="1" center=".35 0 0"/>
