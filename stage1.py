@@ -281,6 +281,10 @@ def main(cfg: Config) -> None:
     if cfg.init not in ("", "none") and cfg.obs == "state":
         raise UserError(f"--init {cfg.init}: Stage 0 is for --obs images; leave it out")
     init = common.stage0_run(cfg.init, cfg.domain) if cfg.obs == "images" and not pretrained else None
+    if init and (init / "config.json").exists():
+        seen_before = common.make_env(common.read_json(init / "config.json").get("domain", cfg.domain), 1, obs="images")
+        if seen_before.simultaneous != env.simultaneous:  # the second image means something else
+            raise UserError(f"--init {init}: its second image is not that of --domain {cfg.domain}; name another run")
     cfg.init = str(init or "none")
     if cfg.lora_rank and (cfg.vit or not (cfg.weights or init)):  # adapters cannot make up for a random projection
         raise UserError(f"--lora-rank {cfg.lora_rank}: needs a model pre-trained as a whole; name --weights or --init alone")

@@ -30,7 +30,7 @@ Arguments
              separate_blocks | mixed (a family drawn at each reset)
     blocks   4 | 8: LanguageTable's BLOCK_4, BLOCK_8
     obs      "state" | "images"; size, the frame's pixels (64)
-    history  False | True: of obs="images", the previous frame in place of the second view
+    history  0 | 1: of obs="images", the previous frame in place of the second view
     look     "sim" | "real": a second domain for sim-to-real at our scale. "real" has duller colours, a browner board,
              light from the side, a camera moved by up to 1 cm and turned by up to 1 degree along each axis at each reset,
              friction with the table times 0.7-1.3, and a tool that covers 6 % instead of 10 %.
@@ -190,7 +190,8 @@ def foveate(picture: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """
     s = len(picture) // 2
     first = np.clip(np.round(at * 2 * s).astype(int) - s // 2, -s, 2 * s)
-    whole = picture.reshape(s, 2, s, 2, 3).mean((1, 3))
+    rows = picture[::2].astype(np.uint16) + picture[1::2]
+    whole = (rows[:, ::2] + rows[:, 1::2]) // 4
     around = np.full((4 * s, 4 * s, 3), 128, np.uint8)
     around[s : 3 * s, s : 3 * s] = picture
     x, y = first + s
@@ -291,8 +292,8 @@ class TabletopVectorEnv(MujocoVectorEnv):
     name, default_obs = "tabletop", "state"
     recipes = {"state": {"model": "nano-deep", "episodes": 20_000, "updates": 12_000, "policy": "best",
                          "iterations": 150},
-               "images": {"model": "nano-vision", "episodes": 5000, "updates": 24_000, "policy": "best",
-                          "iterations": 150}}  # fmt: skip
+               "images": {"model": "nano-vision", "episodes": 8000, "updates": 12_000, "policy": "best",
+                          "iterations": 300}}  # fmt: skip
     # [m] between the tool and a thing's middle: at the start, when passing, before a push
     clearance, girth, reach = 0.06, 0.045, 0.05
     steps_cap, steps_bins = 100, 50
@@ -317,6 +318,8 @@ class TabletopVectorEnv(MujocoVectorEnv):
         for flag, value, known in (("obs", obs, ("state", "images")), ("look", look, ("sim", "real"))):
             if value not in known:
                 raise ValueError(f"--{flag} {value}: choose {' or '.join(known)}")
+        if history not in (0, 1):
+            raise ValueError(f"history {history}: choose 0 or 1")
         require_size(size)
         self.num_envs, self.obs, self.size, self.look, self.render_mode = num_envs, obs, size, look, render_mode
         self.history, self.simultaneous = bool(history), not history  # both images are of now
@@ -413,7 +416,7 @@ class TabletopVectorEnv(MujocoVectorEnv):
         and where `state_names`, the tool first, stand in each image, float (n, 2, B + 1, 2), in shares, outside [0, 1) if unseen.
 
         A place is where a thing stands in the view of the table, "near the tool" in the other one; "from the tool" is half
-        the way from there, plus a half.
+        the way from there, plus a half. Answers out of range are clipped: where nothing is near the tool, to a direction.
         """
         B, images, texts = len(self.things), [], []
         answers, places = np.zeros((n, 2), np.float32), np.zeros((n, 2, B + 1, 2), np.float32)
@@ -427,6 +430,8 @@ class TabletopVectorEnv(MujocoVectorEnv):
             views, first = self._views(np.r_[np.c_[at[:-1], yaw].ravel(), at[-1]], camera)
             seen = pixels(np.c_[at, np.zeros(B + 1)], camera)
             places[i] = np.roll(seen, 1, 0), np.roll(2 * (seen - first), 1, 0)  # the tool is the first
+            hidden = ((places[i, 0] < 0) | (places[i, 0] >= 1)).any(-1)
+            places[i, 1, hidden] = -1  # beyond the picture's edge the second view is grey
             if self.history:
                 before = at[-1] + rng.uniform(-0.02, 0.02, 2)
                 then, _ = self._views(np.r_[np.c_[at[:-1], yaw].ravel(), before], camera)

@@ -5,6 +5,7 @@ The runs themselves are made by the commands in results/README.md. Writes summar
 learning.png (practice, every seed a line) and figure3.png.
 """
 
+import contextlib
 import csv
 import json
 import re
@@ -35,18 +36,27 @@ def spread(values: list[float], digits: int) -> str:
 
 def parse(value: str) -> Any:
     """A cell of summaries.csv as it was in summary.json: a number if it is one."""
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(value)
+    return value
 
 
 def main() -> None:
+    (OUT / "metrics").mkdir(exist_ok=True)
+    if not (OUT / "summaries.csv").exists():
+        (OUT / "summaries.csv").write_text("run\n")
     with open(OUT / "summaries.csv", newline="") as f:
         by_run = {row["run"]: {k: v if k == "commit" else parse(v) for k, v in row.items() if v} for row in csv.DictReader(f)}
+    new: dict[str, dict] = {}
     for run in (p.parent for p in Path("runs").glob("*/summary.json") if re.fullmatch(r".*-s\d+", p.parent.name)):
-        by_run[run.name] = {"run": run.name} | json.loads((run / "summary.json").read_text())
+        new[run.name] = {"run": run.name} | json.loads((run / "summary.json").read_text())
         shutil.copy(run / "metrics.csv", OUT / "metrics" / f"{run.name}.csv")
+    again = {name for name in new.keys() & by_run.keys() if new[name]["seconds"] != by_run[name]["seconds"]}
+    gone = {name for name, run in by_run.items() if Path(str(run.get("stage1"))).name in again} - new.keys()
+    if gone:
+        print(f"dropped, their Stage 1 has been run again: {', '.join(sorted(gone))}")
+    by_run = {name: run for name, run in by_run.items() if name not in gone} | new
     by_run = dict(sorted(by_run.items()))
     columns = list(dict.fromkeys(key for summary in by_run.values() for key in summary))
     with open(OUT / "summaries.csv", "w", newline="") as f:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+import common
 import envs
 import stage0
+import stage1
 from envs.pointmass import POINT_RADIUS, WALL
 from model import EFM, EFMConfig, Tokenizer
 from pointmass import GOAL_RADIUS
@@ -161,6 +167,28 @@ def test_pointing_loss_by_hand():
             score = [float(x @ name) / 8**0.5 for x in of]
             expected.append(np.log(np.exp(score).sum()) - score[patch])
     assert loss == pytest.approx(np.mean(expected), abs=1e-5)
-    places.requires_grad_()
-    stage0.pointing_loss(model, features.requires_grad_(), ("tool", "red moon"), places.detach()).backward()
+    whole = EFM(replace(cfg, image_size=5), model.tokenizer)  # the ViT sees four of five pixels
+    whole.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        places[0, 0, 0], places[1, 1, 1] = torch.tensor([0.72, 0.08]), torch.tensor([0.16, 0.56])
+        places[1, 1, 0] = 0.9  # in the pixel it does not see
+        assert stage0.pointing_loss(whole, features, ("tool", "red moon"), places).item() == pytest.approx(
+            np.mean(expected), abs=1e-5
+        )
+        assert stage0.pointing_loss(model, features, ("tool", "red moon"), torch.full((2, 2, 2, 2), -0.5)).item() == 0
+    stage0.pointing_loss(model, features.requires_grad_(), ("tool", "red moon"), places).backward()
     assert features.grad[0, 0].abs().max() > 0 and features.grad[0, 1].abs().max() == 0  # nothing is seen in that one
+
+
+def test_the_tabletops_stage0_points_and_starts_its_own_kind_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = EFMConfig(width=16, depth=1, heads=2, kv_heads=2, head_dim=8, mlp_dim=16, vit_width=8, vit_heads=2, vit_mlp_dim=16)
+    monkeypatch.setitem(stage0.models.PRESETS, "nano-vision", cfg)
+    stage0.main(stage0.Config(domain="tabletop", updates=2, batch=4, eval_every=1, out="stage0"))
+    with open("stage0/metrics.csv") as f:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+    assert [r["update"] for r in rows] == [1, 2] and all(0 < r["valid_pointing"] < 10 and r["pointing"] > 0 for r in rows)
+    config = stage1.Config(domain="tabletop,history=1", obs="images", init="stage0", episodes=2, out="stage1")
+    with pytest.raises(common.UserError, match="--init stage0: its second image"):
+        stage1.main(config)
+    assert not Path("stage1").exists() and not Path("data").exists()

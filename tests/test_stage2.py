@@ -221,7 +221,8 @@ def test_a_greedy_rollout_takes_the_most_probable_tokens():
 
 
 def test_look_encodes_only_the_new_frame(monkeypatch):
-    model, env = small("images", 0, "tabletop"), envs.make_vec("tabletop", 3, obs="images")
+    model, env = small("images", 0, "tabletop"), envs.make_vec("tabletop,history=1", 3, obs="images")
+    assert not env.simultaneous
     first, _ = env.reset(seed=0)
     second = env.step(env.demonstrate())[0]
     encoded, encode = [], model.encode_images
@@ -337,6 +338,9 @@ def test_practice_in_a_domain_with_other_actions_is_refused(tmp_path, monkeypatc
     monkeypatch.setattr(common, "load", lambda path, *_: small("state", 0))
     with pytest.raises(common.UserError, match="--domain tabletop"):
         stage2.main(stage2.Config(stage1="runs/stage1", domain="tabletop", out="runs/stage2"))
+    stage1_run(Path("runs/frames"), "images", "tabletop")
+    with pytest.raises(common.UserError, match="--domain tabletop,history=1"):  # its second frame is another one
+        stage2.main(stage2.Config(stage1="runs/frames", domain="tabletop,history=1", out="runs/stage2"))
     assert not Path("runs/stage2").exists()
 
 

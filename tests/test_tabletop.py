@@ -612,6 +612,7 @@ def test_the_expert_over_500_bananas():
         ("tabletop", "look", "dull", "real"),
         ("tabletop", "size", 0, "640"),
         ("tabletop", "size", 641, "640"),
+        ("tabletop", "history", "False", "1"),
         ("bananatable", "obs", "pixels", "images"),
         ("bananatable", "look", "dull", "real"),
     ],
@@ -685,6 +686,7 @@ def test_scenes_say_where_things_are_in_each_image(history):
         np.testing.assert_allclose(np.diff(places[:, 1], axis=1), 2 * np.diff(places[:, 0], axis=1), atol=1e-5)
     else:
         assert 0 < np.abs(places[:, 0, 0] - places[:, 1, 0]).max() < 0.06
+        assert (images[:, 0] != images[:, 1]).any((1, 2, 3)).mean() > 0.9  # the tool has moved
         assert np.array_equal(places[:, 0, 1:], places[:, 1, 1:])
 
 
@@ -716,6 +718,27 @@ def test_history_is_the_previous_frame_and_the_current_one():
     assert not np.array_equal(frames[0][0], frames[1][0])
     asked = past.ask(np.array([True, False]))[0]["images"]
     assert np.array_equal(asked[0, 0], asked[0, 1]) and not np.array_equal(asked[1, 0], asked[1, 1])
+
+
+@pytest.mark.parametrize("look", ["sim", "real"])
+def test_both_views_are_of_now(look):
+    """Also where the camera has moved: the second view is around the tool as this camera sees it."""
+    env = table(3, obs="images", look=look)
+    for _ in range(4):
+        shown = env.step(env.demonstrate())[0]["images"]
+    assert np.abs(env.camera).max() > 0 or look == "sim"
+    for i in range(3):
+        picture = env._picture(env.sim.qpos[i], env.camera[i], 128, 128)
+        assert np.array_equal(shown[i], tabletop.foveate(picture, env.track()[i])[0])
+
+
+def test_what_the_camera_does_not_see_is_seen_in_no_view():
+    """It may be near enough to the tool for the second view, which is grey there."""
+    env, corner = envs.make_vec("tabletop", 1, obs="images", look="real"), 0
+    _, _, _, places = env.scenes(np.random.default_rng(0), 600)
+    hidden = ((places[:, 0] < 0) | (places[:, 0] >= 1)).any(-1)  # (600, 5)
+    corner = ((places[:, 1] >= 0) & (places[:, 1] < 1)).all(-1)
+    assert hidden.any() and not (hidden & corner).any()
 
 
 def test_scenes_from_the_tool_are_half_the_way_there():
