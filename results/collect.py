@@ -25,6 +25,14 @@ GROUPS = {  # title: runs, and the steps of the scripted expert that goes straig
     "pointmass, images": ("pointmass-images-stage2-s", 13.1),
     "tabletop, states": ("tabletop-stage2-s", 17.1),
     "tabletop, 40 % of the data": ("tabletop-p40-stage2-s", 17.1),
+    "tabletop, images": ("tabletop-images-stage2-s", 17.1),
+}
+
+
+# the runs of figure3.png, shares of 20,000 demonstrations, by model
+FIGURE3 = {
+    "nano-wide": ("tabletop-10percent", "tabletop-20percent", "tabletop-80percent"),
+    "nano-deep": ("tabletop-p10", "tabletop-p40", "tabletop"),
 }
 
 
@@ -103,31 +111,33 @@ def main() -> None:
 
 def figure3(by_run: dict[str, dict]) -> None:
     """Figure 3's first panel at our scale: imitation alone against imitation and practice, by episodes of either."""
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    blue, orange, curve = "#0072B2", "#D55E00", []
-    for prefix in ("tabletop-10percent", "tabletop-20percent", "tabletop-p40", "tabletop-80percent", "tabletop"):
-        first, second = ([s for name, s in by_run.items() if re.fullmatch(rf"{prefix}-{stage}-s\d+", name)]
-                         for stage in ("stage1", "stage2"))  # fmt: skip
-        if first:
-            curve.append((first, second))
-    for ax, key in zip(axes, ("success", "mean_steps"), strict=True):
-        mean = lambda group, key=key: sum(s[key] for s in group) / len(group)  # noqa: E731
-        x = [mean(first, "episodes") for first, _ in curve]
-        ax.plot(x, [mean(first) for first, _ in curve], color=blue, lw=1, zorder=0)
-        starts = [f for first, _ in curve for f in first]
-        ends = [(by_run[Path(s["stage1"]).name], s) for _, second in curve for s in second]
-        counts = [", ".join(str(len(pair[k])) for pair in curve) for k in (0, 1)]
-        ax.plot([f["episodes"] for f in starts], [f[key] for f in starts], "o", color=blue, ms=4,
-                label=f"Stage 1 (n = {counts[0]} seeds)")  # fmt: skip
-        ax.plot([f["episodes"] + s["episodes"] for f, s in ends], [s[key] for _, s in ends], "s", color=orange, ms=4,
-                label=f"Stage 1 + 2 (n = {counts[1]} seeds)")  # fmt: skip
-        for f, s in ends:
-            ax.plot([f["episodes"], f["episodes"] + s["episodes"]], [f[key], s[key]], color=orange, lw=0.7, ls=":")
-        ax.set(xlabel="episodes, demonstrations and practice")
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    blue, orange = "#0072B2", "#D55E00"
+    for model, prefixes in FIGURE3.items():
+        fill = "none" if model == "nano-deep" else "full"
+        pattern = rf"({'|'.join(prefixes)})-stage%d-s\d+"
+        starts, ends = ([s for name, s in by_run.items() if re.fullmatch(pattern % stage, name)] for stage in (1, 2))
+        shares = sorted({s["episodes"] for s in starts})
+        groups = [[s for s in starts if s["episodes"] == n] for n in shares]
+        counts = [[sum(by_run[Path(s["stage1"]).name]["episodes"] == n for s in ends) for n in shares], [len(g) for g in groups]]
+        seeds = [", ".join(map(str, c)) for c in counts]
+        for ax, key in zip(axes, ("success", "mean_steps"), strict=True):
+            ax.plot(
+                shares, [sum(s[key] for s in g) / len(g) for g in groups], color=blue, lw=1, ls="--" if fill == "none" else "-"
+            )
+            ax.plot([f["episodes"] for f in starts], [f[key] for f in starts], "o", color=blue, ms=5, fillstyle=fill,
+                    label=f"{model}, Stage 1 (n = {seeds[1]} seeds)")  # fmt: skip
+            for k, s in enumerate(ends):
+                f = by_run[Path(s["stage1"]).name]
+                x = [f["episodes"], f["episodes"] + s["episodes"]]
+                ax.plot(x, [f[key], s[key]], color=orange, lw=0.7, ls=":")
+                ax.plot(x[1:], [s[key]], "s", color=orange, ms=5, fillstyle=fill,
+                        label=None if k else f"{model}, Stage 1 + 2 (n = {seeds[0]} seeds)")  # fmt: skip
+            ax.set(xlabel="episodes, demonstrations and practice")
     axes[0].set(ylabel="true success", ylim=(0, 1.02))
-    axes[1].set(ylabel="steps (a failure counts 100)")
+    axes[1].set(ylabel="steps (a failure counts 100)", ylim=(0, 102))
     axes[1].axhline(17.1, color="0.5", ls="--", lw=1, label="scripted expert")
-    axes[1].legend(fontsize=7)
+    axes[0].legend(fontsize=7)
     fig.tight_layout()
     fig.savefig(OUT / "figure3.png", dpi=130)
 
