@@ -429,7 +429,8 @@ class TabletopVectorEnv(MujocoVectorEnv):
             yaw, camera = rng.uniform(0, 2 * np.pi, B), rng.uniform(-1, 1, (2, 3)) * JITTER * (self.look == "real")
             views, first = self._views(np.r_[np.c_[at[:-1], yaw].ravel(), at[-1]], camera)
             seen = pixels(np.c_[at, np.zeros(B + 1)], camera)
-            places[i] = np.roll(seen, 1, 0), np.roll(2 * (seen - first), 1, 0)  # the tool is the first
+            close = 2 * (seen - first)
+            places[i] = np.roll(seen, 1, 0), np.roll(close, 1, 0)  # the tool is the first
             hidden = ((places[i, 0] < 0) | (places[i, 0] >= 1)).any(-1)
             places[i, 1, hidden] = -1  # beyond the picture's edge the second view is grey
             if self.history:
@@ -448,7 +449,7 @@ class TabletopVectorEnv(MujocoVectorEnv):
             if way == 2 and len(near):
                 k = rng.choice(near)
             texts.append(f"{self._ways()[way]} the {rng.choice(self._names(k))}")
-            answers[i] = (seen[k], (seen[k] - seen[-1]) / 2 + 0.5, places[i, 1, k + 1])[way]
+            answers[i] = (seen[k], (seen[k] - seen[-1]) / 2 + 0.5, close[k])[way]
         return np.array(images), texts, np.clip(answers, 0, 1), places
 
     # --- practice without resets --------------------------------------------------------------------------------------
