@@ -77,7 +77,7 @@ PRESETS = {
     "nano": EFMConfig(),  # reads states
     "nano-vision": EFMConfig(depth=3),  # reads frames: one block more, to relate what it sees
     "nano-deep": EFMConfig(depth=4),  # a table's geometry takes more blocks in a row
-    "nano-wide": EFMConfig(width=128, depth=3, head_dim=32, mlp_dim=512),  # needs fewer demonstrations
+    "nano-wide": EFMConfig(width=128, depth=3, head_dim=32, mlp_dim=512),  # Figure 3's smaller shares
     "small": EFMConfig(width=512, depth=8, heads=8, kv_heads=2, head_dim=64, mlp_dim=2048,
                        vit_width=384, vit_depth=12, vit_heads=6, vit_mlp_dim=1536),
     "paligemma-3b": EFMConfig(width=2048, depth=18, heads=8, kv_heads=1, head_dim=256, mlp_dim=16_384,
