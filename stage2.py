@@ -218,9 +218,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"--reward-run {judge}: not a Stage 1 run of --domain {domain} --obs {obs_mode}; name another")
     if cfg.domain:
         taught = common.make_env(settings["domain"], 1, obs=obs_mode)
-        alike = ("state_names", "state_dim", "action_tokens", "steps_cap", "steps_bins") + ("simultaneous",) * (
-            obs_mode == "images"
-        )
+        alike = ("state_names", "state_dim", "action_tokens", "steps_cap", "steps_bins", "simultaneous")
         if any(getattr(env, k) != getattr(taught, k) for k in alike):
             raise UserError(f"--domain {domain}: its actions or observations are not those of {settings['domain']}; leave it out")
     policy = common.load(stage1 / "policy.safetensors", env)

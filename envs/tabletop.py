@@ -322,7 +322,7 @@ class TabletopVectorEnv(MujocoVectorEnv):
             raise ValueError(f"history {history}: choose 0 or 1")
         require_size(size)
         self.num_envs, self.obs, self.size, self.look, self.render_mode = num_envs, obs, size, look, render_mode
-        self.history, self.simultaneous = bool(history), not history  # both images are of now
+        self.simultaneous = obs == "state" or not history  # both images are of now; states always are
         n, B = num_envs, len(self.things)
         self.state_names = ("tool", *self.things)
         self.single_action_space = gym.spaces.Box(-ACTION_LIMIT, ACTION_LIMIT, (2,), np.float32)
@@ -372,7 +372,7 @@ class TabletopVectorEnv(MujocoVectorEnv):
         if stuck.any():
             self.reset(options={"reset_mask": stuck})
         self.t[mask] = 0
-        if self.history:
+        if not self.simultaneous:
             self.frames[mask, 0] = self.frames[mask, 1]  # an episode's first frame is its own predecessor
         return self._observe(), self._info()
 
@@ -409,7 +409,7 @@ class TabletopVectorEnv(MujocoVectorEnv):
         return [f"{way} the {name}" for way in self._ways() for name in names] + ["where is the tool"]
 
     def _ways(self) -> list[str]:
-        return ["where is", "from the tool where is"] + ["near the tool where is"] * (not self.history)
+        return ["where is", "from the tool where is"] + ["near the tool where is"] * self.simultaneous
 
     def scenes(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
         """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers float (n, 2) in [0, 1],
@@ -433,7 +433,7 @@ class TabletopVectorEnv(MujocoVectorEnv):
             places[i] = np.roll(seen, 1, 0), np.roll(close, 1, 0)  # the tool is the first
             hidden = ((places[i, 0] < 0) | (places[i, 0] >= 1)).any(-1)
             places[i, 1, hidden] = -1  # beyond the picture's edge the second view is grey
-            if self.history:
+            if not self.simultaneous:
                 before = at[-1] + rng.uniform(-0.02, 0.02, 2)
                 then, _ = self._views(np.r_[np.c_[at[:-1], yaw].ravel(), before], camera)
                 views, places[i, 1] = np.stack([then[0], views[0]]), places[i, 0]
@@ -558,7 +558,7 @@ class TabletopVectorEnv(MujocoVectorEnv):
         if self.obs == "images":
             for i in np.flatnonzero(mask):
                 views, _ = self._views(self.sim.qpos[i], self.camera[i])
-                if self.history:
+                if not self.simultaneous:
                     views[1] = views[0]
                     if not first:
                         views[0] = self.frames[i, 1]

@@ -119,20 +119,19 @@ def figure3(by_run: dict[str, dict]) -> None:
         starts, ends = ([s for name, s in by_run.items() if re.fullmatch(pattern % stage, name)] for stage in (1, 2))
         shares = sorted({s["episodes"] for s in starts})
         groups = [[s for s in starts if s["episodes"] == n] for n in shares]
-        counts = [[sum(by_run[Path(s["stage1"]).name]["episodes"] == n for s in ends) for n in shares], [len(g) for g in groups]]
-        seeds = [", ".join(map(str, c)) for c in counts]
+        began = [by_run[Path(s["stage1"]).name] for s in ends]
+        seeds = [", ".join(str(sum(s["episodes"] == n for s in runs)) for n in shares) for runs in (starts, began)]
         for ax, key in zip(axes, ("success", "mean_steps"), strict=True):
             ax.plot(
                 shares, [sum(s[key] for s in g) / len(g) for g in groups], color=blue, lw=1, ls="--" if fill == "none" else "-"
             )
             ax.plot([f["episodes"] for f in starts], [f[key] for f in starts], "o", color=blue, ms=5, fillstyle=fill,
-                    label=f"{model}, Stage 1 (n = {seeds[1]} seeds)")  # fmt: skip
-            for k, s in enumerate(ends):
-                f = by_run[Path(s["stage1"]).name]
+                    label=f"{model}, Stage 1 (n = {seeds[0]} seeds)")  # fmt: skip
+            for k, (f, s) in enumerate(zip(began, ends, strict=True)):
                 x = [f["episodes"], f["episodes"] + s["episodes"]]
                 ax.plot(x, [f[key], s[key]], color=orange, lw=0.7, ls=":")
                 ax.plot(x[1:], [s[key]], "s", color=orange, ms=5, fillstyle=fill,
-                        label=None if k else f"{model}, Stage 1 + 2 (n = {seeds[0]} seeds)")  # fmt: skip
+                        label=None if k else f"{model}, Stage 1 + 2 (n = {seeds[1]} seeds)")  # fmt: skip
             ax.set(xlabel="episodes, demonstrations and practice")
     axes[0].set(ylabel="true success", ylim=(0, 1.02))
     axes[1].set(ylabel="steps (a failure counts 100)", ylim=(0, 102))

@@ -84,11 +84,11 @@ def test_the_renderer_agrees_with_pixels(height, width):
 
 def test_the_small_frame_is_the_same_view():
     env = table(obs="images", size=60)
-    small, large = env.frames[0, 0].astype(float), env.render()[0]
-    seen = large.reshape(60, 3, 320, 3).mean(1).repeat(3, 1).reshape(60, 60, 16, 3).mean(2)  # of every small pixel
+    small, large = env.frames[0, 0].astype(float), env._render(0, 360, 640)
+    seen = large.reshape(60, 6, 640, 3).mean(1).repeat(3, 1).reshape(60, 60, 32, 3).mean(2)  # of every small pixel
     off = {(v, u): np.abs(np.roll(small, (v, u), (0, 1)) - seen)[3:-3, 3:-3].mean() for v in (-1, 0, 1) for u in (-1, 0, 1)}
     best = off.pop((0, 0))
-    assert best < 3 and min(off.values()) > 2 * best, (best, off)  # of 255
+    assert best < 2 and min(off.values()) > 5  # of 255; here 1.4 and 6.4
 
 
 def test_track_is_where_the_tool_is_seen():
@@ -422,13 +422,12 @@ def test_ask_changes_the_instruction_and_nothing_else(obs):
     sim, meanings, fixed, weights = env.sim.state.copy(), list(env.meanings), env.tasks.fixed.copy(), env.tasks.weights.copy()
     after, info = env.ask(mask)
     assert np.array_equal(env.sim.state, sim) and not env.anew.any()
-    kind = env.obs
+    shown, then = after[env.obs], before[env.obs]
     if obs != "history":
-        assert np.array_equal(after[kind], before[kind])
+        assert np.array_equal(shown, then)
     else:  # an episode's first frame is its own predecessor, as after a reset
-        assert np.array_equal(after[kind][~mask], before[kind][~mask])
-        assert np.array_equal(after[kind][:, 1], before[kind][:, 1])
-        assert np.array_equal(after[kind][mask, 0], before[kind][mask, 1])
+        assert np.array_equal(shown[~mask], then[~mask]) and np.array_equal(shown[:, 1], then[:, 1])
+        assert np.array_equal(shown[mask, 0], then[mask, 1])
     assert env.t.tolist() == [0 if m else 4 for m in mask] and info.keys() == env.step(np.zeros((n, 2)))[4].keys()
     changed = np.array([a != b for a, b in zip(after["instruction"], before["instruction"], strict=True)])
     assert not changed[~mask].any() and changed[mask].mean() > 0.9
@@ -663,7 +662,7 @@ def test_scenes_ask_where_things_are_and_the_frames_show_it():
             if text.startswith(way) and name.split()[0] in CHANNELS and 0 < min(answer) <= max(answer) < 1:
                 found.append(shows(view, answer, name))
     # the place is the middle of the block's foot: its own front hides it, another block or the tool seldom does
-    assert all(len(found) > 20 and np.mean(found) > 0.8 for found in seen.values()), seen
+    assert all(len(found) > 20 and np.mean(found) > 0.85 for found in seen.values()), seen
     again = env.scenes(np.random.default_rng(0), 200)
     assert texts == again[1]
     for a, b in zip((images, answers, places), (again[0], *again[2:]), strict=True):
@@ -734,11 +733,11 @@ def test_both_views_are_of_now(look):
 
 def test_what_the_camera_does_not_see_is_seen_in_no_view():
     """It may be near enough to the tool for the second view, which is grey there."""
-    env, corner = envs.make_vec("tabletop", 1, obs="images", look="real"), 0
+    env = envs.make_vec("tabletop", 1, obs="images", look="real")
     _, _, _, places = env.scenes(np.random.default_rng(0), 600)
     hidden = ((places[:, 0] < 0) | (places[:, 0] >= 1)).any(-1)  # (600, 5)
-    corner = ((places[:, 1] >= 0) & (places[:, 1] < 1)).all(-1)
-    assert hidden.any() and not (hidden & corner).any()
+    near = ((places[:, 1] >= 0) & (places[:, 1] < 1)).all(-1)
+    assert hidden.any() and not (hidden & near).any()
 
 
 def test_scenes_from_the_tool_are_half_the_way_there():
