@@ -59,6 +59,7 @@ class EFMConfig:
     head_dim: int = 16
     mlp_dim: int = 256
     vocab_size: int = 0  # set from the tokenizer
+    number_waves: bool = False  # number tokens start on a curve, neighbours close to each other, and not at random
     rope_theta: float = 10_000.0
     # vision tower (SigLIP layout); image_size 0: no images, the model reads states
     image_size: int = 0
@@ -77,6 +78,7 @@ PRESETS = {
     "nano": EFMConfig(),  # reads states
     "nano-vision": EFMConfig(depth=3),  # reads frames: one block more, to relate what it sees
     "nano-deep": EFMConfig(depth=4),  # a table's geometry takes more blocks in a row
+    "nano-arms": EFMConfig(depth=4, number_waves=True),  # of 256 bins each would have to be learnt by itself
     "nano-wide": EFMConfig(width=128, depth=3, head_dim=32, mlp_dim=512),  # Figure 3's smaller shares
     "small": EFMConfig(width=512, depth=8, heads=8, kv_heads=2, head_dim=64, mlp_dim=2048,
                        vit_width=384, vit_depth=12, vit_heads=6, vit_mlp_dim=1536),
@@ -352,6 +354,10 @@ class EFM(nn.Module):
             average = torch.block_diag(*(torch.full((1, len(w)), 1 / len(w), device="cpu") for w in words))  # (S, words)
             self.register_buffer("state_average", average, persistent=False)
         self.apply(self._init)
+        if cfg.number_waves:  # as sines and cosines, of 4 to 512 tokens: input and, tied, output know which numbers are alike
+            angle = 2 * math.pi * torch.arange(N_LOC)[:, None] / torch.logspace(math.log10(4), math.log10(512), cfg.width // 2)
+            waves = torch.cat([angle.cos(), angle.sin()], 1) * (2 / cfg.width) ** 0.5  # (N_LOC, D), of the others' length 1
+            self.language_model.embed_tokens.weight.data[tokenizer.loc : tokenizer.loc + N_LOC] = waves
         for name, p in self.named_parameters():  # residual branches start small (GPT-2)
             if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
                 p.data /= math.sqrt(2 * (cfg.depth if "language" in name else cfg.vit_depth))
@@ -419,7 +425,8 @@ class EFM(nn.Module):
         hidden = self.hidden(obs, prompts, answer + self.tokenizer.loc)  # (B, L, D)
         least, most = min(r[0] for r in ranges), max(r[1] for r in ranges)
         logits = self.logits(hidden, self.number_ids((least, most))).float()  # one product for all positions, allowed or not
-        return [logits[:, i, first - least : end - least].log_softmax(-1) for i, (first, end) in enumerate(ranges)]
+        # unbound, not indexed: each index would cost a gradient of the size of all positions
+        return [x[:, a - least : b - least].log_softmax(-1) for x, (a, b) in zip(logits.unbind(1), ranges, strict=True)]
 
     def log_prob(self, obs: dict[str, Tensor], prompts: list[str], answer: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
         """log p(answer | o, question): the sum over the answer's tokens, float (B,).

@@ -53,9 +53,9 @@ class Config:
     data_fraction: float = 1.0  # share of the demonstrations to learn from; smaller shares are parts of larger ones
     dataset: str = ""  # or the id of a Minari dataset with the domain's spaces
     updates: int = 0  # optimiser steps; 0: what the domain takes
-    batch: int = 128  # samples per update, split evenly over the objectives
+    batch: int = 0  # samples per update, split evenly over the objectives; 0: 128, or what the domain takes
     policy: Literal["", "best", "last"] = ""  # which becomes the policy: the best at cloning held-out episodes, or the last
-    lr: float = 1e-3  # AdamW, after a linear warm-up of 100 updates decaying to a tenth (cosine)
+    lr: float = 0.0  # AdamW, after a linear warm-up of 100 updates decaying to a tenth (cosine); 0: 1e-3, or the domain's
     lora_rank: int = 0  # train LoRA adapters of this rank in place of the pre-trained weights; 0: all weights
     bf16: bool = False  # matrix products in bfloat16; weights, scores and d(o, g) stay in float32
     checkpointing: bool = False  # keep no activations inside the blocks: less memory, a third more time
@@ -261,8 +261,9 @@ def main(cfg: Config) -> None:
     pretrained = bool(cfg.weights or cfg.vit)
     cfg.obs = cfg.obs or ("images" if pretrained else env.default_obs)
     env = common.make_env(cfg.domain, 1, obs=cfg.obs)
-    for field in ("model", "episodes", "updates", "policy"):
-        setattr(cfg, field, getattr(cfg, field) or env.recipes[cfg.obs][field])
+    recipe = {"batch": 128, "lr": 1e-3} | env.recipes[cfg.obs]
+    for field in ("model", "episodes", "updates", "policy", "batch", "lr"):
+        setattr(cfg, field, getattr(cfg, field) or recipe[field])
     if cfg.model not in (*models.PRESETS, "paligemma"):
         raise UserError(f"--model {cfg.model}: unknown; choose paligemma or one of {', '.join(models.PRESETS)}")
     if (cfg.model == "paligemma") != bool(cfg.weights):

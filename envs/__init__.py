@@ -7,7 +7,7 @@ A domain is a `gymnasium.vector.VectorEnv` (autoreset disabled; `reset(options={
 
     name, default_obs        "pointmass" (with its arguments, see `make_vec`), "state"
     horizon                  steps until truncation
-    recipes                  what the stages take, by kind of observation: model, demonstrations, updates, policy; iterations
+    recipes                  what the stages take, by kind of observation: model, demonstrations, updates, batch, ...; iterations
     steps_cap, steps_bins    the steps-to-go tokens: bins of steps_cap / steps_bins steps
     success_threshold        s, the steps to go at which the detector fires
     success_bonus            what Stage 2 adds to the reward on ground-truth success; 0 but where the paper does

@@ -31,7 +31,7 @@ Arguments
 Version history
     v0: first version. Against gym-aloha: servos are damped and carry the arms' weight (there, dry friction does both), a
     finger is two boxes in place of its mesh's hull, objects have no dry friction in the air, a floor lies 0.4 m below
-    the table's top, steps are 5 ms (2 ms). ACT's own script takes 7 s, our expert 3.5 s.
+    the table's top, steps are 5 ms (2 ms). ACT's own script takes 7 s, and so does our expert.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ TURNS = np.array([[1.0, 0, 0, 0], HALF_TURN])
 PITCH = np.radians(75)  # how far down grippers point when they grasp
 GRASP = multiply(TURNS, from_vector(np.array([0, PITCH, 0])))  # (2, 4)
 # the fastest that any joint turns in demonstrations [rad/s], as in JOINTS: how fine the bins of the actions can be
-RATE = np.array([0.8, 0.85, 0.8, 1.1, 1.1, 1.3])
+RATE = np.array([0.4, 0.425, 0.4, 0.55, 0.55, 0.65])
 VERBS, PEGS, SOCKETS = ("insert", "put", "push", "plug"), ("peg", "red peg"), ("socket", "blue socket")
 
 
@@ -253,7 +253,8 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
     success_threshold, success_bonus = 1.0, 1.0  # the paper adds "a small constant": the cameras do not see the insertion
     simultaneous = True  # both images are of now
     predicts_instruction = False  # the paper asks it on LanguageTable only
-    recipes = {"state": {"model": "nano-deep", "episodes": 5000, "updates": 6000, "policy": "last", "iterations": 100},
+    recipes = {"state": {"model": "nano-arms", "episodes": 5000, "updates": 18_000, "batch": 32, "lr": 4e-3, "policy": "last",
+                         "iterations": 100},
                # runs, has not been trained
                "images": {"model": "nano-vision", "episodes": 2000, "updates": 24_000, "policy": "last",
                           "iterations": 100}}  # fmt: skip
@@ -288,8 +289,7 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
         self.frames = np.zeros((n, 2, size, size, 3), np.uint8)
         # for the expert: 2 N arms alone, left and right in turn, whose kinematics it inverts
         self.arms: Batch | None = None
-        # the demonstrator's habits: its pace, where each hand is off now [m], where each aims amiss [m], drops to come
-        self.pace, self.wobble = np.zeros(n), np.zeros((n, 2, 3))
+        # the demonstrator's habits: where each hand aims amiss [m], drops to come
         self.miss, self.drops = np.zeros((n, 2, 3)), np.zeros((n, 2), bool)
 
     # --- Gymnasium ----------------------------------------------------------------------------------------------------
@@ -416,21 +416,27 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
     def expert(self) -> np.ndarray:
         """The best we can script, actions float (N, 70)."""
         nothing = np.zeros((self.num_envs, 2, 3))
-        return self._plan(np.ones(self.num_envs), nothing, nothing, np.zeros((self.num_envs, 2), bool))
+        return self._plan(1.0, nothing, np.zeros((self.num_envs, 2), bool))
 
     def demonstrate(self) -> np.ndarray:
-        """People's way, actions float (N, 70): each at a pace of its own, unsteady; some miss, or drop, and grasp again."""
-        held = self.held
+        """People's way, actions float (N, 70): slower, not steady, with pauses; some miss, or drop, and grasp again.
+
+        What cannot be seen, a pause or a joint's unsteadiness, is decided anew every 0.5 s and lasts as long: were it the
+        hand's, or the episode's, one joint's token would tell what the others' have to be by way of the arm's Jacobian.
+        """
+        held, pause = self.held, np.array([rng.uniform() < 0.1 for rng in self.rngs])
         self.miss[(self.joints[..., 6] < 0.3) & ~held & (self.t > 0)[:, None]] = 0  # closed on nothing: aim anew
-        drop = self.drops & held & (self.objects[0][..., 2] > 0.05)
+        drop = self.drops & held & (self.objects[0][..., 2] > 0.05) & ~pause[:, None]
         self.drops &= ~drop
-        for i, rng in enumerate(self.rngs):
-            self.wobble[i] = 0.6 * self.wobble[i] + rng.normal(0, 0.002, (2, 3))
-        return self._plan(self.pace, self.wobble, self.miss, drop)
+        action = self._plan(0.9, self.miss, drop).reshape(self.num_envs, CHUNK, 2, 7)
+        unsteady = np.stack([rng.normal(0, 0.01, (2, 6)) for rng in self.rngs])  # [rad/s]
+        action[..., :6] += unsteady[:, None] * TARGET_S * np.arange(1, CHUNK + 1)[:, None, None]
+        action[pause, ..., :6] = 0
+        action[pause, ..., 6] = (self.command[pause, None, 6::8] - CLOSED) / (OPEN - CLOSED)
+        return np.clip(action.reshape(self.num_envs, -1), self.low, self.high)
 
     def _acquire_habits(self, i: int, rng: np.random.Generator) -> None:
         """How simulation i's demonstrator goes about this episode: about half of them miss or drop something once."""
-        self.pace[i], self.wobble[i] = rng.uniform(0.5, 0.9), 0
         self.miss[i] = (rng.uniform(size=(2, 1)) < 0.15) * [0, 0, 1] * rng.uniform(0.03, 0.05, (2, 1))
         self.drops[i] = rng.uniform(size=2) < 0.15
 
@@ -455,12 +461,12 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
             q = np.clip(q + (jacobian.swapaxes(1, 2) @ np.linalg.solve(square, error[..., None]))[..., 0], low, high)
         return q.reshape(shape)
 
-    def _plan(self, pace: np.ndarray, wobble: np.ndarray, miss: np.ndarray, drop: np.ndarray) -> np.ndarray:
+    def _plan(self, pace: float, miss: np.ndarray, drop: np.ndarray) -> np.ndarray:
         """Actions float (N, 70): the hands move by rules, five targets ahead in thought, and the joints follow.
 
         A hand without its object goes above it, down, and closes; one that holds it brings it, level, to the middle of
-        the table; when both are there and in line they push. pace (N,) scales the speeds; the hands go `wobble`
-        (N, 2, 3) [m] beside the plan, grasp `miss` (N, 2, 3) [m] beside the object, and let go where `drop` (N, 2).
+        the table; the better the two are in line, the nearer they come. pace scales the speeds; the hands grasp `miss`
+        (N, 2, 3) [m] beside the object, and let go where `drop` (N, 2).
         """
         joints, held = self.joints, self.held & ~drop
         start, opening = joints[..., :6], joints[..., 6]
@@ -477,9 +483,11 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
         for _ in range(CHUNK):
             gap = np.diff(hand + rotate(quat, in_hand), axis=1)[:, 0]  # (N, 3), from the socket's middle to the peg's
             slant = np.linalg.norm(rotate(quat, axis_in_hand)[..., 1:], axis=2).max(1)
-            play = np.where(gap[:, 0] < 0.12, 0.007, 0.004)  # [m]; 8 mm inside, where it is too late to be choosy
-            in_line = both & (np.linalg.norm(gap[:, 1:], axis=1) < play) & (slant < 0.06)
-            apart = np.where(in_line, 0.09, np.where(both, 0.16, 0.26))  # they touch the pin at 0.10, each other at 0.12
+            # how far the peg's end is beside the socket's axis [m]; there are 8 mm of play, and they touch each other at
+            # 0.12, the pin at 0.10. A funnel, no threshold: who imitates one, a millimetre off, waits before it for ever
+            amiss = np.linalg.norm(gap[:, 1:], axis=1) + 0.06 * slant
+            apart = np.where(both, 0.09 + 0.07 * np.clip((amiss - 0.004) / 0.006, 0, 1), 0.26)
+            near = both & (gap[:, 0] < 0.17)
             meet = apart[:, None, None] * [[-0.5, 0, 0], [0.5, 0, 0]] + [0, 0.5, 0.15]  # (N, 2, 3)
 
             off, turn = hand - grasp, to_vector(multiply(goal_quat, inverse(quat)))
@@ -492,11 +500,11 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
 
             goal = np.where(over[..., None], grasp, above)
             goal = np.where(held[..., None], meet - rotate(level_quat, in_hand), goal)
-            speed = np.where(held, np.where(in_line, 0.08, 0.2)[:, None], np.where(over, 0.16, 0.28))  # [m/s]
-            step, angle = pace[:, None] * speed * TARGET_S, pace[:, None] * 1.1 * TARGET_S  # 1.1 rad/s
+            speed = np.where(held, np.where(near, 0.04, 0.1)[:, None], np.where(over, 0.08, 0.14))  # [m/s]
+            step, angle = pace * speed * TARGET_S, pace * 0.55 * TARGET_S  # 0.55 rad/s
             hand, quat = hand + within(goal - hand, step), multiply(from_vector(within(turn, angle)), quat)
             opening = np.where(close, opening, np.minimum(opening + 0.5, 1))  # it opens in 0.2 s
-            q = q + np.clip(self._invert(q, hand + wobble, quat) - q, -RATE * TARGET_S, RATE * TARGET_S)
+            q = q + np.clip(self._invert(q, hand, quat) - q, -RATE * TARGET_S, RATE * TARGET_S)
             plan.append(np.concatenate([q - start, np.where(close, 0.0, 1.0)[..., None]], 2))  # (N, 2, 7)
         return np.clip(np.stack(plan, 1).reshape(self.num_envs, -1), self.low, self.high)
 
