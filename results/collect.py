@@ -2,7 +2,7 @@
 
 The runs themselves are made by the commands in results/README.md. Writes summaries.csv (a row per run) and metrics/*.csv
 (each run's raw metrics), in which runs that are not in runs/ any more stay, and from these two table.md (the README's),
-learning.png (practice, every seed a line) and figure3.png.
+learning.png (practice, every seed a line), figure3.png and figure8.png.
 """
 
 import contextlib
@@ -26,14 +26,16 @@ GROUPS = {  # title: runs, and the steps of the scripted expert that goes straig
     "tabletop, states": ("tabletop-stage2-s", 17.1),
     "tabletop, 40 % of the data": ("tabletop-p40-stage2-s", 17.1),
     "tabletop, images": ("tabletop-images-stage2-s", 17.1),
+    "aloha, states": ("aloha-stage2-s", 13.6),
 }
 
 
-# the runs of figure3.png, shares of 20,000 demonstrations, by model
+# the runs of figure3.png, shares of 20,000 demonstrations, and of figure8.png, of 5,000, by model
 FIGURE3 = {
     "nano-wide": ("tabletop-10percent", "tabletop-20percent", "tabletop-80percent"),
     "nano-deep": ("tabletop-p10", "tabletop-p40", "tabletop"),
 }
+FIGURE8 = {"nano-arms": ("aloha-25percent", "aloha-50percent", "aloha")}
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -106,14 +108,15 @@ def main() -> None:
         bottom.xaxis.set_major_locator(plt.MaxNLocator(4))
     fig.tight_layout()
     fig.savefig(OUT / "learning.png", dpi=130)
-    figure3(by_run)
+    against_imitation(by_run, "figure3", FIGURE3, "steps (a failure counts 100)", 100, 17.1)
+    against_imitation(by_run, "figure8", FIGURE8, "decisions (a failure counts 40)", 40, 13.6)
 
 
-def figure3(by_run: dict[str, dict]) -> None:
-    """Figure 3's first panel at our scale: imitation alone against imitation and practice, by episodes of either."""
+def against_imitation(by_run: dict[str, dict], name: str, models: dict[str, tuple], ylabel: str, cap: int, expert: float) -> None:
+    """Figure 3's first panel, or Figure 8's right one, at our scale: imitation alone and with practice, by episodes of both."""
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     blue, orange = "#0072B2", "#D55E00"
-    for model, prefixes in FIGURE3.items():
+    for model, prefixes in models.items():
         fill = "none" if model == "nano-deep" else "full"
         pattern = rf"({'|'.join(prefixes)})-stage%d-s\d+"
         starts, ends = ([s for name, s in by_run.items() if re.fullmatch(pattern % stage, name)] for stage in (1, 2))
@@ -134,11 +137,11 @@ def figure3(by_run: dict[str, dict]) -> None:
                         label=None if k else f"{model}, Stage 1 + 2 (n = {seeds[1]} seeds)")  # fmt: skip
             ax.set(xlabel="episodes, demonstrations and practice")
     axes[0].set(ylabel="true success", ylim=(0, 1.02))
-    axes[1].set(ylabel="steps (a failure counts 100)", ylim=(0, 102))
-    axes[1].axhline(17.1, color="0.5", ls="--", lw=1, label="scripted expert")
+    axes[1].set(ylabel=ylabel, ylim=(0, 1.02 * cap))
+    axes[1].axhline(expert, color="0.5", ls="--", lw=1, label="scripted expert")
     axes[0].legend(fontsize=7)
     fig.tight_layout()
-    fig.savefig(OUT / "figure3.png", dpi=130)
+    fig.savefig(OUT / f"{name}.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -209,6 +209,25 @@ def test_cached_sampling_equals_the_uncached_path(rng, kv_heads):
         torch.testing.assert_close(entropy, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_number_waves_put_numbers_on_a_curve_and_change_no_word():
+    tables = []
+    for waves in (False, True):
+        torch.manual_seed(0)
+        model = EFM(dataclasses.replace(TINY, number_waves=waves), Tokenizer.train([*INSTRUCTIONS, *TINY.state_names]))
+        tables.append(model.language_model.embed_tokens.weight.detach())
+    first = model.tokenizer.loc
+    numbers = slice(first, first + models.N_LOC)
+    assert torch.equal(tables[0][:first], tables[1][:first]) and torch.equal(tables[0][numbers.stop :], tables[1][numbers.stop :])
+    plain, waves = (t[numbers] @ t[numbers].T for t in tables)  # dots of any two numbers
+    torch.testing.assert_close(waves.diagonal(), torch.ones(models.N_LOC))
+    # by hand: sines and cosines of wavelengths 4 ... 512 give the mean cosine of the distance, whatever the place
+    lengths = torch.tensor([4 * 128 ** (k / 11) for k in range(12)])
+    for distance in (1, 3, 40):
+        expected = torch.cos(2 * torch.pi * distance / lengths).mean()
+        torch.testing.assert_close(waves.diagonal(distance), expected.expand(models.N_LOC - distance), atol=1e-4, rtol=0)
+    assert waves.diagonal(1).min() > 0.8 > 0.5 > plain.diagonal(1).mean()
+
+
 @pytest.mark.parametrize("L", [1, 2, 7])
 def test_a_longer_answer_costs_no_more_gradients_of_the_whole_table(L):
     """Each use of the embeddings makes one of their size, 2 GB at 3B: the tokens' look-up and the scores, no more."""
