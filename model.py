@@ -355,8 +355,9 @@ class EFM(nn.Module):
             self.register_buffer("state_average", average, persistent=False)
         self.apply(self._init)
         if cfg.number_waves:  # as sines and cosines, of 4 to 512 tokens: input and, tied, output know which numbers are alike
-            angle = 2 * math.pi * torch.arange(N_LOC)[:, None] / torch.logspace(math.log10(4), math.log10(512), cfg.width // 2)
-            waves = torch.cat([angle.cos(), angle.sin()], 1) * (2 / cfg.width) ** 0.5  # (N_LOC, D), of the others' length 1
+            length = torch.logspace(math.log10(4), math.log10(512), (cfg.width + 1) // 2)
+            angle = 2 * math.pi * torch.arange(N_LOC)[:, None] / length
+            waves = torch.cat([angle.cos(), angle.sin()], 1)[:, : cfg.width] * (2 / cfg.width) ** 0.5  # (N_LOC, D), of norm 1
             self.language_model.embed_tokens.weight.data[tokenizer.loc : tokenizer.loc + N_LOC] = waves
         for name, p in self.named_parameters():  # residual branches start small (GPT-2)
             if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):

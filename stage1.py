@@ -53,9 +53,9 @@ class Config:
     data_fraction: float = 1.0  # share of the demonstrations to learn from; smaller shares are parts of larger ones
     dataset: str = ""  # or the id of a Minari dataset with the domain's spaces
     updates: int = 0  # optimiser steps; 0: what the domain takes
-    batch: int = 0  # samples per update, split evenly over the objectives; 0: 128, or what the domain takes
+    batch: int = 0  # samples per update, split evenly over the objectives; 0: 128, or the domain's for its model
     policy: Literal["", "best", "last"] = ""  # which becomes the policy: the best at cloning held-out episodes, or the last
-    lr: float = 0.0  # AdamW, after a linear warm-up of 100 updates decaying to a tenth (cosine); 0: 1e-3, or the domain's
+    lr: float = 0.0  # AdamW, after a linear warm-up of 100 updates decaying to a tenth (cosine); 0: 1e-3, or likewise
     lora_rank: int = 0  # train LoRA adapters of this rank in place of the pre-trained weights; 0: all weights
     bf16: bool = False  # matrix products in bfloat16; weights, scores and d(o, g) stay in float32
     checkpointing: bool = False  # keep no activations inside the blocks: less memory, a third more time
@@ -261,7 +261,9 @@ def main(cfg: Config) -> None:
     pretrained = bool(cfg.weights or cfg.vit)
     cfg.obs = cfg.obs or ("images" if pretrained else env.default_obs)
     env = common.make_env(cfg.domain, 1, obs=cfg.obs)
-    recipe = {"batch": 128, "lr": 1e-3} | env.recipes[cfg.obs]
+    recipe, usual = env.recipes[cfg.obs], {"batch": 128, "lr": 1e-3}
+    own = (cfg.model or recipe["model"]) == recipe["model"]  # a domain's batch and learning rate are for its model
+    recipe = usual | recipe if own else recipe | usual
     for field in ("model", "episodes", "updates", "policy", "batch", "lr"):
         setattr(cfg, field, getattr(cfg, field) or recipe[field])
     if cfg.model not in (*models.PRESETS, "paligemma"):
@@ -314,6 +316,9 @@ def main(cfg: Config) -> None:
     data = common.rank_0_first(load_demonstrations, cfg)
     if "frames" in data and (data["frames"].ndim == 5) != env.simultaneous:
         raise UserError("data/: these demonstrations have the frames of an earlier version; delete them, they are recorded again")
+    low, high = env.single_action_space.low, env.single_action_space.high
+    if not cfg.dataset and (np.abs(data["action"] - np.clip(data["action"], low, high)) > 0.01 * (high - low)).any():
+        raise UserError("data/: these demonstrations have actions of an earlier version; delete them, they are recorded again")
     held_out, used = split(len(data["length"]), cfg.data_fraction)
     train, valid = (Demonstrations(data, np.flatnonzero(m & used), env.state_dim) for m in (~held_out, held_out))
     actions, steps = action_tokenizer(**env.action_tokens), StepsToGo(env.steps_cap, env.steps_bins)

@@ -227,7 +227,7 @@ HALF_TURN = np.array([0, 0, 0, 1.0])  # about z: the right arm faces the left on
 TURNS = np.array([[1.0, 0, 0, 0], HALF_TURN])
 PITCH = np.radians(75)  # how far down grippers point when they grasp
 GRASP = multiply(TURNS, from_vector(np.array([0, PITCH, 0])))  # (2, 4)
-# the fastest that any joint turns in demonstrations [rad/s], as in JOINTS: how fine the bins of the actions can be
+# the fastest that the plan turns a joint [rad/s], as in JOINTS: how fine the bins of the actions can be
 RATE = np.array([0.4, 0.425, 0.4, 0.55, 0.55, 0.65])
 VERBS, PEGS, SOCKETS = ("insert", "put", "push", "plug"), ("peg", "red peg"), ("socket", "blue socket")
 
@@ -289,8 +289,8 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
         self.frames = np.zeros((n, 2, size, size, 3), np.uint8)
         # for the expert: 2 N arms alone, left and right in turn, whose kinematics it inverts
         self.arms: Batch | None = None
-        # the demonstrator's habits: where each hand aims amiss [m], drops to come
-        self.miss, self.drops = np.zeros((n, 2, 3)), np.zeros((n, 2), bool)
+        # the demonstrator's habits: where each hand aims amiss [m], drops to come, where the peg will be off the socket [m]
+        self.miss, self.drops, self.bump = np.zeros((n, 2, 3)), np.zeros((n, 2), bool), np.zeros((n, 3))
 
     # --- Gymnasium ----------------------------------------------------------------------------------------------------
     def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
@@ -415,30 +415,34 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
     # --- who shows how ------------------------------------------------------------------------------------------------
     def expert(self) -> np.ndarray:
         """The best we can script, actions float (N, 70)."""
-        nothing = np.zeros((self.num_envs, 2, 3))
-        return self._plan(1.0, nothing, np.zeros((self.num_envs, 2), bool))
+        n = self.num_envs
+        return self._plan(1.0, np.zeros((n, 2, 3)), np.zeros((n, 2), bool), np.zeros((n, 3)))
 
     def demonstrate(self) -> np.ndarray:
-        """People's way, actions float (N, 70): slower, not steady, with pauses; some miss, or drop, and grasp again.
+        """People's way, actions float (N, 70): slower, not steady, with pauses; some miss, drop or bump, and try again.
 
         What cannot be seen, a pause or a joint's unsteadiness, is decided anew every 0.5 s and lasts as long: were it the
         hand's, or the episode's, one joint's token would tell what the others' have to be by way of the arm's Jacobian.
+        The peg is held beside the socket now and then because d has to see that near is not yet in.
         """
-        held, pause = self.held, np.array([rng.uniform() < 0.1 for rng in self.rngs])
+        held, pause = self.held, np.array([rng.uniform() < 0.1 for rng in self.rngs]) & (self.t > 0)
         self.miss[(self.joints[..., 6] < 0.3) & ~held & (self.t > 0)[:, None]] = 0  # closed on nothing: aim anew
         drop = self.drops & held & (self.objects[0][..., 2] > 0.05) & ~pause[:, None]
         self.drops &= ~drop
-        action = self._plan(0.9, self.miss, drop).reshape(self.num_envs, CHUNK, 2, 7)
+        self.bump[self.touch[:, 6]] = 0  # the peg is at the socket's rim: back, and in line
+        action = self._plan(0.9, self.miss, drop, self.bump).reshape(self.num_envs, CHUNK, 2, 7)
         unsteady = np.stack([rng.normal(0, 0.01, (2, 6)) for rng in self.rngs])  # [rad/s]
         action[..., :6] += unsteady[:, None] * TARGET_S * np.arange(1, CHUNK + 1)[:, None, None]
         action[pause, ..., :6] = 0
-        action[pause, ..., 6] = (self.command[pause, None, 6::8] - CLOSED) / (OPEN - CLOSED)
+        action[pause, ..., 6] = np.round((self.command[pause, None, 6::8] - CLOSED) / (OPEN - CLOSED))
         return np.clip(action.reshape(self.num_envs, -1), self.low, self.high)
 
     def _acquire_habits(self, i: int, rng: np.random.Generator) -> None:
-        """How simulation i's demonstrator goes about this episode: about half of them miss or drop something once."""
+        """How simulation i's demonstrator goes about this episode: most of them miss, drop or bump something once."""
         self.miss[i] = (rng.uniform(size=(2, 1)) < 0.15) * [0, 0, 1] * rng.uniform(0.03, 0.05, (2, 1))
         self.drops[i] = rng.uniform(size=2) < 0.15
+        way = rng.uniform(0, 2 * np.pi)
+        self.bump[i] = (rng.uniform() < 0.3) * rng.uniform(0.012, 0.028) * np.array([0, np.cos(way), np.sin(way)])
 
     def _invert(self, q: np.ndarray, pos: np.ndarray, quat: np.ndarray) -> np.ndarray:
         """Joints float (N, 2, 6) near q that bring the hands to pos (N, 2, 3) [m], quat (N, 2, 4): damped least squares."""
@@ -461,12 +465,12 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
             q = np.clip(q + (jacobian.swapaxes(1, 2) @ np.linalg.solve(square, error[..., None]))[..., 0], low, high)
         return q.reshape(shape)
 
-    def _plan(self, pace: float, miss: np.ndarray, drop: np.ndarray) -> np.ndarray:
+    def _plan(self, pace: float, miss: np.ndarray, drop: np.ndarray, bump: np.ndarray) -> np.ndarray:
         """Actions float (N, 70): the hands move by rules, five targets ahead in thought, and the joints follow.
 
         A hand without its object goes above it, down, and closes; one that holds it brings it, level, to the middle of
         the table; the better the two are in line, the nearer they come. pace scales the speeds; the hands grasp `miss`
-        (N, 2, 3) [m] beside the object, and let go where `drop` (N, 2).
+        (N, 2, 3) [m] beside the object, let go where `drop` (N, 2), and bring the peg `bump` (N, 3) [m] beside the socket.
         """
         joints, held = self.joints, self.held & ~drop
         start, opening = joints[..., :6], joints[..., 6]
@@ -481,7 +485,7 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
         goal_quat, both = np.where(held[..., None], level_quat, grasp_quat), held.all(1)
         plan, q = [], start
         for _ in range(CHUNK):
-            gap = np.diff(hand + rotate(quat, in_hand), axis=1)[:, 0]  # (N, 3), from the socket's middle to the peg's
+            gap = np.diff(hand + rotate(quat, in_hand), axis=1)[:, 0] - bump  # (N, 3), from the socket's middle to the peg's
             slant = np.linalg.norm(rotate(quat, axis_in_hand)[..., 1:], axis=2).max(1)
             # how far the peg's end is beside the socket's axis [m]; there are 8 mm of play, and they touch each other at
             # 0.12, the pin at 0.10. A funnel, no threshold: who imitates one, a millimetre off, waits before it for ever
@@ -489,6 +493,7 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
             apart = np.where(both, 0.09 + 0.07 * np.clip((amiss - 0.004) / 0.006, 0, 1), 0.26)
             near = both & (gap[:, 0] < 0.17)
             meet = apart[:, None, None] * [[-0.5, 0, 0], [0.5, 0, 0]] + [0, 0.5, 0.15]  # (N, 2, 3)
+            meet[:, 1] += bump
 
             off, turn = hand - grasp, to_vector(multiply(goal_quat, inverse(quat)))
             aside, turned = np.linalg.norm(off[..., :2], axis=2), np.linalg.norm(turn, axis=2)

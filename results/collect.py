@@ -91,9 +91,10 @@ def main() -> None:
     (OUT / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
-    fig, axes = plt.subplots(2, len(GROUPS), figsize=(4 * len(GROUPS), 6), sharex="col")
-    for (title, (prefix, straight)), (top, bottom) in zip(GROUPS.items(), axes.T, strict=True):
-        group = [run for run in by_run if re.fullmatch(re.escape(prefix) + r"\d+", run)]
+    groups = {k: [run for run in by_run if re.fullmatch(re.escape(prefix) + r"\d+", run)] for k, (prefix, _) in GROUPS.items()}
+    groups = {title: group for title, group in groups.items() if group}
+    fig, axes = plt.subplots(2, len(groups), figsize=(4 * len(groups), 6), sharex="col")
+    for (title, group), (top, bottom) in zip(groups.items(), axes.T, strict=True):
         for run, colour in zip(group, plt.get_cmap("viridis")([i / max(1, len(group)) for i in range(len(group))]), strict=True):
             with open(OUT / "metrics" / f"{run}.csv") as f:
                 rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
@@ -102,7 +103,7 @@ def main() -> None:
             bottom.plot(x, [r["mean_steps"] for r in rows], color=colour, lw=0.9, label=run.split("-")[-1])
         top.set_title(f"{title} (n = {len(group)} seeds)", fontsize=9)
         top.set(ylabel="share of episodes ended by the detector", ylim=(0, 1.05))
-        bottom.axhline(straight, color="#D55E00", ls="--", label="scripted, straight to the goal")
+        bottom.axhline(GROUPS[title][1], color="#D55E00", ls="--", label="scripted, straight to the goal")
         bottom.set(xlabel="environment steps", ylabel="steps per practice episode", yscale="log")
         bottom.legend(fontsize=7)
         bottom.xaxis.set_major_locator(plt.MaxNLocator(4))
@@ -114,6 +115,8 @@ def main() -> None:
 
 def against_imitation(by_run: dict[str, dict], name: str, models: dict[str, tuple], ylabel: str, cap: int, expert: float) -> None:
     """Figure 3's first panel, or Figure 8's right one, at our scale: imitation alone and with practice, by episodes of both."""
+    if not any(re.match(rf"({'|'.join(sum(models.values(), ()))})-stage1-", run) for run in by_run):
+        return
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     blue, orange = "#0072B2", "#D55E00"
     for model, prefixes in models.items():

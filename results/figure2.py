@@ -29,18 +29,19 @@ from stage2 import look  # noqa: E402
 @dataclass
 class Config:
     run: str = "runs/aloha-stage1-s0"  # folder of a Stage 1 run on aloha; its reward model judges
-    seed: int = 7 * 10**8  # of the episodes: apart from those of training (below 10^8 for seeds up to 99) and of evaluation
-    out: str = "results/aloha_steps_to_go"  # the figure's and the table's name, without .png and .csv
+    seed: int = 71 * 10**7  # of the episodes: apart from those of training (below 10^8 for seeds up to 99) and of evaluation
+    out: str = str(Path(__file__).with_name("aloha_steps_to_go"))  # the figure's and the table's name, without .png and .csv
 
 
 @torch.no_grad()
 def main(cfg: Config) -> None:
+    common.require(cfg, 0, "seed")
     env, _, reward_model = load_run(Path(cfg.run), 8)
-    if env.name != "aloha":
+    if env.name.split(",")[0] != "aloha":
         raise UserError(f"--run {cfg.run}: of {env.name}; name a Stage 1 run of --domain aloha")
     steps, everyone = StepsToGo(env.steps_cap, env.steps_bins), np.arange(8)
     obs, info = env.reset(seed=cfg.seed)
-    env.miss[:], env.drops[:] = 0, [False, True]  # nobody misses, every right arm drops the peg once
+    env.miss[:], env.bump[:], env.drops[:] = 0, 0, [False, True]  # every right arm drops the peg once, and that is all
     d, held, height, truth, frames = [], [], [], [], []
     while True:
         d.append(reward_model.steps_to_go(look(reward_model, obs, everyone, None), list(obs["instruction"]), steps).cpu().numpy())
@@ -53,11 +54,13 @@ def main(cfg: Config) -> None:
 
     for i in everyone:
         end = int(truth[:, i].argmax())
+        if not end:  # never inserted
+            continue
         lifted = np.flatnonzero((height[:end, i] > 0.05).all(1))
         lost = np.flatnonzero(held[: end - 1, i, 1] & ~held[1:end, i, 1]) + 1
         lost = lost[lost > lifted[0]] if len(lifted) else lost[:0]
         again = np.flatnonzero(held[:end, i].all(1) & (np.arange(end) > lost[0])) if len(lost) else lost
-        if end and len(again):
+        if len(again):
             break
     else:
         raise UserError(f"--seed {cfg.seed}: no episode in which the peg is dropped and inserted all the same; name another")

@@ -50,7 +50,7 @@ def aloha(seconds: float = 10.0) -> None:
     for obs in ("state", "images"):
         env, taken, decisions = envs.make_vec("aloha", 16, obs=obs), 0.0, 0
         while taken < seconds:
-            if decisions % (16 * 8) == 0:
+            if decisions % (16 * 14) == 0:
                 env.reset(seed=decisions)
             action = env.expert()
             start = time.perf_counter()

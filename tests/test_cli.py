@@ -184,7 +184,8 @@ CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was don
     ("stage1", f"--domain aloha,size=big --obs images {NEW}", None, "size big"),
     ("stage2", f"--domain tabletop {NEW}", None, "--domain tabletop"),  # Stage 1 was elsewhere
     *(("stage0", f"--{f} {v} {NEW}", None, f"--{f} {v}") for f in ("updates", "batch", "eval-every") for v in (0, -1)),
-    *(("stage1", f"--{f} 0 {NEW}", None, f"--{f} 0") for f in ("batch", "eval-every", "eval-episodes", "data-fraction")),
+    *(("stage1", f"--{f} 0 {NEW}", None, f"--{f} 0") for f in ("eval-every", "eval-episodes", "data-fraction")),
+    *(("stage1", f"--{f} {v} {NEW}", None, f"--{f} {v}") for f, v in (("batch", -1), ("batch", 1), ("lr", -1.0), ("lr", "nan"))),
     ("stage1", f"--episodes 1 {NEW}", None, "--episodes 1"),
     ("stage1", f"--updates -1 {NEW}", None, "--updates -1"),
     ("stage0", f"--domain aloha {NEW}", None, "--domain aloha"),
