@@ -72,13 +72,15 @@ class EFMConfig:
     # state: the names of its quantities, one token each, and the numbers in each quantity; (): no state
     state_names: tuple[str, ...] = ()
     state_dim: int = 0
+    state_mlp: int = 0  # width of an MLP that reads the whole state, standardised, and adds to its tokens; 0: none
 
 
 PRESETS = {
     "nano": EFMConfig(),  # reads states
     "nano-vision": EFMConfig(depth=3),  # reads frames: one block more, to relate what it sees
     "nano-deep": EFMConfig(depth=4),  # a table's geometry takes more blocks in a row
-    "nano-arms": EFMConfig(depth=4, number_waves=True),  # of 256 bins each would have to be learnt by itself
+    # 70 tokens an answer: of 256 bins each would have to be learnt by itself, and an MLP costs little beside them
+    "nano-arms": EFMConfig(depth=4, number_waves=True, state_mlp=512),
     "nano-wide": EFMConfig(width=128, depth=3, head_dim=32, mlp_dim=512),  # Figure 3's smaller shares
     "small": EFMConfig(width=512, depth=8, heads=8, kv_heads=2, head_dim=64, mlp_dim=2048,
                        vit_width=384, vit_depth=12, vit_heads=6, vit_mlp_dim=1536),
@@ -353,6 +355,11 @@ class EFM(nn.Module):
             self.register_buffer("state_words", torch.tensor(sum(words, []), device="cpu"), persistent=False)
             average = torch.block_diag(*(torch.full((1, len(w)), 1 / len(w), device="cpu") for w in words))  # (S, words)
             self.register_buffer("state_average", average, persistent=False)
+            if W := cfg.state_mlp:
+                n = len(cfg.state_names) * cfg.state_dim
+                self.register_buffer("state_mean", torch.zeros(n)), self.register_buffer("state_scale", torch.ones(n))
+                self.state_mlp = nn.Sequential(nn.Linear(n, W), nn.GELU(), nn.Linear(W, W), nn.GELU(),
+                                               nn.Linear(W, len(cfg.state_names) * cfg.width))  # fmt: skip
         self.apply(self._init)
         if cfg.number_waves:  # as sines and cosines, of 4 to 512 tokens: input and, tied, output know which numbers are alike
             length = torch.logspace(math.log10(4), math.log10(512), (cfg.width + 1) // 2)
@@ -375,6 +382,10 @@ class EFM(nn.Module):
         """f(model, *args), a method or a function of several: what DDP and FSDP take for one forward pass."""
         return f(self, *args)
 
+    def standardise(self, states: Tensor) -> None:
+        """Take mean and standard deviation of the state's numbers from states float (M, S d), for a model with `state_mlp`."""
+        self.state_mean.copy_(states.mean(0)), self.state_scale.copy_(states.std(0) + 1e-3)  # one may be constant
+
     def encode_images(self, images: Tensor) -> Tensor:
         """uint8 (B, 2, H, W, 3) -> float (B, 2, N, Dv). Each image on its own, so that features can be kept."""
         return self.vision_tower(images.flatten(0, 1)).unflatten(0, images.shape[:2])
@@ -391,6 +402,9 @@ class EFM(nn.Module):
             names = self.state_average @ self.language_model.embed(self.state_words)  # (S, D)
             state = obs["state"].flatten(1, -2).unflatten(1, (-1, len(names)))  # (B, F, S, d); rotary positions tell F apart
             with no_autocast(state):
+                if self.cfg.state_mlp:
+                    flat = (state.flatten(2) - self.state_mean) / self.state_scale  # (B, F, S d)
+                    state, names = flat.view_as(state), names + self.state_mlp(flat).unflatten(-1, (len(names), -1))
                 state = torch.einsum("bfsd,sdw->bfsw", state, self.state_weight) + names
             parts.insert(0, state.flatten(1, 2))  # (B, F S, D)
         if "joints" in obs:
@@ -545,7 +559,7 @@ def fill(module: nn.Module, files: list[Path], way_out: str, rename: Callable[[s
     only: a part of the names of the weights to fill.
     Raises ValueError naming the file, or its folder, if a weight is damaged, missing, misshapen or too many.
     """
-    missing = {name: p for name, p in module.named_parameters() if only in name}
+    missing = {name: p for name, p in module.state_dict(keep_vars=True).items() if only in name}
     for path in files:
         with blame(path, way_out):
             for key, tensor in read_weights(path, dtype):
@@ -555,10 +569,10 @@ def fill(module: nn.Module, files: list[Path], way_out: str, rename: Callable[[s
                     raise ValueError(f"{key} has no place in this model, or comes twice")
                 if new_words and name.endswith("embed_tokens.weight"):  # as PaliGemma started its own (Beyer et al., 2024)
                     tensor = torch.cat([tensor, 0.02 * torch.randn(new_words, *tensor.shape[1:]).to(tensor)])
-                if tensor.shape != (shape := missing.pop(name).shape):
-                    raise ValueError(f"{key} is {tuple(tensor.shape)}, not {tuple(shape)} as the sizes say")
+                if tensor.shape != (place := missing.pop(name)).shape:
+                    raise ValueError(f"{key} is {tuple(tensor.shape)}, not {tuple(place.shape)} as the sizes say")
                 owner, _, leaf = name.rpartition(".")
-                setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor))
+                setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor) if isinstance(place, nn.Parameter) else tensor)
     if missing:
         where = files[0] if len(files) == 1 else files[0].parent
         raise ValueError(f"{where}: {len(missing)} weights are missing, {min(missing)} for one; {way_out}")

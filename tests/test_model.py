@@ -374,6 +374,27 @@ def test_texts_survive_the_tokenizer():
     assert tokenizer.text([]) == tokenizer.text([tokenizer.eos]) == ""
 
 
+def test_state_mlp_adds_to_the_tokens_of_a_standardised_state(tmp_path):
+    model, plain, states = tiny(state_mlp=10), tiny(), 5 + 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
+    states[:, 3] = 7  # constant
+    model.standardise(states)
+    state = states[:2].view(2, 2, 2)
+    x, _ = model.prefix({"state": state}, questions(2))
+    z = (states[:2] - states.mean(0)) / (states.std(0) + 1e-3)
+    assert z[:, 3].abs().max() == 0 and z.abs().max() < 4
+    a, b, c = (model.state_mlp[i] for i in (0, 2, 4))
+    gelu = torch.nn.functional.gelu
+    more = gelu(gelu(z @ a.weight.T + a.bias) @ b.weight.T + b.bias) @ c.weight.T + c.bias  # (2, S D)
+    names = torch.stack([model.language_model.embed(torch.tensor(model.tokenizer.tokenizer.encode(n).ids)).mean(0)
+                         for n in TINY.state_names])  # fmt: skip
+    expected = torch.einsum("bsd,sdw->bsw", z.view(2, 2, 2), model.state_weight) + names + more.view(2, 2, -1)
+    torch.testing.assert_close(x[:, :2], expected)
+    assert not any("state_m" in key or "scale" in key for key in plain.state_dict())  # and without it nothing is new
+    models.save_model(model, tmp_path / "m.safetensors")
+    again = models.load_model(tmp_path / "m.safetensors")
+    assert torch.equal(again.prefix({"state": state}, questions(2))[0], x)
+
+
 def test_a_state_at_two_moments():
     model, prompts, texts = tiny(), questions(3), INSTRUCTIONS
     first, last = observe(3)["state"], observe(3, seed=1)["state"]
