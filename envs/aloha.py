@@ -253,7 +253,7 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
     success_threshold, success_bonus = 1.0, 1.0  # the paper adds "a small constant": the cameras do not see the insertion
     simultaneous = True  # both images are of now
     predicts_instruction = False  # the paper asks it on LanguageTable only
-    recipes = {"state": {"model": "nano-arms", "episodes": 5000, "updates": 20_000, "batch": 32, "lr": 4e-3, "policy": "last",
+    recipes = {"state": {"model": "nano-arms", "episodes": 5000, "updates": 14_000, "batch": 32, "lr": 4e-3, "policy": "last",
                          "iterations": 100},
                # runs, has not been trained
                "images": {"model": "nano-vision", "episodes": 2000, "updates": 24_000, "policy": "last",

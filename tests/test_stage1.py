@@ -321,6 +321,21 @@ def test_instructions_can_be_predicted_from_first_and_last_observations(recorded
     assert model.generate_text(obs, prompts) == goals
 
 
+def test_a_state_mlp_is_told_the_demonstrations_mean_and_spread(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = dict(width=32, depth=1, mlp_dim=32, state_mlp=8)
+    monkeypatch.setitem(models.PRESETS, "nano", dataclasses.replace(models.PRESETS["nano"], **sizes))
+    cfg = stage1.Config(episodes=20, updates=2, eval_every=2, eval_episodes=2, out="run")
+    stage1.main(cfg)
+    data = stage1.load_demonstrations(dataclasses.replace(cfg, obs="state"))
+    held_out, _ = stage1.split(20, 1.0)
+    states = np.concatenate([data["state"][a : a + n] for a, n in zip(data["start"], data["length"], strict=True)
+                             if not held_out[list(data["start"]).index(a)]])  # fmt: skip
+    model = models.load_model(Path("run/policy.safetensors"))
+    np.testing.assert_allclose(model.state_mean, states.mean(0), atol=1e-5)
+    np.testing.assert_allclose(model.state_scale, states.std(0, ddof=1) + 1e-3, rtol=1e-4)
+
+
 def test_a_domain_that_predicts_instructions_has_a_third_objective(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(PointmassVectorEnv, "predicts_instruction", True)
