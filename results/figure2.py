@@ -88,6 +88,7 @@ def main(cfg: Config) -> None:
     axes["d"].plot(t, d[: end + 1, i], ".-", color=BLUE, label="d(o, g), predicted")
     axes["d"].plot(t, end - t, "--", color=ORANGE, label="decisions truly left in this episode")
     axes["d"].set(xlabel="t [decisions of 0.5 s]", ylabel="steps to go", title=f'"{obs["instruction"][i]}"')
+    axes["d"].xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     axes["d"].legend(fontsize=8)
     fig.savefig(f"{cfg.out}.png", dpi=130, bbox_inches="tight")
     print(f"wrote {cfg.out}.png and .csv: {', '.join(f'{name} at {t}' for name, t in moments.items())}")
