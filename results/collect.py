@@ -115,7 +115,7 @@ def main() -> None:
 
 def against_imitation(by_run: dict[str, dict], name: str, models: dict[str, tuple], ylabel: str, cap: int, expert: float) -> None:
     """Figure 3's first panel, or Figure 8's right one, at our scale: imitation alone and with practice, by episodes of both."""
-    if not any(re.match(rf"({'|'.join(sum(models.values(), ()))})-stage1-", run) for run in by_run):
+    if not any(re.match(rf"({'|'.join(sum(models.values(), ()))})-stage2-", run) for run in by_run):
         return
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     blue, orange = "#0072B2", "#D55E00"
