@@ -314,11 +314,10 @@ def main(cfg: Config) -> None:
         rng.bit_generator.state, first, best, asks = (run.state[k] for k in ("rng", "update", "best", "asks"))
 
     data = common.rank_0_first(load_demonstrations, cfg)
-    if "frames" in data and (data["frames"].ndim == 5) != env.simultaneous:
-        raise UserError("data/: these demonstrations have the frames of an earlier version; delete them, they are recorded again")
     low, high = env.single_action_space.low, env.single_action_space.high
-    if not cfg.dataset and (np.abs(data["action"] - np.clip(data["action"], low, high)) > 0.01 * (high - low)).any():
-        raise UserError("data/: these demonstrations have actions of an earlier version; delete them, they are recorded again")
+    beyond = np.abs(data["action"] - np.clip(data["action"], low, high)) > 0.01 * (high - low)
+    if ("frames" in data and (data["frames"].ndim == 5) != env.simultaneous) or (beyond.any() and not cfg.dataset):
+        raise UserError("data/: these demonstrations are of an earlier version; delete them, they are recorded again")
     held_out, used = split(len(data["length"]), cfg.data_fraction)
     train, valid = (Demonstrations(data, np.flatnonzero(m & used), env.state_dim) for m in (~held_out, held_out))
     actions, steps = action_tokenizer(**env.action_tokens), StepsToGo(env.steps_cap, env.steps_bins)

@@ -73,13 +73,12 @@ def main() -> None:
         writer = csv.DictWriter(f, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(by_run.values())
+    groups = {k: [run for run in by_run if re.fullmatch(re.escape(prefix) + r"\d+", run)] for k, (prefix, _) in GROUPS.items()}
+    groups = {title: group for title, group in groups.items() if group}
     header = "command|seeds|Stage 1 success|steps|Stage 2 success|steps|practice episodes|environment steps|seconds, all stages"
     lines = ["| " + header.replace("|", " | ") + " |", "|" + "---|" * 9]
-    for title, (prefix, _) in GROUPS.items():
-        second = [s for name, s in by_run.items() if re.fullmatch(re.escape(prefix) + r"\d+", name)]
-        if not second:
-            continue
-        toy = prefix == "pointmass-toy-s"
+    for title, group in groups.items():
+        second, toy = [by_run[run] for run in group], title == "pointmass.py"
         first = second if toy else [by_run[Path(s["stage1"]).name] for s in second]
         a, b = ("stage1_", "stage2_") if toy else ("", "")
         seconds = [s["seconds"] if toy else s["seconds"] + f["seconds"] for s, f in zip(second, first, strict=True)]
@@ -91,8 +90,6 @@ def main() -> None:
     (OUT / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
-    groups = {k: [run for run in by_run if re.fullmatch(re.escape(prefix) + r"\d+", run)] for k, (prefix, _) in GROUPS.items()}
-    groups = {title: group for title, group in groups.items() if group}
     fig, axes = plt.subplots(2, len(groups), figsize=(4 * len(groups), 6), sharex="col")
     for (title, group), (top, bottom) in zip(groups.items(), axes.T, strict=True):
         for run, colour in zip(group, plt.get_cmap("viridis")([i / max(1, len(group)) for i in range(len(group))]), strict=True):
@@ -110,13 +107,12 @@ def main() -> None:
     fig.tight_layout()
     fig.savefig(OUT / "learning.png", dpi=130)
     against_imitation(by_run, "figure3", FIGURE3, "steps (a failure counts 100)", 100, 17.1)
-    against_imitation(by_run, "figure8", FIGURE8, "decisions (a failure counts 40)", 40, 13.6)
+    if "aloha, states" in groups:
+        against_imitation(by_run, "figure8", FIGURE8, "decisions (a failure counts 40)", 40, 13.6)
 
 
 def against_imitation(by_run: dict[str, dict], name: str, models: dict[str, tuple], ylabel: str, cap: int, expert: float) -> None:
     """Figure 3's first panel, or Figure 8's right one, at our scale: imitation alone and with practice, by episodes of both."""
-    if not any(re.match(rf"({'|'.join(sum(models.values(), ()))})-stage2-", run) for run in by_run):
-        return
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     blue, orange = "#0072B2", "#D55E00"
     for model, prefixes in models.items():

@@ -452,6 +452,20 @@ def test_a_run_that_diverges_says_so(tmp_path, monkeypatch):
         stage1.main(stage1.Config(episodes=20, updates=4, batch=8, eval_every=2, eval_episodes=2, lr=1e6, out="run"))
 
 
+def test_actions_of_an_earlier_version_are_not_learnt_from(tmp_path, monkeypatch):
+    """Outside the action space they would all go to the outermost bins."""
+    monkeypatch.chdir(tmp_path)
+    cfg = stage1.Config(episodes=6, updates=1, batch=8, eval_every=1, eval_episodes=2, out="run")
+    data = stage1.record("pointmass", "state", 6, seed=0)
+    Path("data").mkdir()
+    np.savez("data/pointmass-state-6-s0.npz", **data | {"action": 2 * data["action"]})
+    with pytest.raises(UserError, match="earlier version"):
+        stage1.main(cfg)
+    assert not Path("run").exists()
+    np.savez("data/pointmass-state-6-s0.npz", **data)
+    stage1.main(cfg)
+
+
 def test_frames_of_an_earlier_version_are_not_learnt_from(tmp_path, monkeypatch):
     """One view where the domain now shows two: a previous frame would be taken for the second view."""
     monkeypatch.chdir(tmp_path)
