@@ -384,7 +384,7 @@ class EFM(nn.Module):
 
     def standardise(self, states: Tensor) -> None:
         """Take mean and standard deviation of the state's numbers from states float (M, S d), for a model with `state_mlp`."""
-        self.state_mean.copy_(states.mean(0)), self.state_scale.copy_(states.std(0) + 1e-3)  # one may be constant
+        self.state_mean.copy_(states.mean(0)), self.state_scale.copy_(states.std(0) + 1e-2)  # some hardly vary
 
     def encode_images(self, images: Tensor) -> Tensor:
         """uint8 (B, 2, H, W, 3) -> float (B, 2, N, Dv). Each image on its own, so that features can be kept."""
@@ -403,7 +403,9 @@ class EFM(nn.Module):
             state = obs["state"].flatten(1, -2).unflatten(1, (-1, len(names)))  # (B, F, S, d); rotary positions tell F apart
             with no_autocast(state):
                 if self.cfg.state_mlp:
-                    flat = (state.flatten(2) - self.state_mean) / self.state_scale  # (B, F, S d)
+                    # cut off where no demonstration has been: a socket that has fallen over would be 900 of a quaternion's
+                    # standard deviations away, and what an MLP says there, d = 0 among it, is anything
+                    flat = ((state.flatten(2) - self.state_mean) / self.state_scale).clamp(-3, 3)  # (B, F, S d)
                     state, names = flat.view_as(state), names + self.state_mlp(flat).unflatten(-1, (len(names), -1))
                 state = torch.einsum("bfsd,sdw->bfsw", state, self.state_weight) + names
             parts.insert(0, state.flatten(1, 2))  # (B, F S, D)
