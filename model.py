@@ -72,15 +72,16 @@ class EFMConfig:
     # state: the names of its quantities, one token each, and the numbers in each quantity; (): no state
     state_names: tuple[str, ...] = ()
     state_dim: int = 0
-    state_mlp: int = 0  # width of an MLP that reads the whole state, standardised, and adds to its tokens; 0: none
+    state_mlp: int = 0  # width of an MLP that reads the whole state, standardised, ...
+    state_hints: int = 0  # ... and adds to where the first so many tokens of an answer are predicted; 0: none
 
 
 PRESETS = {
     "nano": EFMConfig(),  # reads states
     "nano-vision": EFMConfig(depth=3),  # reads frames: one block more, to relate what it sees
     "nano-deep": EFMConfig(depth=4),  # a table's geometry takes more blocks in a row
-    # 70 tokens an answer: of 256 bins each would have to be learnt by itself, and an MLP costs little beside them
-    "nano-arms": EFMConfig(depth=4, number_waves=True, state_mlp=512),
+    # 70 tokens of 256 bins, the first target's 14 joints in all of their accuracy: an MLP costs little beside them
+    "nano-arms": EFMConfig(depth=4, number_waves=True, state_mlp=512, state_hints=14),
     "nano-wide": EFMConfig(width=128, depth=3, head_dim=32, mlp_dim=512),  # Figure 3's smaller shares
     "small": EFMConfig(width=512, depth=8, heads=8, kv_heads=2, head_dim=64, mlp_dim=2048,
                        vit_width=384, vit_depth=12, vit_heads=6, vit_mlp_dim=1536),
@@ -359,7 +360,7 @@ class EFM(nn.Module):
                 n = len(cfg.state_names) * cfg.state_dim
                 self.register_buffer("state_mean", torch.zeros(n)), self.register_buffer("state_scale", torch.ones(n))
                 self.state_mlp = nn.Sequential(nn.Linear(n, W), nn.GELU(), nn.Linear(W, W), nn.GELU(),
-                                               nn.Linear(W, len(cfg.state_names) * cfg.width))  # fmt: skip
+                                               nn.Linear(W, cfg.state_hints * cfg.width))  # fmt: skip
         self.apply(self._init)
         if cfg.number_waves:  # as sines and cosines, of 4 to 512 tokens: input and, tied, output know which numbers are alike
             length = torch.logspace(math.log10(4), math.log10(512), (cfg.width + 1) // 2)
@@ -386,6 +387,21 @@ class EFM(nn.Module):
         """Take mean and standard deviation of the state's numbers from states float (M, S d), for a model with `state_mlp`."""
         self.state_mean.copy_(states.mean(0)), self.state_scale.copy_(states.std(0) + 1e-2)  # some hardly vary
 
+    def standardised(self, flat: Tensor) -> Tensor:
+        """States float (..., S d) in standard deviations, cut off where no demonstration has been.
+
+        A socket that has fallen over is 900 of a quaternion's away, and what an MLP says there, d = 0 among it, is anything.
+        """
+        return ((flat - self.state_mean) / self.state_scale).clamp(-3, 3)
+
+    def hints(self, obs: dict[str, Tensor]) -> Tensor | None:
+        """What the MLP adds to the positions that predict an answer's first tokens, float (B, H, D); None without one."""
+        if not self.cfg.state_mlp or "state" not in obs:
+            return None
+        now = obs["state"].flatten(1)[:, -len(self.state_mean) :]  # of the last moment
+        with no_autocast(now):
+            return self.state_mlp(self.standardised(now)).unflatten(1, (-1, self.cfg.width))
+
     def encode_images(self, images: Tensor) -> Tensor:
         """uint8 (B, 2, H, W, 3) -> float (B, 2, N, Dv). Each image on its own, so that features can be kept."""
         return self.vision_tower(images.flatten(0, 1)).unflatten(0, images.shape[:2])
@@ -403,10 +419,7 @@ class EFM(nn.Module):
             state = obs["state"].flatten(1, -2).unflatten(1, (-1, len(names)))  # (B, F, S, d); rotary positions tell F apart
             with no_autocast(state):
                 if self.cfg.state_mlp:
-                    # cut off where no demonstration has been: a socket that has fallen over would be 900 of a quaternion's
-                    # standard deviations away, and what an MLP says there, d = 0 among it, is anything
-                    flat = ((state.flatten(2) - self.state_mean) / self.state_scale).clamp(-3, 3)  # (B, F, S d)
-                    state, names = flat.view_as(state), names + self.state_mlp(flat).unflatten(-1, (len(names), -1))
+                    state = self.standardised(state.flatten(2)).view_as(state)
                 state = torch.einsum("bfsd,sdw->bfsw", state, self.state_weight) + names
             parts.insert(0, state.flatten(1, 2))  # (B, F S, D)
         if "joints" in obs:
@@ -416,6 +429,9 @@ class EFM(nn.Module):
             features = obs["features"] if "features" in obs else self.encode_images(obs["images"])  # (B, 2, N, Dv)
             parts.insert(0, self.multi_modal_projector(features).flatten(1, 2))  # (B, 2 N, D)
         x = torch.cat(parts, 1)
+        if (hints := self.hints(obs)) is not None:
+            place = x[:, x.shape[1] - 1 - (0 if answer is None else answer.shape[1]) :][:, : hints.shape[1]]
+            place += hints[:, : place.shape[1]]
         return x, torch.cat([valid.new_ones(len(x), x.shape[1] - valid.shape[1]), valid], 1)
 
     def logits(self, hidden: Tensor, ids: Tensor | None) -> Tensor:
@@ -463,7 +479,7 @@ class EFM(nn.Module):
 
         Returns number tokens long (B, L) and the entropy in nats of each position's distribution, float (B, L).
         """
-        x, valid = self.prefix(obs, prompts)
+        (x, valid), hints = self.prefix(obs, prompts), self.hints(obs)
         (B, P, _), L, cfg = x.shape, len(ranges), self.cfg
         mask, keys = prefix_mask(valid, 0), F.pad(valid, (0, L - 1), value=True)  # keys bool (B, P + L - 1)
         positions, tokens, entropies = keys.cumsum(1) - 1, [], []
@@ -477,6 +493,8 @@ class EFM(nn.Module):
             token = log_p.argmax(-1) if greedy else (log_p.exp().cumsum(-1) < u).sum(-1).clamp(max=log_p.shape[-1] - 1)
             tokens.append(token + first)
             x, mask = self.language_model.embed(tokens[-1][:, None] + self.tokenizer.loc), keys[:, None, None, : n + 1]
+            if hints is not None and len(tokens) < hints.shape[1]:
+                x = x + hints[:, len(tokens), None]
         return torch.stack(tokens, 1), torch.stack(entropies, 1)
 
     def text_log_prob(self, obs: dict[str, Tensor], prompts: list[str], texts: list[str]) -> Tensor:

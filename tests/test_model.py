@@ -374,25 +374,42 @@ def test_texts_survive_the_tokenizer():
     assert tokenizer.text([]) == tokenizer.text([tokenizer.eos]) == ""
 
 
-def test_state_mlp_adds_to_the_tokens_of_a_standardised_state(tmp_path):
-    model, plain, states = tiny(state_mlp=10), tiny(), 5 + 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
+def test_state_mlp_adds_to_where_the_first_tokens_of_an_answer_are_predicted(tmp_path):
+    model, plain = tiny(state_mlp=10, state_hints=3), tiny()
+    states = 5 + 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
     states[:, 3] = 7  # constant
     model.standardise(states)
-    state = states[:2].view(2, 2, 2)
-    x, _ = model.prefix({"state": state}, questions(2))
-    z = (states[:2] - states.mean(0)) / (states.std(0) + 1e-3)
-    assert z[:, 3].abs().max() == 0 and z.abs().max() < 4
+    seen = torch.cat([states[:1], torch.tensor([[5.0, 1e4, -1e4, 8]])])  # and where no state has been
+    obs, prompts = {"state": seen.view(2, 2, 2)}, questions(2)
+    z = (seen - states.mean(0)) / (states.std(0) + 1e-2)
+    assert z[0, 3] == 0 and z[0].abs().max() < 3
+    z = torch.cat([z[:1], torch.tensor([[z[1, 0], 3, -3, 3]])])
     a, b, c = (model.state_mlp[i] for i in (0, 2, 4))
     gelu = torch.nn.functional.gelu
-    more = gelu(gelu(z @ a.weight.T + a.bias) @ b.weight.T + b.bias) @ c.weight.T + c.bias  # (2, S D)
+    hints = (gelu(gelu(z @ a.weight.T + a.bias) @ b.weight.T + b.bias) @ c.weight.T + c.bias).view(2, 3, -1)
+    torch.testing.assert_close(model.hints(obs), hints)
+    torch.testing.assert_close(model.hints({"state": torch.stack([obs["state"] - 1, obs["state"]], 1)}), hints)  # the last moment's
     names = torch.stack([model.language_model.embed(torch.tensor(model.tokenizer.tokenizer.encode(n).ids)).mean(0)
                          for n in TINY.state_names])  # fmt: skip
-    expected = torch.einsum("bsd,sdw->bsw", z.view(2, 2, 2), model.state_weight) + names + more.view(2, 2, -1)
-    torch.testing.assert_close(x[:, :2], expected)
+    expected = torch.einsum("bsd,sdw->bsw", z.view(2, 2, 2), model.state_weight) + names
+    ids, _ = model.tokenizer.prompts(prompts)
+    asked = model.language_model.embed(ids)
+    asked[:, -1] += hints[:, 0]
+    torch.testing.assert_close(model.prefix(obs, prompts)[0], torch.cat([expected, asked], 1))
+    for n in (1, 4):  # tokens of an answer, and one more to predict
+        answer = torch.randint(0, 9, (2, n)) + model.tokenizer.loc
+        asked = model.language_model.embed(torch.cat([ids, answer], 1))
+        for k in range(min(3, n + 1)):
+            asked[:, ids.shape[1] - 1 + k] += hints[:, k]
+        torch.testing.assert_close(model.prefix(obs, prompts, answer)[0], torch.cat([expected, asked], 1))
+    # what is sampled with the cache has the probability that training gives it
+    tokens, entropy = model.sample(obs, prompts, [(0, 8)] * 5, torch.Generator().manual_seed(0))
+    log_probs = model.log_probs(obs, prompts, tokens, [(0, 8)] * 5)
+    torch.testing.assert_close(torch.stack([-(x.exp() * x).sum(1) for x in log_probs], 1), entropy)
     assert not any("state_m" in key or "scale" in key for key in plain.state_dict())  # and without it nothing is new
     models.save_model(model, tmp_path / "m.safetensors")
     again = models.load_model(tmp_path / "m.safetensors")
-    assert torch.equal(again.prefix({"state": state}, questions(2))[0], x)
+    assert torch.equal(again.prefix(obs, prompts)[0], model.prefix(obs, prompts)[0])
 
 
 def test_a_state_at_two_moments():

@@ -323,7 +323,7 @@ def test_instructions_can_be_predicted_from_first_and_last_observations(recorded
 
 def test_a_state_mlp_is_told_the_demonstrations_mean_and_spread(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sizes = dict(width=32, depth=1, mlp_dim=32, state_mlp=8)
+    sizes = dict(width=32, depth=1, mlp_dim=32, state_mlp=8, state_hints=2)
     monkeypatch.setitem(models.PRESETS, "nano", dataclasses.replace(models.PRESETS["nano"], **sizes))
     cfg = stage1.Config(episodes=20, updates=2, eval_every=2, eval_episodes=2, out="run")
     stage1.main(cfg)
@@ -333,7 +333,7 @@ def test_a_state_mlp_is_told_the_demonstrations_mean_and_spread(tmp_path, monkey
                              if not held_out[list(data["start"]).index(a)]])  # fmt: skip
     model = models.load_model(Path("run/policy.safetensors"))
     np.testing.assert_allclose(model.state_mean, states.mean(0), atol=1e-5)
-    np.testing.assert_allclose(model.state_scale, states.std(0, ddof=1) + 1e-3, rtol=1e-4)
+    np.testing.assert_allclose(model.state_scale, states.std(0, ddof=1) + 1e-2, rtol=1e-4)
 
 
 def test_a_domain_that_predicts_instructions_has_a_third_objective(tmp_path, monkeypatch):
