@@ -49,6 +49,7 @@ class Config:
     batch: int = 64  # B, tuples per optimiser step
     lr: float = 1e-4  # AdamW
     lora_rank: int = 0  # train LoRA adapters of this rank; 0: Stage 1's adapters where it has some, else all weights
+    blocks_only: bool = False  # of all weights only those of the transformer's blocks: not the embeddings, not what reads the state
     bf16: bool = False  # matrix products in bfloat16; weights, scores and d(o, g) stay in float32
     checkpointing: bool = False  # keep no activations inside the blocks: less memory, a third more time
     compile: bool = False  # torch.compile the blocks: minutes at first, faster after
@@ -202,6 +203,8 @@ def main(cfg: Config) -> None:
     if not 0 <= cfg.gamma <= 1:
         raise UserError(f"--gamma {cfg.gamma}: must be between 0 and 1")
     ranks = common.evenly(cfg, "batch", "num_envs")
+    if cfg.blocks_only and cfg.keep_optimizer:
+        raise UserError("--keep-optimizer: the moments are of all weights, not of --blocks-only's; leave one of them out")
     if cfg.operator and ranks > 1:
         raise UserError("--operator: one operator looks after the stations of one process; leave torchrun out")
     env = common.make_env(domain, cfg.num_envs // ranks, obs=obs_mode)
@@ -236,6 +239,9 @@ def main(cfg: Config) -> None:
     folder = run.folder
 
     ranges = action_tokenizer(**env.action_tokens).ranges
+    if cfg.blocks_only:  # the others' gradient is hardly more than noise, and AdamW takes as long a step along noise
+        for name, p in policy.named_parameters():
+            p.requires_grad_(p.requires_grad and ".layers." in name)
     if fresh:
         torch.manual_seed(cfg.seed)
         policy = common.adapt(policy, cfg.lora_rank, stage1 / "policy.safetensors")

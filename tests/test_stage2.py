@@ -290,6 +290,15 @@ def test_an_update_changes_neither_the_reward_model_nor_the_policys_vit(tmp_path
     assert len(rows) == 1 + 6 and all(math.isfinite(float(x)) for x in rows[-1].split(","))
 
 
+def test_blocks_only_changes_the_transformers_blocks_and_nothing_else(tmp_path, monkeypatch):
+    (policy, _), before, _ = run(tmp_path, monkeypatch, "state", blocks_only=True)
+    after = policy.state_dict()
+    assert {k for k in after if not torch.equal(after[k], before[0][k])} == {k for k in after if ".layers." in k}
+    with pytest.raises(common.UserError, match="--keep-optimizer: .*--blocks-only"):
+        stage2.main(stage2.Config(stage1="runs/stage1", out="runs/again", blocks_only=True, keep_optimizer=True))
+    assert not Path("runs/again").exists()
+
+
 def test_stage2_leaves_a_policy_however_short_it_is(tmp_path, monkeypatch):
     _, _, summary = run(tmp_path, monkeypatch, "state", iterations=1)
     assert Path("runs/stage2/policy.safetensors").exists() and summary["eval_episodes"] == 3
