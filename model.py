@@ -73,7 +73,7 @@ class EFMConfig:
     state_names: tuple[str, ...] = ()
     state_dim: int = 0
     state_mlp: int = 0  # width of an MLP that reads the whole state, standardised, ...
-    state_hints: int = 0  # ... and adds to where the first so many tokens of an answer are predicted; 0: none
+    state_hints: int = 0  # ... and adds to where the first so many tokens of an answer are predicted, at least one
 
 
 PRESETS = {
@@ -388,9 +388,9 @@ class EFM(nn.Module):
         self.state_mean.copy_(states.mean(0)), self.state_scale.copy_(states.std(0) + 1e-2)  # some hardly vary
 
     def standardised(self, flat: Tensor) -> Tensor:
-        """States float (..., S d) in standard deviations, cut off where no demonstration has been.
+        """States float (..., S d) in standard deviations, cut off at three, beyond which few or no demonstrations have been.
 
-        A socket that has fallen over is 900 of a quaternion's away, and what an MLP says there, d = 0 among it, is anything.
+        The quaternion of a socket that has fallen over is some hundred away: an MLP says anything there, d = 0 among it.
         """
         return ((flat - self.state_mean) / self.state_scale).clamp(-3, 3)
 
@@ -407,7 +407,7 @@ class EFM(nn.Module):
         return self.vision_tower(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
     def prefix(self, obs: dict[str, Tensor], prompts: list[str], answer: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Embeddings float (B, P, D) and valid bool (B, P): images, state or joints, the prompt, an answer's tokens."""
+        """Embeddings float (B, P, D) and valid bool (B, P): images, state or joints, the prompt, an answer's tokens; with hints."""
         device = self.language_model.embed_tokens.weight.device
         ids, valid = (x.to(device) for x in self.tokenizer.prompts(prompts))
         if answer is not None:  # looked up together: each look-up costs a gradient of the size of the whole table
@@ -623,6 +623,8 @@ def load_model(path: Path, beside: EFM | None = None) -> EFM:
         with safetensors.safe_open(path, "pt") as f:
             made_with = json.loads((f.metadata() or {})["nanoEFM"])
         made_with["config"]["state_names"] = tuple(made_with["config"]["state_names"])
+        if made_with["config"].get("state_mlp") and not made_with["config"].get("state_hints"):
+            raise ValueError("of a nano-arms whose MLP added to the state's tokens")
         tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(made_with["tokenizer"]))
         with torch.device("meta"):
             model = EFM(EFMConfig(**made_with["config"]), tokenizer)

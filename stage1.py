@@ -321,7 +321,7 @@ def main(cfg: Config) -> None:
     held_out, used = split(len(data["length"]), cfg.data_fraction)
     train, valid = (Demonstrations(data, np.flatnonzero(m & used), env.state_dim) for m in (~held_out, held_out))
     actions, steps = action_tokenizer(**env.action_tokens), StepsToGo(env.steps_cap, env.steps_bins)
-    if model.cfg.state_mlp and not run.state:
+    if model.cfg.state_names and model.cfg.state_mlp and not run.state:
         model.standardise(torch.from_numpy(data["state"][train.index]))
 
     def losses(model: EFM, demos: Demonstrations, *rows: np.ndarray) -> dict[str, Tensor]:

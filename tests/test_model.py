@@ -410,6 +410,10 @@ def test_state_mlp_adds_to_where_the_first_tokens_of_an_answer_are_predicted(tmp
     models.save_model(model, tmp_path / "m.safetensors")
     again = models.load_model(tmp_path / "m.safetensors")
     assert torch.equal(again.prefix(obs, prompts)[0], model.prefix(obs, prompts)[0])
+    model.cfg = dataclasses.replace(model.cfg, state_hints=0)  # what an earlier version wrote
+    models.save_model(model, tmp_path / "old.safetensors")
+    with pytest.raises(ValueError, match="old.safetensors: of a nano-arms whose MLP added"):
+        models.load_model(tmp_path / "old.safetensors")
 
 
 def test_a_state_at_two_moments():
