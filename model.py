@@ -407,7 +407,7 @@ class EFM(nn.Module):
         return self.vision_tower(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
     def prefix(self, obs: dict[str, Tensor], prompts: list[str], answer: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Embeddings float (B, P, D) and valid bool (B, P): images, state or joints, the prompt, an answer's tokens; with hints."""
+        """Embeddings float (B, P, D) and valid bool (B, P): images, state or joints, the prompt, an answer; with hints."""
         device = self.language_model.embed_tokens.weight.device
         ids, valid = (x.to(device) for x in self.tokenizer.prompts(prompts))
         if answer is not None:  # looked up together: each look-up costs a gradient of the size of the whole table

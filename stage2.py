@@ -49,7 +49,7 @@ class Config:
     batch: int = 64  # B, tuples per optimiser step
     lr: float = 1e-4  # AdamW
     lora_rank: int = 0  # train LoRA adapters of this rank; 0: Stage 1's adapters where it has some, else all weights
-    blocks_only: bool = False  # of all weights only those of the transformer's blocks: not the embeddings, not what reads the state
+    blocks_only: bool = False  # of all weights those of the transformer's blocks: no embeddings, nothing that reads the state
     bf16: bool = False  # matrix products in bfloat16; weights, scores and d(o, g) stay in float32
     checkpointing: bool = False  # keep no activations inside the blocks: less memory, a third more time
     compile: bool = False  # torch.compile the blocks: minutes at first, faster after

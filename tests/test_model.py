@@ -388,7 +388,7 @@ def test_state_mlp_adds_to_where_the_first_tokens_of_an_answer_are_predicted(tmp
     gelu = torch.nn.functional.gelu
     hints = (gelu(gelu(z @ a.weight.T + a.bias) @ b.weight.T + b.bias) @ c.weight.T + c.bias).view(2, 3, -1)
     torch.testing.assert_close(model.hints(obs), hints)
-    torch.testing.assert_close(model.hints({"state": torch.stack([obs["state"] - 1, obs["state"]], 1)}), hints)  # the last moment's
+    torch.testing.assert_close(model.hints({"state": torch.stack([obs["state"] - 1, obs["state"]], 1)}), hints)  # of now
     names = torch.stack([model.language_model.embed(torch.tensor(model.tokenizer.tokenizer.encode(n).ids)).mean(0)
                          for n in TINY.state_names])  # fmt: skip
     expected = torch.einsum("bsd,sdw->bsw", z.view(2, 2, 2), model.state_weight) + names
