@@ -53,6 +53,10 @@ def cli(config: type, main: Callable[[Any], Any], ranks: bool = False) -> None:
             raise
         with joined(ranks):
             main(cfg)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo's threads outlive DDP and may abort Python's shutdown: pytorch#190489
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     except (UserError, envs.CannotRender) as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{name}: {' '.join(str(e).split())}", file=sys.stderr)

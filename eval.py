@@ -39,6 +39,7 @@ class Config:
     seed: int = 0  # of the episodes and the sampled actions
     s: float = -1.0  # the detector's threshold; negative: the run's own, of a Stage 1 run the domain's
     policy: str = "policy"  # which of the run's checkpoints acts; early_policy: the best at cloning where the last is the policy
+    temperature: float = -1.0  # of the sampled actions; negative: the run's own, of a Stage 1 run the domain's
     greedy: bool = False  # the most probable action instead of a sampled one
 
 
@@ -79,7 +80,8 @@ def load_run(folder: Path, num_envs: int, policy: str = "policy") -> tuple[Vecto
     return env, acting, common.load(folder / "reward.safetensors", env, acting)
 
 
-def evaluate(folder: Path, episodes: int, seed: int, s: float, greedy: bool = False, policy: str = "policy") -> dict:
+def evaluate(folder: Path, episodes: int, seed: int, s: float, greedy: bool = False, policy: str = "policy",
+             temperature: float = 1.0) -> dict:  # fmt: skip
     """Roll out a run's policy twice: to the true end, for success; and as in Stage 2, for the detector's confusion.
 
     Confusion: did the detector end the episode, and was the goal truly reached at that moment? `early_detections` is
@@ -87,10 +89,11 @@ def evaluate(folder: Path, episodes: int, seed: int, s: float, greedy: bool = Fa
     """
     env, actor, reward_model = load_run(folder, episodes, policy)
     generator = torch.Generator().manual_seed(seed)
-    r = rollout(actor, reward_model, env, 5 * 10**8 + seed * 10**6, generator, "ground-truth", s, greedy)
+    how = {"s": s, "greedy": greedy, "temperature": temperature}
+    r = rollout(actor, reward_model, env, 5 * 10**8 + seed * 10**6, generator, "ground-truth", **how)
     success = r["truth"][:, -1].numpy()
     low, high = wilson(int(success.sum()), episodes)
-    p = rollout(actor, reward_model, env, 5 * 10**8 + seed * 10**6 + 5 * 10**5, generator, "detector", s, greedy)
+    p = rollout(actor, reward_model, env, 5 * 10**8 + seed * 10**6 + 5 * 10**5, generator, "detector", **how)
     return {"success": float(success.mean()), "success_low": low, "success_high": high, "mean_steps": float(r["length"].mean()),
             "eval_episodes": episodes, **confusion(p["detected"], p["truth"][:, -1].numpy()),
             "early_detections": early_detections(r["d"].numpy(), r["truth"].numpy(), s)}  # fmt: skip
@@ -101,7 +104,7 @@ def describe(summary: dict) -> str:
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
-def film(folder: Path, seed: int, s: float, greedy: bool, policy: str = "policy") -> None:
+def film(folder: Path, seed: int, s: float, greedy: bool, policy: str = "policy", temperature: float = 1.0) -> None:
     """Eight episodes to their true end: trajectories.png, episodes.gif and, of one of them, steps_to_go.png."""
     env, actor, reward_model = load_run(folder, 8, policy)
     frames, tracks = [], []
@@ -110,7 +113,8 @@ def film(folder: Path, seed: int, s: float, greedy: bool, policy: str = "policy"
         frames.append(np.stack(env.render()))  # (8, H, W, 3)
         tracks.append(env.track())  # (8, 2)
 
-    r = rollout(actor, reward_model, env, 6 * 10**8 + seed, torch.Generator().manual_seed(seed), "ground-truth", s, greedy, watch)
+    generator = torch.Generator().manual_seed(seed)
+    r = rollout(actor, reward_model, env, 6 * 10**8 + seed, generator, "ground-truth", s, greedy, watch, temperature=temperature)
     frames, tracks, length = np.stack(frames, 1), np.stack(tracks, 1), r["length"]  # (8, T + 1, ...)
     goals = [r["goals"][int((r["row"] == i).nonzero()[0])] for i in range(8)]
     height, width = frames.shape[2:4]
@@ -182,16 +186,18 @@ def main(cfg: Config) -> None:
     if cfg.episodes < 1:
         raise UserError(f"--episodes {cfg.episodes}: must be at least 1")
     settings = common.read_json(folder / "config.json")
-    if cfg.s < 0:
-        cfg.s = settings["s"] if "s" in settings else run_env(folder, 1).success_threshold
+    env = run_env(folder, 1)
+    cfg.s = settings.get("s", env.success_threshold) if cfg.s < 0 else cfg.s
+    cfg.temperature = settings.get("temperature", env.temperature) if cfg.temperature < 0 else cfg.temperature
     common.require(cfg, 0, "s")
+    common.require(cfg, 1e-9, "temperature")
     stage2 = "gamma" in settings
     if stage2 and not (folder / "metrics.csv").exists():
         raise UserError(f"{folder}/metrics.csv: missing; name a finished run with --run")
-    summary = {"run": str(folder), "s": cfg.s, "greedy": cfg.greedy, "policy": cfg.policy, "seed": cfg.seed}
-    summary |= evaluate(folder, cfg.episodes, cfg.seed, cfg.s, cfg.greedy, cfg.policy)
+    how = {"s": cfg.s, "greedy": cfg.greedy, "policy": cfg.policy, "temperature": cfg.temperature}
+    summary = {"run": str(folder), "seed": cfg.seed} | how | evaluate(folder, cfg.episodes, cfg.seed, **how)
     common.write_json(folder / "evaluation.json", summary)
-    film(folder, cfg.seed, cfg.s, cfg.greedy, cfg.policy)
+    film(folder, cfg.seed, **how)
     if stage2:
         curves(folder)
     print(describe(summary))

@@ -461,20 +461,24 @@ class EFM(nn.Module):
         # unbound, not indexed: each index would cost a gradient of the size of all positions
         return [x[:, a - least : b - least].log_softmax(-1) for x, (a, b) in zip(logits.unbind(1), ranges, strict=True)]
 
-    def log_prob(self, obs: dict[str, Tensor], prompts: list[str], answer: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
+    def log_prob(self, obs: dict[str, Tensor], prompts: list[str], answer: Tensor, ranges: list[tuple[int, int]],
+                 temperature: float = 1.0) -> Tensor:  # fmt: skip
         """log p(answer | o, question): the sum over the answer's tokens, float (B,).
 
         answer: number tokens long (B, L); ranges: the numbers allowed at each position, over which p is normalised,
-        so that this is the probability with which `sample` draws the answer.
+        so that this is the probability with which `sample` draws the answer at the same temperature.
         """
         log_probs = self.log_probs(obs, prompts, answer, ranges)
+        if temperature != 1:
+            log_probs = [(lp / temperature).log_softmax(-1) for lp in log_probs]
         return sum(
             lp.gather(1, (answer[:, i] - r[0])[:, None])[:, 0] for i, (lp, r) in enumerate(zip(log_probs, ranges, strict=True))
         )
 
     @torch.no_grad()
     def sample(self, obs: dict[str, Tensor], prompts: list[str], ranges: list[tuple[int, int]],
-               generator: torch.Generator | None = None, greedy: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+               generator: torch.Generator | None = None, greedy: bool = False,
+               temperature: float = 1.0) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Draw an answer token by token, only from the allowed numbers; the prefix is computed once (KV cache).
 
         Returns number tokens long (B, L) and the entropy in nats of each position's distribution, float (B, L).
@@ -486,7 +490,7 @@ class EFM(nn.Module):
         caches = x.new_empty(cfg.depth, 2, B, cfg.kv_heads, P + L - 1, cfg.head_dim)
         for n, (first, end) in enumerate(ranges, P):  # n keys are known
             hidden = self.language_model(x, positions[:, n - x.shape[1] : n], mask, 1, caches)[:, -1]  # (B, D)
-            log_p = self.logits(hidden, self.number_ids((first, end))).float().log_softmax(-1)  # (B, K)
+            log_p = (self.logits(hidden, self.number_ids((first, end))).float() / temperature).log_softmax(-1)  # (B, K)
             entropies.append(-(log_p.exp() * log_p).sum(-1))
             # inverse-CDF sampling from one uniform number a row: the same draw on every device
             u = torch.rand(B, 1, generator=generator).to(log_p.device)

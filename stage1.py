@@ -382,7 +382,8 @@ def main(cfg: Config) -> None:
         return
     import eval as evaluation  # it imports the stages
 
-    summary = evaluation.evaluate(folder, episodes=cfg.eval_episodes, seed=cfg.seed, s=env.success_threshold)
+    summary = evaluation.evaluate(folder, episodes=cfg.eval_episodes, seed=cfg.seed, s=env.success_threshold,
+                                  temperature=env.temperature)  # fmt: skip
     print(evaluation.describe(run.finish({"stage": "stage1", "domain": cfg.domain, "obs": cfg.obs, "seed": cfg.seed,
                                           "episodes": int(used.sum())} | summary)))  # fmt: skip
 

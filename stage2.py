@@ -44,6 +44,8 @@ class Config:
     c: float = 0.05  # scale of the REINFORCE loss
     s: float = -1.0  # success threshold: the detector fires when d(o, g) <= s; negative: the domain's
     success: Literal["detector", "ground-truth"] = "detector"  # what ends a practice episode
+    temperature: float = -1.0  # the policy is softmax(scores / temperature); negative: the domain's, 1 but on aloha
+    clip_reward: float = 0.0  # rewards are cut off at -this and +this; 0: nowhere
     success_bonus: float = -1.0  # added to the last reward on ground-truth success; negative: the domain's, 0 but on aloha
     updates: int = 16  # N, optimiser steps per iteration
     batch: int = 64  # B, tuples per optimiser step
@@ -142,7 +144,7 @@ class Operator:
 @torch.no_grad()
 def rollout(policy: EFM, reward_model: EFM, env: VectorEnv, seed: int, generator: torch.Generator, end: str = "detector",
             s: float = 3.0, greedy: bool = False, watch: Callable[[], None] = lambda: None,
-            begin: Callable[..., tuple[dict, dict]] | None = None) -> dict:  # fmt: skip
+            begin: Callable[..., tuple[dict, dict]] | None = None, temperature: float = 1.0) -> dict:  # fmt: skip
     """One episode in each of the n simulations, ended by `end` ("detector" or "ground-truth") or the horizon.
 
     Returns, over M tuples in all: obs (dict of tensors (M, ...)), tokens long (M, L), entropy (M,) in nats, goals (M),
@@ -160,7 +162,7 @@ def rollout(policy: EFM, reward_model: EFM, env: VectorEnv, seed: int, generator
     tuples, length, detected = [], np.zeros(n, int), np.zeros(n, bool)
     for t in range(env.horizon):
         prompts = [QUESTION_ACTION.format(g) for g in goals[alive]]
-        tokens, entropy = policy.sample(sees, prompts, actions.ranges, generator, greedy)
+        tokens, entropy = policy.sample(sees, prompts, actions.ranges, generator, greedy, temperature)
         tuples.append((sees, tokens, entropy.sum(1), goals[alive], torch.from_numpy(alive), torch.full((len(alive),), t)))
         action = np.zeros(env.action_space.shape, np.float32)
         action[alive] = actions.decode(tokens.cpu()).numpy()
@@ -199,7 +201,7 @@ def main(cfg: Config) -> None:
     domain, obs_mode = cfg.domain or settings["domain"], settings["obs"]
     common.require(cfg, 1, "updates", "batch", "num_envs", "patience", "eval_episodes")
     common.require(cfg, 1e-9, "lr", "c")
-    common.require(cfg, 0, "lora_rank")
+    common.require(cfg, 0, "lora_rank", "clip_reward")
     if not 0 <= cfg.gamma <= 1:
         raise UserError(f"--gamma {cfg.gamma}: must be between 0 and 1")
     ranks = common.evenly(cfg, "batch", "num_envs")
@@ -211,7 +213,9 @@ def main(cfg: Config) -> None:
     cfg.iterations = cfg.iterations or env.recipes[obs_mode]["iterations"]
     cfg.s = env.success_threshold if cfg.s < 0 else cfg.s
     cfg.success_bonus = env.success_bonus if cfg.success_bonus < 0 else cfg.success_bonus
+    cfg.temperature = env.temperature if cfg.temperature < 0 else cfg.temperature
     common.require(cfg, 0, "s", "success_bonus")
+    common.require(cfg, 1e-9, "temperature")
     common.require(cfg, 1, "iterations")
     if cfg.operator and not hasattr(env, "ask"):
         raise UserError(f"--operator: {domain} cannot go on without a reset; practise on tabletop or bananatable")
@@ -290,10 +294,13 @@ def main(cfg: Config) -> None:
         while min(common.gather(collected)) < cfg.updates * cfg.batch // ranks:  # [Alg. 1, line 2]
             seed = 10**9 * (cfg.seed + 1) + episodes + common.rank() * env.num_envs
             with common.gathered(policy, reward_model), common.autocast(cfg.bf16):
-                r = rollout(policy, reward_model, env, seed, generator, cfg.success, cfg.s, begin=operator and operator.begin)
+                r = rollout(policy, reward_model, env, seed, generator, cfg.success, cfg.s, begin=operator and operator.begin,
+                            temperature=cfg.temperature)  # fmt: skip
             if operator:
                 operator.steps += r["length"]
             reward = rewards(r["d"])
+            if cfg.clip_reward:  # a leap of d is its error more often than the policy's merit
+                reward = reward.clamp(-cfg.clip_reward, cfg.clip_reward)
             reward[range(env.num_envs), r["length"] - 1] += cfg.success_bonus * r["truth"][:, -1]  # where d cannot see it
             returns = monte_carlo_returns(reward, cfg.gamma)  # [Alg. 1, line 4]
             buffer.append((r["obs"], r["tokens"], r["goals"], returns[r["row"], r["t"]].to(device)))  # [Alg. 1, line 5]
@@ -307,7 +314,7 @@ def main(cfg: Config) -> None:
             prompts = [QUESTION_ACTION.format(g) for g in goals[i.numpy()]]
             i = i.to(device)
             with common.autocast(cfg.bf16):
-                log_prob = wrapped(EFM.log_prob, {k: v[i] for k, v in obs.items()}, prompts, tokens[i], ranges)
+                log_prob = wrapped(EFM.log_prob, {k: v[i] for k, v in obs.items()}, prompts, tokens[i], ranges, cfg.temperature)
             loss = reinforce_loss(log_prob, returns[i], cfg.c)  # [Alg. 1, line 7]
             optimizer.zero_grad()
             loss.backward()
@@ -345,7 +352,7 @@ def main(cfg: Config) -> None:
 
     summary = {"stage": "stage2", "domain": domain, "obs": obs_mode, "seed": cfg.seed, "stage1": cfg.stage1,
                "episodes": episodes, "env_steps": env_steps}  # fmt: skip
-    summary |= evaluation.evaluate(folder, episodes=cfg.eval_episodes, seed=cfg.seed, s=cfg.s)
+    summary |= evaluation.evaluate(folder, episodes=cfg.eval_episodes, seed=cfg.seed, s=cfg.s, temperature=cfg.temperature)
     print(evaluation.describe(run.finish(summary)))
 
 

@@ -11,6 +11,7 @@ A domain is a `gymnasium.vector.VectorEnv` (autoreset disabled; `reset(options={
     steps_cap, steps_bins    the steps-to-go tokens: bins of steps_cap / steps_bins steps
     success_threshold        s, the steps to go at which the detector fires
     success_bonus            what Stage 2 adds to the reward on ground-truth success; 0 but where the paper does
+    temperature              at which the policy's answers are drawn, in practice and evaluation
     action_tokens            arguments of `model.action_tokenizer`
     state_names, state_dim   the quantities of obs="state", by name, and the numbers in each
     simultaneous             whether the two images are views of one moment; else the previous frame and the current one

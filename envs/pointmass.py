@@ -101,7 +101,7 @@ class PointmassVectorEnv(VectorEnv):
     steps_cap, steps_bins = 140, 140  # a bin is a step: near the goal, where the detector decides, d is sharp
     action_tokens = {"kind": "uniform", "bins": 21, "low": -ACTION_LIMIT, "high": ACTION_LIMIT, "dims": 2}
     state_names, state_dim = ("position", "velocity", *COLOURS), 2
-    success_threshold, success_bonus = 3.0, 0.0
+    success_threshold, success_bonus, temperature = 3.0, 0.0, 1.0
     simultaneous = True
     predicts_instruction = False  # the paper asks it on LanguageTable only
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 10}

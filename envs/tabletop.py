@@ -297,7 +297,7 @@ class TabletopVectorEnv(MujocoVectorEnv):
     # [m] between the tool and a thing's middle: at the start, when passing, before a push
     clearance, girth, reach = 0.06, 0.045, 0.05
     steps_cap, steps_bins = 100, 50
-    success_threshold, success_bonus = 3.0, 0.0
+    success_threshold, success_bonus, temperature = 3.0, 0.0, 1.0
     predicts_instruction = True
     action_tokens = {"kind": "sign-magnitude", "limit": STRIDE, "dims": 2}
     state_dim = 4
