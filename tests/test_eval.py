@@ -104,6 +104,15 @@ def test_evaluate_is_repeatable_and_seeded(run):
     assert a != c
 
 
+def test_next_to_no_temperature_is_greedy(run, monkeypatch):
+    seen, rollout = [], evaluation.rollout
+    monkeypatch.setattr(evaluation, "rollout", lambda *a, **k: seen.append(rollout(*a, **k)) or seen[-1])
+    for how in ({"temperature": 1e-6}, {"greedy": True}, {}):
+        evaluation.evaluate(run, 4, 0, 69.0, **how)
+    cold, greedy, drawn = (r["tokens"] for r in seen[::2])
+    assert torch.equal(cold, greedy) and not torch.equal(greedy, drawn)
+
+
 def test_pictures(run):
     evaluation.film(run, seed=0, s=3.0, greedy=False)
     evaluation.curves(run)
@@ -121,13 +130,14 @@ def test_pictures(run):
 
 def test_main_writes_what_it_says(run, tmp_path, monkeypatch, capsys):
     for name in ("film", "curves"):
-        monkeypatch.setattr(evaluation, name, lambda *_, name=name: print("drew", name))
+        monkeypatch.setattr(evaluation, name, lambda *_, name=name, **how: print("drew", name))
     cfg = evaluation.Config(run=str(run), episodes=3, s=69.0, greedy=True)
     evaluation.main(cfg)
     out = capsys.readouterr().out
     assert "drew film" in out and "drew curves" in out and str(run) in out
     written = json.loads((run / "evaluation.json").read_text())
     assert written["s"] == 69 and written["greedy"] is True and written["run"] == str(run)
+    assert written["temperature"] == 1  # the domain's
     assert written | evaluation.evaluate(run, 3, 0, 69.0, greedy=True) == written
     evaluation.main(dataclasses.replace(cfg, run=str(run.parent / "pointmass-stage1-s0")))
     assert "drew curves" not in capsys.readouterr().out  # a Stage 1 run has no learning curve of this kind

@@ -244,16 +244,24 @@ def test_a_longer_answer_costs_no_more_gradients_of_the_whole_table(L):
     assert uses == 2
 
 
-def test_answers_are_drawn_with_the_probability_that_log_prob_says(rng):
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_answers_are_drawn_with_the_probability_that_log_prob_says(rng, temperature):
     model, ranges, n = tiny(), [(2, 5), (0, 4)], 20_000
     obs = {"state": observe(1)["state"]}
     prompt = questions(1)
     answers = torch.tensor(list(itertools.product(range(2, 5), range(4))))
-    p = model.log_prob({"state": obs["state"].expand(12, 2, 2)}, prompt * 12, answers, ranges).exp()
-    tokens, _ = model.sample({"state": obs["state"].expand(n, 2, 2)}, prompt * n, ranges, rng)
+    p = model.log_prob({"state": obs["state"].expand(12, 2, 2)}, prompt * 12, answers, ranges, temperature).exp()
+    tokens, _ = model.sample({"state": obs["state"].expand(n, 2, 2)}, prompt * n, ranges, rng, temperature=temperature)
     counts = torch.bincount((tokens[:, 0] - 2) * 4 + tokens[:, 1], minlength=12)
     chi2 = ((counts - n * p) ** 2 / (n * p)).sum().item()
     assert p.max() - p.min() > 0.01 and chi2 < 31.3  # 11 degrees of freedom: one in a thousand seeds exceeds it
+
+
+def test_half_the_temperature_squares_each_tokens_probability():
+    model, obs, prompt = tiny(), {"state": observe(1)["state"].expand(3, 2, 2)}, questions(1) * 3
+    answers, ranges = torch.tensor([[2], [3], [4]]), [(2, 5)]
+    p = model.log_prob(obs, prompt, answers, ranges).exp()
+    torch.testing.assert_close(model.log_prob(obs, prompt, answers, ranges, 0.5).exp(), p**2 / (p**2).sum())
 
 
 def test_the_same_generator_gives_the_same_answers():

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import common
 import envs.pointmass
+import eval as evaluation
 import model as models
 import stage2
 from model import EFM, QUESTION_ACTION, EFMConfig, StepsToGo, Tokenizer, action_tokenizer
@@ -317,6 +318,35 @@ def test_the_success_bonus_is_added_where_an_episode_truly_ended_in_success(tmp_
     assert none["success"] > 0 and none["env_steps"] == two["env_steps"]  # the first practice is the same
     added = 2 * two["success"] * two["episodes"] / two["env_steps"]
     assert two["return_mean"] - none["return_mean"] == pytest.approx(added, abs=1e-4)
+
+
+def practised(tmp_path, monkeypatch, name: str, **settings) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """The first update's log p and R, and the row of metrics.csv, of one iteration."""
+    seen, loss = [], stage2.reinforce_loss
+    with monkeypatch.context() as m:
+        m.setattr(stage2, "reinforce_loss", lambda log_prob, R, c: seen.append((log_prob.detach(), R)) or loss(log_prob, R, c))
+        (tmp_path / name).mkdir()
+        run(tmp_path / name, m, "state", iterations=1, **settings)
+        row = np.genfromtxt("runs/stage2/metrics.csv", delimiter=",", names=True)
+    return *seen[0], row
+
+
+def test_rewards_are_cut_off_where_clip_reward_says(tmp_path, monkeypatch):
+    _, free, _ = practised(tmp_path, monkeypatch, "free", gamma=0.0)
+    bound = free.abs().median().item()
+    _, cut, _ = practised(tmp_path, monkeypatch, "cut", gamma=0.0, clip_reward=bound)
+    assert free.abs().max() > bound > 0
+    assert torch.equal(cut, free.clamp(-bound, bound))  # the first practice is the same
+
+
+def test_the_temperature_is_the_policys_in_rollouts_updates_and_evaluation(tmp_path, monkeypatch):
+    log_prob, _, row = practised(tmp_path, monkeypatch, "one")
+    assert row["entropy"] > 1 and log_prob.max() < -0.5
+    evaluated, evaluate = [], evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: evaluated.append(k["temperature"]) or evaluate(*a, **k))
+    log_prob, _, row = practised(tmp_path, monkeypatch, "cold", temperature=1e-5)
+    assert row["entropy"] < 0.1 and log_prob.min() > -0.1  # it does what is most probable, and log p says so
+    assert evaluated == [1e-5]
 
 
 def test_practice_in_another_domain(tmp_path, monkeypatch):
