@@ -310,7 +310,7 @@ def main(cfg: Config) -> None:
         obs, tokens, goals, returns = zip(*buffer, strict=True)
         obs = {k: torch.cat([o[k] for o in obs]) for k in obs[0]}
         tokens, goals, returns = torch.cat(tokens), np.concatenate(goals), torch.cat(returns)
-        baseline = returns.mean() if cfg.baseline else 0.0
+        baseline = np.mean(common.gather(returns.mean().item())) if cfg.baseline else 0.0
         shuffled = torch.randperm(collected, generator=generator)
         for i in shuffled[: cfg.updates * cfg.batch // ranks].split(cfg.batch // ranks):  # drops leftovers  [Alg. 1, line 8]
             prompts = [QUESTION_ACTION.format(g) for g in goals[i.numpy()]]
