@@ -339,11 +339,11 @@ def test_rewards_are_cut_off_where_clip_reward_says(tmp_path, monkeypatch):
     assert torch.equal(cut, free.clamp(-bound, bound))  # the first practice is the same
 
 
-def test_the_baseline_is_the_iterations_mean_return(tmp_path, monkeypatch):
+def test_with_positive_nothing_is_unlearnt(tmp_path, monkeypatch):
     _, free, row = practised(tmp_path, monkeypatch, "free")
-    _, less, _ = practised(tmp_path, monkeypatch, "less", baseline=True)
-    torch.testing.assert_close(less, free - float(row["return_mean"]), rtol=0, atol=1e-4)
-    assert abs(row["return_mean"]) > 0.01
+    _, kept, same = practised(tmp_path, monkeypatch, "kept", positive=True)
+    assert (free < 0).any() and torch.equal(kept, free.clamp(min=0))
+    assert same["return_mean"] == row["return_mean"]  # what is logged is what the policy earned
 
 
 def test_the_temperature_is_the_policys_in_rollouts_updates_and_evaluation(tmp_path, monkeypatch):
