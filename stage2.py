@@ -45,7 +45,6 @@ class Config:
     s: float = -1.0  # success threshold: the detector fires when d(o, g) <= s; negative: the domain's
     success: Literal["detector", "ground-truth"] = "detector"  # what ends a practice episode
     temperature: float = -1.0  # the policy is softmax(scores / temperature); negative: the domain's, 1 but on aloha
-    positive: bool = False  # returns below 0 count as 0: nothing is unlearnt, as -R log p has no bound where R < 0
     clip_reward: float = 0.0  # rewards are cut off at -this and +this; 0: nowhere
     success_bonus: float = -1.0  # added to the last reward on ground-truth success; negative: the domain's, 0 but on aloha
     updates: int = 16  # N, optimiser steps per iteration
@@ -316,7 +315,7 @@ def main(cfg: Config) -> None:
             i = i.to(device)
             with common.autocast(cfg.bf16):
                 log_prob = wrapped(EFM.log_prob, {k: v[i] for k, v in obs.items()}, prompts, tokens[i], ranges, cfg.temperature)
-            loss = reinforce_loss(log_prob, returns[i].clamp(min=0) if cfg.positive else returns[i], cfg.c)  # [Alg. 1, line 7]
+            loss = reinforce_loss(log_prob, returns[i], cfg.c)  # [Alg. 1, line 7]
             optimizer.zero_grad()
             loss.backward()
             grad_norm = common.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0))

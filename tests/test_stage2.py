@@ -339,13 +339,6 @@ def test_rewards_are_cut_off_where_clip_reward_says(tmp_path, monkeypatch):
     assert torch.equal(cut, free.clamp(-bound, bound))  # the first practice is the same
 
 
-def test_with_positive_nothing_is_unlearnt(tmp_path, monkeypatch):
-    _, free, row = practised(tmp_path, monkeypatch, "free")
-    _, kept, same = practised(tmp_path, monkeypatch, "kept", positive=True)
-    assert (free < 0).any() and torch.equal(kept, free.clamp(min=0))
-    assert same["return_mean"] == row["return_mean"]  # what is logged is what the policy earned
-
-
 def test_the_temperature_is_the_policys_in_rollouts_updates_and_evaluation(tmp_path, monkeypatch):
     log_prob, _, row = practised(tmp_path, monkeypatch, "one")
     assert row["entropy"] > 1 and log_prob.max() < -0.5
