@@ -53,10 +53,7 @@ def cli(config: type, main: Callable[[Any], Any], ranks: bool = False) -> None:
             raise
         with joined(ranks):
             main(cfg)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo's threads outlive DDP and may abort Python's shutdown: pytorch#190489
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
+            leave()
     except (UserError, envs.CannotRender) as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{name}: {' '.join(str(e).split())}", file=sys.stderr)
@@ -88,6 +85,18 @@ def joined(ranks: bool) -> Iterator[None]:
             yield
     finally:
         dist.destroy_process_group()
+
+
+def leave() -> None:
+    """End one of several processes that have done their work, in one process nothing: inside `joined`, at its end.
+
+    Not by Python's shutdown, which gloo's threads, as DDP keeps them alive, now and then abort (pytorch#190489).
+    """
+    if world() > 1:
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def rank() -> int:

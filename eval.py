@@ -94,7 +94,8 @@ def evaluate(folder: Path, episodes: int, seed: int, s: float, greedy: bool = Fa
     success = r["truth"][:, -1].numpy()
     low, high = wilson(int(success.sum()), episodes)
     p = rollout(actor, reward_model, env, 5 * 10**8 + seed * 10**6 + 5 * 10**5, generator, "detector", **how)
-    return {"success": float(success.mean()), "success_low": low, "success_high": high, "mean_steps": float(r["length"].mean()),
+    return {"temperature": temperature, "success": float(success.mean()), "success_low": low, "success_high": high,
+            "mean_steps": float(r["length"].mean()),
             "eval_episodes": episodes, **confusion(p["detected"], p["truth"][:, -1].numpy()),
             "early_detections": early_detections(r["d"].numpy(), r["truth"].numpy(), s)}  # fmt: skip
 
@@ -188,10 +189,11 @@ def main(cfg: Config) -> None:
     settings = common.read_json(folder / "config.json")
     env = run_env(folder, 1)
     cfg.s = settings.get("s", env.success_threshold) if cfg.s < 0 else cfg.s
-    cfg.temperature = settings.get("temperature", env.temperature) if cfg.temperature < 0 else cfg.temperature
+    stage2 = "gamma" in settings
+    if cfg.temperature < 0:
+        cfg.temperature = settings.get("temperature", 1.0 if stage2 else env.temperature)
     common.require(cfg, 0, "s")
     common.require(cfg, 1e-9, "temperature")
-    stage2 = "gamma" in settings
     if stage2 and not (folder / "metrics.csv").exists():
         raise UserError(f"{folder}/metrics.csv: missing; name a finished run with --run")
     how = {"s": cfg.s, "greedy": cfg.greedy, "policy": cfg.policy, "temperature": cfg.temperature}

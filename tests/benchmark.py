@@ -168,11 +168,11 @@ class Uncached(EFM):
     """`sample` by the book: for each token the whole sequence again."""
 
     @torch.no_grad()
-    def sample(self, obs, prompts, ranges, generator=None, greedy=False):
+    def sample(self, obs, prompts, ranges, generator=None, greedy=False, temperature=1.0):
         tokens, entropies = torch.zeros(len(prompts), 0, dtype=torch.long), []
         for i, (first, _) in enumerate(ranges):
             answer = torch.cat([tokens, torch.full((len(prompts), 1), first)], 1)
-            log_p = self.log_probs(obs, prompts, answer, ranges[: i + 1])[-1]
+            log_p = (self.log_probs(obs, prompts, answer, ranges[: i + 1])[-1] / temperature).log_softmax(-1)
             entropies.append(-(log_p.exp() * log_p).sum(-1))
             u = torch.rand(len(prompts), 1, generator=generator)
             token = (log_p.exp().cumsum(-1) < u).sum(-1, keepdim=True).clamp(max=log_p.shape[-1] - 1)

@@ -93,3 +93,4 @@ if __name__ == "__main__":
         sharded_is_whole()
         for job in json.loads(sys.argv[1]):
             run(**job)
+        common.leave()
