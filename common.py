@@ -53,7 +53,6 @@ def cli(config: type, main: Callable[[Any], Any], ranks: bool = False) -> None:
             raise
         with joined(ranks):
             main(cfg)
-            leave()
     except (UserError, envs.CannotRender) as e:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{name}: {' '.join(str(e).split())}", file=sys.stderr)
@@ -65,7 +64,7 @@ def cli(config: type, main: Callable[[Any], Any], ranks: bool = False) -> None:
 # --- several processes, started by torchrun ---------------------------------------------------------------------------
 @contextlib.contextmanager
 def joined(ranks: bool) -> Iterator[None]:
-    """The processes that torchrun started know each other inside; in one process nothing happens."""
+    """The processes that torchrun started know each other inside, and end behind it; in one process nothing happens."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
@@ -85,18 +84,10 @@ def joined(ranks: bool) -> Iterator[None]:
             yield
     finally:
         dist.destroy_process_group()
-
-
-def leave() -> None:
-    """End one of several processes that have done their work, in one process nothing: inside `joined`, at its end.
-
-    Not by Python's shutdown, which gloo's threads, as DDP keeps them alive, now and then abort (pytorch#190489).
-    """
-    if world() > 1:
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    # not by Python's shutdown, which gloo's threads, as DDP keeps them alive, now and then abort: pytorch#190489
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def rank() -> int:

@@ -93,4 +93,3 @@ if __name__ == "__main__":
         sharded_is_whole()
         for job in json.loads(sys.argv[1]):
             run(**job)
-        common.leave()
