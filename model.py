@@ -322,11 +322,6 @@ def prefix_mask(valid: Tensor, answers: int) -> Tensor:
     return (mask | torch.eye(P + answers, dtype=torch.bool, device=valid.device))[:, None]  # a padding row sees itself: no NaN
 
 
-def of_answer(log_probs: list[Tensor], answer: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
-    """From `EFM.log_probs`, L x (B, K), log p of the answer, long (B, L): float (B,)."""
-    return sum(lp.gather(1, answer[:, i, None] - r[0])[:, 0] for i, (lp, r) in enumerate(zip(log_probs, ranges, strict=True)))
-
-
 def no_autocast(x: Tensor) -> torch.autocast:
     """Where bfloat16, with 8 bits for a number, would blur what is measured: states, scores and d(o, g)."""
     return torch.autocast(x.device.type, enabled=False)
@@ -456,12 +451,13 @@ class EFM(nn.Module):
         positions = valid.cumsum(1) - 1  # padding takes no position
         return self.language_model(x, positions, prefix_mask(valid[:, : x.shape[1] - L + 1], L - 1), keep=L)
 
-    def log_probs(self, obs: dict[str, Tensor], prompts: list[str], answer: Tensor, ranges: list[tuple[int, int]],
-                  temperature: float = 1.0) -> list[Tensor]:  # fmt: skip
+    def log_probs(
+        self, obs: dict[str, Tensor], prompts: list[str], answer: Tensor, ranges: list[tuple[int, int]]
+    ) -> list[Tensor]:
         """log p of every allowed number at every answer position, given the answer before it: L x float (B, K)."""
         hidden = self.hidden(obs, prompts, answer + self.tokenizer.loc)  # (B, L, D)
         least, most = min(r[0] for r in ranges), max(r[1] for r in ranges)
-        logits = self.logits(hidden, self.number_ids((least, most))).float() / temperature  # one product for all positions
+        logits = self.logits(hidden, self.number_ids((least, most))).float()  # one product for all positions, allowed or not
         # unbound, not indexed: each index would cost a gradient of the size of all positions
         return [x[:, a - least : b - least].log_softmax(-1) for x, (a, b) in zip(logits.unbind(1), ranges, strict=True)]
 
@@ -472,7 +468,12 @@ class EFM(nn.Module):
         answer: number tokens long (B, L); ranges: the numbers allowed at each position, over which p is normalised,
         so that this is the probability with which `sample` draws the answer at the same temperature.
         """
-        return of_answer(self.log_probs(obs, prompts, answer, ranges, temperature), answer, ranges)
+        log_probs = self.log_probs(obs, prompts, answer, ranges)
+        if temperature != 1:
+            log_probs = [(lp / temperature).log_softmax(-1) for lp in log_probs]
+        return sum(
+            lp.gather(1, (answer[:, i] - r[0])[:, None])[:, 0] for i, (lp, r) in enumerate(zip(log_probs, ranges, strict=True))
+        )
 
     @torch.no_grad()
     def sample(self, obs: dict[str, Tensor], prompts: list[str], ranges: list[tuple[int, int]],

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import common
 import model as models
 from common import UserError
-from model import EFM, QUESTION_ACTION, StepsToGo, action_tokenizer, of_answer
+from model import EFM, QUESTION_ACTION, StepsToGo, action_tokenizer
 
 
 @dataclass
@@ -46,8 +46,6 @@ class Config:
     success: Literal["detector", "ground-truth"] = "detector"  # what ends a practice episode
     temperature: float = -1.0  # the policy is softmax(scores / temperature); negative: the domain's, 1 but on aloha
     clip_reward: float = 0.0  # rewards are cut off at -this and +this; 0: nowhere
-    baseline: bool = False  # from the returns their mean in the iteration is taken; what is left is cut off at -2 and +2
-    kl: float = 0.0  # weight, times c, of how far the policy is from Stage 1's; needed with --baseline, which runs away without
     success_bonus: float = -1.0  # added to the last reward on ground-truth success; negative: the domain's, 0 but on aloha
     updates: int = 16  # N, optimiser steps per iteration
     batch: int = 64  # B, tuples per optimiser step
@@ -84,11 +82,6 @@ def monte_carlo_returns(reward: Tensor, gamma: float) -> Tensor:
 def reinforce_loss(log_prob: Tensor, returns: Tensor, c: float) -> Tensor:
     """-c · R_t · log p(a_t | o_t, Question_action(g)), averaged over the batch; log_prob, returns float (B,)."""
     return -(c * returns * log_prob).mean()
-
-
-def divergence(reference: list[Tensor], log_probs: list[Tensor]) -> Tensor:
-    """Σ KL(reference || policy) over an answer's positions, averaged over the batch; L x log p, float (B, K), of each."""
-    return sum((q.exp() * (q - p)).sum(1) for q, p in zip(reference, log_probs, strict=True)).mean()
 
 
 def detect_success(d: Tensor, s: float) -> Tensor:
@@ -208,7 +201,7 @@ def main(cfg: Config) -> None:
     domain, obs_mode = cfg.domain or settings["domain"], settings["obs"]
     common.require(cfg, 1, "updates", "batch", "num_envs", "patience", "eval_episodes")
     common.require(cfg, 1e-9, "lr", "c")
-    common.require(cfg, 0, "lora_rank", "clip_reward", "kl")
+    common.require(cfg, 0, "lora_rank", "clip_reward")
     if not 0 <= cfg.gamma <= 1:
         raise UserError(f"--gamma {cfg.gamma}: must be between 0 and 1")
     ranks = common.evenly(cfg, "batch", "num_envs")
@@ -237,9 +230,7 @@ def main(cfg: Config) -> None:
             raise UserError(f"--domain {domain}: its actions or observations are not those of {settings['domain']}; leave it out")
     policy = common.load(stage1 / "policy.safetensors", env)
     reward_model = common.load(judge / "reward.safetensors", env, policy)
-    frozen = [reward_model.requires_grad_(False)]
-    if cfg.kl:
-        frozen.append(common.load(stage1 / "policy.safetensors", env, policy).requires_grad_(False))
+    reward_model.requires_grad_(False)
     if cfg.lora_rank and policy.lora_rank and cfg.lora_rank != policy.lora_rank:
         raise UserError(f"--lora-rank {cfg.lora_rank}: {stage1} has adapters of rank {policy.lora_rank}; leave it out")
     fresh = cfg.lora_rank > policy.lora_rank  # adapters on weights that Stage 1 has trained
@@ -265,11 +256,10 @@ def main(cfg: Config) -> None:
     if policy.cfg.image_size:  # frozen, as it is fed its features; AdamW skips it
         policy.vision_tower.requires_grad_(False)
     models.economise(policy, cfg.checkpointing, cfg.compile)
+    models.economise(reward_model, False, cfg.compile)
     wrapped = common.distribute(policy, shard)
-    for m in frozen:
-        models.economise(m, False, cfg.compile)
-        if shard:
-            common.distribute(m, shard)
+    if shard:
+        common.distribute(reward_model, shard)
     optimizer = torch.optim.AdamW([policy.get_parameter(name) for name in learnt], lr=cfg.lr, weight_decay=0.0)
     if cfg.keep_optimizer:
         common.load_optimizer(optimizer, {"state": common.load_state(stage1 / "resume.pt")["optimizer"]["state"]})
@@ -319,22 +309,13 @@ def main(cfg: Config) -> None:
         obs, tokens, goals, returns = zip(*buffer, strict=True)
         obs = {k: torch.cat([o[k] for o in obs]) for k in obs[0]}
         tokens, goals, returns = torch.cat(tokens), np.concatenate(goals), torch.cat(returns)
-        advantage, far = returns, []
-        if cfg.baseline:
-            advantage = (returns - float(np.mean(common.gather(returns.mean().item())))).clamp(-2, 2)
         shuffled = torch.randperm(collected, generator=generator)
         for i in shuffled[: cfg.updates * cfg.batch // ranks].split(cfg.batch // ranks):  # drops leftovers  [Alg. 1, line 8]
             prompts = [QUESTION_ACTION.format(g) for g in goals[i.numpy()]]
             i = i.to(device)
-            asked = {k: v[i] for k, v in obs.items()}, prompts, tokens[i], ranges, cfg.temperature
             with common.autocast(cfg.bf16):
-                log_probs = wrapped(EFM.log_probs, *asked)
-            loss = reinforce_loss(of_answer(log_probs, tokens[i], ranges), advantage[i], cfg.c)  # [Alg. 1, line 7]
-            if cfg.kl:
-                with torch.no_grad(), common.autocast(cfg.bf16):
-                    reference = frozen[1](EFM.log_probs, *asked)
-                far.append(divergence(reference, log_probs))
-                loss = loss + cfg.c * cfg.kl * far[-1]
+                log_prob = wrapped(EFM.log_prob, {k: v[i] for k, v in obs.items()}, prompts, tokens[i], ranges, cfg.temperature)
+            loss = reinforce_loss(log_prob, returns[i], cfg.c)  # [Alg. 1, line 7]
             optimizer.zero_grad()
             loss.backward()
             grad_norm = common.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0))
@@ -351,8 +332,6 @@ def main(cfg: Config) -> None:
                "mean_steps": float(length.mean()), "return_mean": returns.mean().item(),
                "return_std": returns.std().item(), "return_negative": (returns < 0).float().mean().item(),
                "entropy": entropy.mean().item(), "grad_norm": grad_norm.item(), "seconds": run.seconds()}  # fmt: skip
-        if cfg.kl:
-            row["kl"] = float(np.mean(common.gather(torch.stack(far).mean().item())))
         if operator:
             hours = env_steps / env.metadata["render_fps"] / 3600
             row |= {"interventions": operator.interventions, "robot_hours": hours}

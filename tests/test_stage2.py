@@ -339,32 +339,6 @@ def test_rewards_are_cut_off_where_clip_reward_says(tmp_path, monkeypatch):
     assert torch.equal(cut, free.clamp(-bound, bound))  # the first practice is the same
 
 
-def test_the_baseline_is_the_iterations_mean_return(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage2, "rewards", lambda d, rewards=stage2.rewards: 300 * rewards(d))  # of an untrained d
-    _, free, row = practised(tmp_path, monkeypatch, "free")
-    _, less, same = practised(tmp_path, monkeypatch, "less", baseline=True)
-    torch.testing.assert_close(less, (free - float(row["return_mean"])).clamp(-2, 2), rtol=0, atol=1e-4)
-    assert abs(row["return_mean"]) > 0.01 and (less.abs() == 2).any()
-    assert same["return_mean"] == row["return_mean"]  # what is logged is what the policy earned
-
-
-def test_divergence():
-    p, q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]), torch.tensor([[0.5, 0.5], [0.5, 0.5]])
-    by_hand = 0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)
-    assert stage2.divergence([q.log()] * 3, [p.log()] * 3).item() == pytest.approx(3 * by_hand / 2)
-    assert stage2.divergence([p.log()], [p.log()]).item() == 0
-
-
-def test_kl_keeps_practice_near_stage1(tmp_path, monkeypatch):
-    """Many steps along noise: the heavier the weight, the nearer the policy stays; a first update starts at 0."""
-    kls = []
-    for name, weight in (("light", 1e-9), ("heavy", 100.0)):
-        *_, row = practised(tmp_path, monkeypatch, name, kl=weight, baseline=True, lr=3e-3, updates=8)
-        kls.append(float(row["kl"]))
-    assert 0 < 3 * kls[1] < kls[0]
-    assert float(practised(tmp_path, monkeypatch, "first", kl=1.0, updates=1)[2]["kl"]) < 1e-6
-
-
 def test_the_temperature_is_the_policys_in_rollouts_updates_and_evaluation(tmp_path, monkeypatch):
     log_prob, _, row = practised(tmp_path, monkeypatch, "one")
     assert row["entropy"] > 1 and log_prob.max() < -0.5
