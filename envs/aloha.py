@@ -290,8 +290,8 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
         self.frames = np.zeros((n, 2, size, size, 3), np.uint8)
         # for the expert: 2 N arms alone, left and right in turn, whose kinematics it inverts
         self.arms: Batch | None = None
-        # the demonstrator's habits: where each hand aims amiss [m], how near they are when it lets go [m], the peg off the socket [m]
-        self.miss, self.drops, self.bump = np.zeros((n, 2, 3)), np.zeros((n, 2)), np.zeros((n, 3))
+        # the demonstrator's habits: where each hand aims amiss [m], drops to come, where the peg will be off the socket [m]
+        self.miss, self.drops, self.bump = np.zeros((n, 2, 3)), np.zeros((n, 2), bool), np.zeros((n, 3))
 
     # --- Gymnasium ----------------------------------------------------------------------------------------------------
     def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
@@ -428,10 +428,8 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
         """
         held, pause = self.held, np.array([rng.uniform() < 0.1 for rng in self.rngs]) & (self.t > 0)
         self.miss[(self.joints[..., 6] < 0.3) & ~held & (self.t > 0)[:, None]] = 0  # closed on nothing: aim anew
-        (obj, _), both = self.objects, held.all(1)[:, None]
-        apart = np.where(both, obj[:, 1:, 0] - obj[:, :1, 0], 1.0)  # (N, 1) [m], the peg's middle from the socket's
-        drop = (apart < self.drops) & held & (obj[..., 2] > 0.05) & ~pause[:, None]
-        self.drops[drop] = 0
+        drop = self.drops & held & (self.objects[0][..., 2] > 0.05) & ~pause[:, None]
+        self.drops &= ~drop
         self.bump[self.touch[:, 6]] = 0  # the peg is at the socket's rim: back, and in line
         action = self._plan(0.9, self.miss, drop, self.bump).reshape(self.num_envs, CHUNK, 2, 7)
         unsteady = np.stack([rng.normal(0, 0.01, (2, 6)) for rng in self.rngs])  # [rad/s]
@@ -443,8 +441,7 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
     def _acquire_habits(self, i: int, rng: np.random.Generator) -> None:
         """How simulation i's demonstrator goes about this episode: most of them miss, drop or bump something once."""
         self.miss[i] = (rng.uniform(size=(2, 1)) < 0.15) * [0, 0, 1] * rng.uniform(0.03, 0.05, (2, 1))
-        when = rng.uniform(size=2)  # right after lifting it, or while they insert
-        self.drops[i] = np.where(when < 0.15, 2, np.where(when < 0.3, rng.uniform(0.08, 0.2, 2), 0))
+        self.drops[i] = rng.uniform(size=2) < 0.15
         way = rng.uniform(0, 2 * np.pi)
         self.bump[i] = (rng.uniform() < 0.3) * rng.uniform(0.012, 0.028) * np.array([0, np.cos(way), np.sin(way)])
 
