@@ -107,8 +107,7 @@ def main() -> None:
     fig.tight_layout()
     fig.savefig(OUT / "learning.png", dpi=130)
     against_imitation(by_run, "figure3", FIGURE3, "steps (a failure counts 100)", 100, 17.1)
-    if any(run.startswith(FIGURE8["nano-arms"][:2]) for run in by_run):  # more than one size
-        against_imitation(by_run, "figure8", FIGURE8, "decisions (a failure counts 40)", 40, 13.6)
+    against_imitation(by_run, "figure8", FIGURE8, "decisions (a failure counts 40)", 40, 13.6)
 
 
 def against_imitation(by_run: dict[str, dict], name: str, models: dict[str, tuple], ylabel: str, cap: int, expert: float) -> None:
