@@ -23,6 +23,7 @@ is the policy, and the best at cloning is kept beside it.
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -67,6 +68,28 @@ class Config:
 
 
 # --- demonstrations ---------------------------------------------------------------------------------------------------
+class Frames:
+    """Frames uint8 (M, ...), read like an array by rows, each deflated: without loss, and a table's take a seventh of the memory."""
+
+    def __init__(self, streams: np.ndarray, ends: np.ndarray, shape: np.ndarray):
+        self.streams, self.ends, self.shape = streams, ends, (len(ends), *shape.tolist())
+        self.ndim = len(self.shape)
+
+    @classmethod
+    def join(cls, frames: list[bytes], shape: tuple[int, ...]) -> Frames:
+        return cls(np.frombuffer(b"".join(frames), np.uint8), np.cumsum([len(x) for x in frames]), np.array(shape))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a file keeps of them."""
+        return {"streams": self.streams, "ends": self.ends, "shape": np.array(self.shape[1:])}
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        rows = np.asarray(rows)
+        spans = zip(np.where(rows > 0, self.ends[rows - 1], 0).flat, self.ends[rows].flat, strict=True)
+        inflated = b"".join(zlib.decompress(self.streams[a:b]) for a, b in spans)
+        return np.frombuffer(bytearray(inflated), np.uint8).reshape(*rows.shape, *self.shape[1:])
+
+
 def seen(env: VectorEnv, o: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What a demonstration keeps of an observation: the previous frame is kept already, as the step before's."""
     if env.obs == "state":
@@ -74,10 +97,15 @@ def seen(env: VectorEnv, o: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"frames": o["images"] if env.simultaneous else o["images"][:, 1]} | {k: o[k] for k in ("joints",) if k in o}
 
 
+def keep(o: dict[str, np.ndarray], i: int) -> dict[str, np.ndarray | bytes]:
+    """Row i of what was seen, its frame deflated."""
+    return {k: zlib.compress(v[i].tobytes(), 1) if k == "frames" else v[i].copy() for k, v in o.items()}
+
+
 def record(domain: str, obs: str, episodes: int, seed: int) -> dict[str, np.ndarray]:
     """Successful demonstrations by the domain's demonstrator, the final observation included, as flat arrays of M tuples.
 
-    Returns state float32 (M, S), or frames uint8 (M, H, W, 3), of a domain with two views of the same moment (M, 2, H, W, 3),
+    Returns state float32 (M, S), or `Frames` (M, H, W, 3), of a domain with two views of the same moment (M, 2, H, W, 3),
     and the robot's joints float32 (M, J) where it has some; action float32 (M, A), zero on final observations;
     start, length int (episodes,), where length counts observations; instruction str (episodes,).
     """
@@ -93,13 +121,12 @@ def record(domain: str, obs: str, episodes: int, seed: int) -> dict[str, np.ndar
         action = env.demonstrate()
         texts, now = o["instruction"], seen(env, o)
         for i in np.flatnonzero(owed):
-            steps[i].append(({k: v[i].copy() for k, v in now.items()}, action[i]))
+            steps[i].append((keep(now, i), action[i]))
         o, _, terminated, truncated, _ = env.step(action)
         final = seen(env, o)
         for i in np.flatnonzero(terminated & (owed > 0)):
-            steps[i].append(({k: v[i].copy() for k, v in final.items()}, np.zeros_like(action[i])))
-            observations, actions = zip(*steps[i], strict=True)
-            kept.append((texts[i], {k: [x[k] for x in observations] for k in final}, actions))
+            steps[i].append((keep(final, i), np.zeros_like(action[i])))
+            kept.append((texts[i], *zip(*steps[i], strict=True)))
             owed[i] -= 1
             bar.update()
         over = terminated | truncated
@@ -108,17 +135,14 @@ def record(domain: str, obs: str, episodes: int, seed: int) -> dict[str, np.ndar
         if over.any():
             o, _ = env.reset(options={"reset_mask": over})
     bar.close()
-    return pack(kept)
+    return pack(kept, now)
 
 
-def pack(episodes: list[tuple]) -> dict[str, np.ndarray]:
-    """(instruction, {name: observations}, actions) per episode -> the flat arrays of `record`."""
+def pack(episodes: list[tuple], like: dict[str, np.ndarray]) -> dict[str, np.ndarray | Frames]:
+    """(instruction, observations by `keep`, actions) per episode -> the arrays of `record`; like: what `seen` returned once."""
     length = np.array([len(e[2]) for e in episodes])
-    rows = {k: np.empty((length.sum(), *np.shape(v[0])), v[0].dtype) for k, v in episodes[0][1].items()}  # frames: one copy
-    for (_, observations, actions), first in zip(episodes, np.cumsum(length) - length, strict=True):
-        for k in list(observations):
-            rows[k][first : first + len(actions)] = observations.pop(k)  # and frees it
-    return {**rows,
+    rows = {k: [o[k] for e in episodes for o in e[1]] for k in like}
+    return {**{k: Frames.join(x, like[k].shape[1:]) if k == "frames" else np.stack(x) for k, x in rows.items()},
             "action": np.concatenate([np.stack(e[2]) for e in episodes]).astype(np.float32),
             "start": np.cumsum(length) - length, "length": length, "instruction": np.array([e[0] for e in episodes])}  # fmt: skip
 
@@ -137,13 +161,13 @@ def from_minari(dataset_id: str, domain: str, obs: str) -> dict[str, np.ndarray]
     episodes = []
     for e in dataset.iterate_episodes():
         if e.terminations[-1]:
-            o = e.observations
-            episodes.append((o["instruction"][0], seen(env, o), np.concatenate([e.actions, np.zeros_like(e.actions[:1])])))
+            o, actions = seen(env, e.observations), np.concatenate([e.actions, np.zeros_like(e.actions[:1])])
+            episodes.append((e.observations["instruction"][0], [keep(o, t) for t in range(len(actions))], actions))
     if len(episodes) < 2:
         raise UserError(
             f"--dataset {dataset_id}: {len(episodes)} of its episodes end in success, at least 2 are needed; record others"
         )
-    return pack(episodes)
+    return pack(episodes, o)
 
 
 def load_demonstrations(cfg: Config) -> dict[str, np.ndarray]:
@@ -157,7 +181,7 @@ def load_demonstrations(cfg: Config) -> dict[str, np.ndarray]:
 
         def write(p: Path) -> None:
             with open(p, "wb") as f:
-                np.savez(f, **data)
+                np.savez(f, **(data | data.pop("frames").arrays() if "frames" in data else data))
 
         common.write_atomically(path, write)
         del data
@@ -166,6 +190,8 @@ def load_demonstrations(cfg: Config) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as f:
             data = dict(f)
+            if "streams" in data:
+                data["frames"] = Frames(*(data.pop(key) for key in ("streams", "ends", "shape")))
             return data | {key: data[key] for key in ("action", "start", "length", "instruction")}
     except Exception as e:  # a damaged zip raises many kinds
         raise UserError(f"{path}: damaged ({type(e).__name__}); delete it and it is recorded again") from None
@@ -214,7 +240,7 @@ class Demonstrations:
         if "state" in self.data:
             return {"state": torch.from_numpy(self.data["state"][i]).unflatten(-1, (-1, self.state_dim)).to(device)}
         if i.ndim == 2 and self.data["frames"].ndim == 5:  # the first view of each, without the joints
-            return {"images": torch.from_numpy(self.data["frames"][i, 0]).to(device)}
+            return {"images": torch.from_numpy(self.data["frames"][i][:, :, 0]).to(device)}
         names = {"images": "frames", "joints": "joints"}
         return {k: torch.from_numpy(self.data[v][i]).to(device) for k, v in names.items() if v in self.data}
 
