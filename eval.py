@@ -37,9 +37,9 @@ class Config:
     run: str = ""  # folder of a Stage 1 or Stage 2 run; empty: the newest finished one
     episodes: int = 500  # evaluation episodes
     seed: int = 0  # of the episodes and the sampled actions
-    s: float = -1.0  # the detector's threshold; negative: the run's own, of a Stage 1 run the domain's
+    s: float | None = None  # the detector's threshold; None: the run's own, of a Stage 1 run the domain's
     policy: str = "policy"  # which of the run's checkpoints acts; early_policy: the best at cloning where the last is the policy
-    temperature: float = -1.0  # of the sampled actions; negative: the run's own, of a Stage 1 run the domain's
+    temperature: float | None = None  # of the sampled actions; None: the domain's
     greedy: bool = False  # the most probable action instead of a sampled one
 
 
@@ -81,7 +81,7 @@ def load_run(folder: Path, num_envs: int, policy: str = "policy") -> tuple[Vecto
 
 
 def evaluate(folder: Path, episodes: int, seed: int, s: float, greedy: bool = False, policy: str = "policy",
-             temperature: float = 1.0) -> dict:  # fmt: skip
+             temperature: float | None = None) -> dict:  # fmt: skip
     """Roll out a run's policy twice: to the true end, for success; and as in Stage 2, for the detector's confusion.
 
     Confusion: did the detector end the episode, and was the goal truly reached at that moment? `early_detections` is
@@ -89,6 +89,7 @@ def evaluate(folder: Path, episodes: int, seed: int, s: float, greedy: bool = Fa
     """
     env, actor, reward_model = load_run(folder, episodes, policy)
     generator = torch.Generator().manual_seed(seed)
+    temperature = env.temperature if temperature is None else temperature
     how = {"s": s, "greedy": greedy, "temperature": temperature}
     r = rollout(actor, reward_model, env, 5 * 10**8 + seed * 10**6, generator, "ground-truth", **how)
     success = r["truth"][:, -1].numpy()
@@ -105,7 +106,7 @@ def describe(summary: dict) -> str:
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
-def film(folder: Path, seed: int, s: float, greedy: bool, policy: str = "policy", temperature: float = 1.0) -> None:
+def film(folder: Path, seed: int, s: float, greedy: bool, temperature: float, policy: str = "policy") -> None:
     """Eight episodes to their true end: trajectories.png, episodes.gif and, of one of them, steps_to_go.png."""
     env, actor, reward_model = load_run(folder, 8, policy)
     frames, tracks = [], []
@@ -188,10 +189,9 @@ def main(cfg: Config) -> None:
         raise UserError(f"--episodes {cfg.episodes}: must be at least 1")
     settings = common.read_json(folder / "config.json")
     env = run_env(folder, 1)
-    cfg.s = settings.get("s", env.success_threshold) if cfg.s < 0 else cfg.s
+    cfg.s = settings.get("s", env.success_threshold) if cfg.s is None else cfg.s
+    cfg.temperature = env.temperature if cfg.temperature is None else cfg.temperature
     stage2 = "gamma" in settings
-    if cfg.temperature < 0:
-        cfg.temperature = settings.get("temperature", 1.0 if stage2 else env.temperature)
     common.require(cfg, 0, "s")
     common.require(cfg, 1e-9, "temperature")
     if stage2 and not (folder / "metrics.csv").exists():

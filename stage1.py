@@ -69,7 +69,7 @@ class Config:
 
 # --- demonstrations ---------------------------------------------------------------------------------------------------
 class Frames:
-    """Frames uint8 (M, ...), read like an array by rows, each deflated: without loss, and a table's take a seventh of the memory."""
+    """Frames uint8 (M, ...), read by rows like an array, each deflated: a table's take a seventh of the space, without loss."""
 
     def __init__(self, streams: np.ndarray, ends: np.ndarray, shape: np.ndarray):
         self.streams, self.ends, self.shape = streams, ends, (len(ends), *shape.tolist())
@@ -408,8 +408,7 @@ def main(cfg: Config) -> None:
         return
     import eval as evaluation  # it imports the stages
 
-    summary = evaluation.evaluate(folder, episodes=cfg.eval_episodes, seed=cfg.seed, s=env.success_threshold,
-                                  temperature=env.temperature)  # fmt: skip
+    summary = evaluation.evaluate(folder, episodes=cfg.eval_episodes, seed=cfg.seed, s=env.success_threshold)
     print(evaluation.describe(run.finish({"stage": "stage1", "domain": cfg.domain, "obs": cfg.obs, "seed": cfg.seed,
                                           "episodes": int(used.sum())} | summary)))  # fmt: skip
 

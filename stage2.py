@@ -40,29 +40,34 @@ class Config:
     reward_run: str = ""  # folder of another Stage 1 run whose reward model judges (Figure 4's ablation); empty: the same run
     domain: str = ""  # practise in another domain with the same observations, as in Real2Sim; empty: Stage 1's
     seed: int = -1  # rollouts and batches; -1: Stage 1's
-    gamma: float = 0.9  # discount of the Monte Carlo returns
+    gamma: float | None = None  # discount of the Monte Carlo returns; None, here and below: the domain's, mostly 0.9
     c: float = 0.05  # scale of the REINFORCE loss
-    s: float = -1.0  # success threshold: the detector fires when d(o, g) <= s; negative: the domain's
+    s: float | None = None  # success threshold: the detector fires when d(o, g) <= s
     success: Literal["detector", "ground-truth"] = "detector"  # what ends a practice episode
-    temperature: float = -1.0  # the policy is softmax(scores / temperature); negative: the domain's, 1 but on aloha
-    clip_reward: float = 0.0  # rewards are cut off at -this and +this; 0: nowhere
-    success_bonus: float = -1.0  # added to the last reward on ground-truth success; negative: the domain's, 0 but on aloha
+    temperature: float | None = None  # the practising policy is softmax(scores / temperature); mostly 1
+    clip_reward: float | None = None  # rewards are cut off at -this and +this; 0, as mostly: nowhere
+    success_bonus: float | None = None  # added to the last reward on ground-truth success; 0 but on aloha
     updates: int = 16  # N, optimiser steps per iteration
-    batch: int = 64  # B, tuples per optimiser step
+    batch: int | None = None  # B, tuples per optimiser step; mostly 64
     lr: float = 1e-4  # AdamW
     lora_rank: int = 0  # train LoRA adapters of this rank; 0: Stage 1's adapters where it has some, else all weights
-    blocks_only: bool = False  # of all weights those of the transformer's blocks: no embeddings, nothing that reads the state
+    blocks_only: bool | None = None  # of all weights those of the transformer's blocks: no embeddings, nothing that reads states
     bf16: bool = False  # matrix products in bfloat16; weights, scores and d(o, g) stay in float32
     checkpointing: bool = False  # keep no activations inside the blocks: less memory, a third more time
     compile: bool = False  # torch.compile the blocks: minutes at first, faster after
     keep_optimizer: bool = False  # go on with Stage 1's last AdamW moments, as the authors' notebook does
-    num_envs: int = 16  # simulations that practise at once
+    num_envs: int | None = None  # simulations that practise at once; mostly 16
     operator: bool = False  # practise without resets, but for an operator's: the paper's protocol on real robots
-    iterations: int = 0  # of Algorithm 1's loop, at most; 0: what the domain takes
+    iterations: int | None = None  # of Algorithm 1's loop, at most
     patience: int = 100  # stop after so many iterations without a better policy, as far as the model can see
     eval_episodes: int = 500  # rollouts of the best policy, for summary.json
     out: str = ""  # the run's folder; empty: runs/{domain}-stage2-s{seed}
     resume: bool = False  # continue an interrupted run
+
+
+# what a domain that says nothing else in `practice` takes
+USUAL = {"gamma": 0.9, "temperature": 1.0, "clip_reward": 0.0, "success_bonus": 0.0, "batch": 64, "blocks_only": False,
+         "num_envs": 16}  # fmt: skip
 
 
 # --- the equations ----------------------------------------------------------------------------------------------------
@@ -199,9 +204,13 @@ def main(cfg: Config) -> None:
         raise UserError(f"{stage1}/config.json: not the configuration of a Stage 1 run; name another --stage1")
     cfg.seed = settings["seed"] if cfg.seed < 0 else cfg.seed
     domain, obs_mode = cfg.domain or settings["domain"], settings["obs"]
-    common.require(cfg, 1, "updates", "batch", "num_envs", "patience", "eval_episodes")
-    common.require(cfg, 1e-9, "lr", "c")
-    common.require(cfg, 0, "lora_rank", "clip_reward")
+    env = common.make_env(domain, 1, obs=obs_mode)
+    for field, value in (USUAL | {"s": env.success_threshold} | env.practice[obs_mode]).items():
+        if getattr(cfg, field) is None:
+            setattr(cfg, field, value)
+    common.require(cfg, 1, "updates", "batch", "num_envs", "iterations", "patience", "eval_episodes")
+    common.require(cfg, 1e-9, "lr", "c", "temperature")
+    common.require(cfg, 0, "s", "lora_rank", "clip_reward", "success_bonus")
     if not 0 <= cfg.gamma <= 1:
         raise UserError(f"--gamma {cfg.gamma}: must be between 0 and 1")
     ranks = common.evenly(cfg, "batch", "num_envs")
@@ -210,13 +219,6 @@ def main(cfg: Config) -> None:
     if cfg.operator and ranks > 1:
         raise UserError("--operator: one operator looks after the stations of one process; leave torchrun out")
     env = common.make_env(domain, cfg.num_envs // ranks, obs=obs_mode)
-    cfg.iterations = cfg.iterations or env.recipes[obs_mode]["iterations"]
-    cfg.s = env.success_threshold if cfg.s < 0 else cfg.s
-    cfg.success_bonus = env.success_bonus if cfg.success_bonus < 0 else cfg.success_bonus
-    cfg.temperature = env.temperature if cfg.temperature < 0 else cfg.temperature
-    common.require(cfg, 0, "s", "success_bonus")
-    common.require(cfg, 1e-9, "temperature")
-    common.require(cfg, 1, "iterations")
     if cfg.operator and not hasattr(env, "ask"):
         raise UserError(f"--operator: {domain} cannot go on without a reset; practise on tabletop or bananatable")
     judge = Path(cfg.reward_run) if cfg.reward_run else stage1
@@ -352,7 +354,7 @@ def main(cfg: Config) -> None:
 
     summary = {"stage": "stage2", "domain": domain, "obs": obs_mode, "seed": cfg.seed, "stage1": cfg.stage1,
                "episodes": episodes, "env_steps": env_steps}  # fmt: skip
-    summary |= evaluation.evaluate(folder, episodes=cfg.eval_episodes, seed=cfg.seed, s=cfg.s, temperature=cfg.temperature)
+    summary |= evaluation.evaluate(folder, episodes=cfg.eval_episodes, seed=cfg.seed, s=cfg.s)
     print(evaluation.describe(run.finish(summary)))
 
 

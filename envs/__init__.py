@@ -7,11 +7,11 @@ A domain is a `gymnasium.vector.VectorEnv` (autoreset disabled; `reset(options={
 
     name, default_obs        "pointmass" (with its arguments, see `make_vec`), "state"
     horizon                  steps until truncation
-    recipes                  what the stages take, by kind of observation: model, demonstrations, updates, batch, ...; iterations
+    recipes                  what Stage 1 takes, by kind of observation: model, demonstrations, updates, batch, ...
+    practice                 what Stage 2 takes, likewise: iterations, and what is not as in `stage2.USUAL`
     steps_cap, steps_bins    the steps-to-go tokens: bins of steps_cap / steps_bins steps
     success_threshold        s, the steps to go at which the detector fires
-    success_bonus            what Stage 2 adds to the reward on ground-truth success; 0 but where the paper does
-    temperature              at which the policy's answers are drawn, in practice and evaluation
+    temperature              at which the policy's answers are drawn when it is evaluated
     action_tokens            arguments of `model.action_tokenizer`
     state_names, state_dim   the quantities of obs="state", by name, and the numbers in each
     simultaneous             whether the two images are views of one moment; else the previous frame and the current one

@@ -94,14 +94,14 @@ class PointmassVectorEnv(VectorEnv):
     """N pointmasses at once. See the module's docstring for spaces, success and episode end."""
 
     name, default_obs = "pointmass", "state"
-    recipes = {"state": {"model": "nano", "episodes": 5000, "updates": 9000, "policy": "best", "iterations": 200},
-               "images": {"model": "nano-vision", "episodes": 6000, "updates": 18_000, "policy": "best",
-                          "iterations": 300}}  # fmt: skip
+    recipes = {"state": {"model": "nano", "episodes": 5000, "updates": 9000, "policy": "best"},
+               "images": {"model": "nano-vision", "episodes": 6000, "updates": 18_000, "policy": "best"}}  # fmt: skip
+    practice = {"state": {"iterations": 200}, "images": {"iterations": 300}}
     horizon = pointmass.HORIZON
     steps_cap, steps_bins = 140, 140  # a bin is a step: near the goal, where the detector decides, d is sharp
     action_tokens = {"kind": "uniform", "bins": 21, "low": -ACTION_LIMIT, "high": ACTION_LIMIT, "dims": 2}
     state_names, state_dim = ("position", "velocity", *COLOURS), 2
-    success_threshold, success_bonus, temperature = 3.0, 0.0, 1.0
+    success_threshold, temperature = 3.0, 1.0
     simultaneous = True
     predicts_instruction = False  # the paper asks it on LanguageTable only
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 10}

@@ -290,14 +290,13 @@ class TabletopVectorEnv(MujocoVectorEnv):
     """N tables at once. See the module's docstring for spaces, success and episode end."""
 
     name, default_obs = "tabletop", "state"
-    recipes = {"state": {"model": "nano-deep", "episodes": 20_000, "updates": 12_000, "policy": "best",
-                         "iterations": 150},
-               "images": {"model": "nano-vision", "episodes": 8000, "updates": 12_000, "policy": "best",
-                          "iterations": 300}}  # fmt: skip
+    recipes = {"state": {"model": "nano-deep", "episodes": 20_000, "updates": 12_000, "policy": "best"},
+               "images": {"model": "nano-vision", "episodes": 8000, "updates": 12_000, "policy": "best"}}  # fmt: skip
+    practice = {"state": {"iterations": 150}, "images": {"iterations": 300}}
     # [m] between the tool and a thing's middle: at the start, when passing, before a push
     clearance, girth, reach = 0.06, 0.045, 0.05
     steps_cap, steps_bins = 100, 50
-    success_threshold, success_bonus, temperature = 3.0, 0.0, 1.0
+    success_threshold, temperature = 3.0, 1.0
     predicts_instruction = True
     action_tokens = {"kind": "sign-magnitude", "limit": STRIDE, "dims": 2}
     state_dim = 4

@@ -51,6 +51,11 @@ def quality(r: dict) -> dict[str, float]:
     return {k: round(float(v), 4) for k, v in row.items()}
 
 
+def temperature(env) -> float:
+    """At which the policy practises."""
+    return (stage2.USUAL | env.practice[env.obs])["temperature"]
+
+
 def gradient_noise(policy, env, rollouts: list[dict], gamma: float) -> dict[str, float]:
     """Mean cosine between REINFORCE gradients of disjoint batches, of the gamma given."""
     ranges, flat = action_tokenizer(**env.action_tokens).ranges, []
@@ -60,7 +65,7 @@ def gradient_noise(policy, env, rollouts: list[dict], gamma: float) -> dict[str,
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
     for i in order[: len(order) // 64 * 64].split(64):
         log_prob = policy.log_prob(
-            {k: v[i] for k, v in obs.items()}, [QUESTION_ACTION.format(g) for g in goals[i]], tokens[i], ranges, env.temperature
+            {k: v[i] for k, v in obs.items()}, [QUESTION_ACTION.format(g) for g in goals[i]], tokens[i], ranges, temperature(env)
         )
         policy.zero_grad()
         stage2.reinforce_loss(log_prob, returns[i], 1.0).backward()
@@ -80,7 +85,7 @@ def main(args: Args) -> None:
     env, policy, reward_model = evaluation.load_run(args.run, args.episodes)
     generator = torch.Generator().manual_seed(args.seed)
     ends = {end: stage2.rollout(policy, reward_model, env, 7 * 10**8 + 10**4 * k, generator, end, env.success_threshold,
-                                temperature=env.temperature)
+                                temperature=temperature(env))
             for k, end in enumerate(("ground-truth", "detector"))}  # fmt: skip
     row = {"run": args.run.name, "episodes": args.episodes, "tuples": len(ends["detector"]["tokens"])} | quality(
         ends["ground-truth"]

@@ -2,14 +2,15 @@
 
     python -m tests.benchmark            # the domains
     python -m tests.benchmark training   # a step of the nano model and transformers' PaliGemma, two minutes
-    THP_MEM_ALLOC_ENABLE=1 python -m tests.benchmark slice  # for four layers of the 3B model: 11 GB of memory, some minutes
+    python -m tests.benchmark slice      # for four layers of the 3B model: 18 GB of memory, ten minutes
     python -m tests.benchmark rollout    # Stage 2's loop with and without features and keys kept, a minute
 
 What is compared runs in turns on one thread, and its clock is that thread's CPU time (medians), so that other processes
-on the machine weigh on both sides, and little. A line ends in the ratio by the clock on the wall. THP_MEM_ALLOC_ENABLE
-is PyTorch's switch for large pages, where the kernel has some: fresh memory can take half of the slice's CPU time.
+on the machine weigh on both sides, and little. A line ends in the ratio by the clock on the wall. The slice keeps what
+memory it has freed (`keep_memory`), for both sides: else the kernel's handing it out anew takes half of the CPU time.
 """
 
+import ctypes
 import itertools
 import resource
 import statistics
@@ -57,6 +58,12 @@ def aloha(seconds: float = 10.0) -> None:
             env.step(action)
             taken, decisions = taken + time.perf_counter() - start, decisions + 16
         print(f"aloha decisions, obs={obs}, 16 at once: {decisions / taken:,.0f} /s")
+
+
+def keep_memory() -> None:
+    """glibc's malloc takes no tensor from, and gives none back to, the kernel by itself: MALLOC_MMAP_MAX_=0, no trimming."""
+    libc = ctypes.CDLL("libc.so.6")
+    assert libc.mallopt(-4, 0) and libc.mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
 
 
 # --- a training step against transformers' -----------------------------------------------------------------------------
@@ -251,7 +258,8 @@ def main(what: str = "domains") -> None:
     if what == "training":
         training(replace(PRESETS["nano-vision"], image_size=32), B=128, rounds=40)
     else:
-        training(replace(PRESETS["paligemma-3b"], depth=4, vit_depth=4), B=1, rounds=2)
+        keep_memory()
+        training(replace(PRESETS["paligemma-3b"], depth=4, vit_depth=4), B=4, rounds=2)
 
 
 if __name__ == "__main__":

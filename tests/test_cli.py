@@ -198,7 +198,7 @@ CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was don
     ("stage2", f"--lr inf {NEW}", None, "--lr"),
     ("stage1", f"--episodes -3 {NEW}", None, "--episodes -3"),
     *(("stage2", f"--{f} 0 {NEW}", None, f"--{f} 0")
-      for f in ("updates", "batch", "num-envs", "patience", "eval-episodes")),
+      for f in ("updates", "batch", "num-envs", "iterations", "temperature", "patience", "eval-episodes")),
     ("stage2", f"--iterations -1 {NEW}", None, "--iterations -1"),
     ("stage2", f"--num-envs -2 {NEW}", None, "--num-envs -2"),
     ("eval", "--episodes 0", None, "--episodes 0"),

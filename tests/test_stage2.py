@@ -309,7 +309,7 @@ def test_the_success_bonus_is_added_where_an_episode_truly_ended_in_success(tmp_
     near = lambda env: np.linalg.norm(env.pos - env._goal(), axis=1) < 0.75  # noqa: E731 - some are met by chance
     monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "_success", near)
     rows = []
-    for name, bonus in (("none", -1.0), ("two", 2.0)):
+    for name, bonus in (("none", None), ("two", 2.0)):
         with monkeypatch.context() as m:
             (tmp_path / name).mkdir()
             run(tmp_path / name, m, "state", iterations=1, gamma=0.0, success="ground-truth", success_bonus=bonus)
@@ -339,14 +339,35 @@ def test_rewards_are_cut_off_where_clip_reward_says(tmp_path, monkeypatch):
     assert torch.equal(cut, free.clamp(-bound, bound))  # the first practice is the same
 
 
-def test_the_temperature_is_the_policys_in_rollouts_updates_and_evaluation(tmp_path, monkeypatch):
+def test_the_temperature_is_the_policys_in_rollouts_and_updates_and_evaluation_has_the_domains(tmp_path, monkeypatch):
     log_prob, _, row = practised(tmp_path, monkeypatch, "one")
     assert row["entropy"] > 1 and log_prob.max() < -0.5
     evaluated, evaluate = [], evaluation.evaluate
-    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: evaluated.append(k["temperature"]) or evaluate(*a, **k))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: evaluated.append(evaluate(*a, **k)) or evaluated[-1])
+    monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "temperature", 0.75)
     log_prob, _, row = practised(tmp_path, monkeypatch, "cold", temperature=1e-5)
     assert row["entropy"] < 0.1 and log_prob.min() > -0.1  # it does what is most probable, and log p says so
-    assert evaluated == [1e-5]
+    assert [e["temperature"] for e in evaluated] == [0.75]
+
+
+def test_practice_takes_the_domains_settings_and_a_flag_goes_before(tmp_path, monkeypatch):
+    """In config.json, what it was: the flag's value, else the domain's, else the usual one."""
+    monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "practice", {"state": {"iterations": 2, "gamma": 0.5, "batch": 16}})
+    run(tmp_path, monkeypatch, "state", iterations=None, batch=None, temperature=0.5, gamma=0.0)
+    took = json.loads(Path("runs/stage2/config.json").read_text())
+    assert [took[k] for k in ("iterations", "gamma", "batch", "temperature", "s")] == [2, 0.0, 16, 0.5, 3.0]
+    assert all(took[k] == stage2.USUAL[k] for k in ("clip_reward", "success_bonus", "blocks_only"))
+    assert len(Path("runs/stage2/metrics.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("domain", envs.DOMAINS)
+def test_the_domains_settings_are_fields_of_stage2(domain):
+    fields = {f.name: f.default for f in dataclasses.fields(stage2.Config)}
+    env = envs.make_vec(domain, 1)
+    assert env.practice.keys() == env.recipes.keys()
+    for settings in env.practice.values():
+        assert all(fields[k] is None for k in settings | stage2.USUAL)
+        assert {k for k, v in fields.items() if v is None} == {"s", "iterations", *stage2.USUAL} and settings["iterations"] > 0
 
 
 def test_practice_in_another_domain(tmp_path, monkeypatch):
