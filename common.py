@@ -353,12 +353,12 @@ class Run:
             raise UserError(f"{folder}: this run exists; continue it with --resume, or choose another --out")
         if (folder / "config.json").exists():
             before = read_json(folder / "config.json")
-            for key in before.keys() | self.config.keys():
-                if before.get(key) != self.config.get(key):
+            for key in self.config | before:
+                was, now = before.get(key), self.config.get(key)
+                if was != now:
                     flag = key.replace("_", "-")
-                    raise UserError(
-                        f"{folder}: was started with another --{flag}; resume with the same flags or choose another --out"
-                    )
+                    raise UserError(f"{folder}: was started with --{flag} {was}, this is {now}; resume with the same flags and "
+                                    "version, or choose another --out")  # fmt: skip
         if (folder / "resume.pt").exists():
             self.state = load_state(folder / "resume.pt")
         self.done = (folder / "summary.json").exists()

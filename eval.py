@@ -106,7 +106,7 @@ def describe(summary: dict) -> str:
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
-def film(folder: Path, seed: int, s: float, greedy: bool, temperature: float, policy: str = "policy") -> None:
+def film(folder: Path, seed: int, s: float, greedy: bool, policy: str, temperature: float) -> None:
     """Eight episodes to their true end: trajectories.png, episodes.gif and, of one of them, steps_to_go.png."""
     env, actor, reward_model = load_run(folder, 8, policy)
     frames, tracks = [], []

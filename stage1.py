@@ -71,23 +71,23 @@ class Config:
 class Frames:
     """Frames uint8 (M, ...), read by rows like an array, each deflated: a table's take a seventh of the space, without loss."""
 
-    def __init__(self, streams: np.ndarray, ends: np.ndarray, shape: np.ndarray):
-        self.streams, self.ends, self.shape = streams, ends, (len(ends), *shape.tolist())
+    def __init__(self, streams: np.ndarray, offsets: np.ndarray, shape: np.ndarray):
+        self.streams, self.offsets, self.shape = streams, offsets, (len(offsets) - 1, *shape.tolist())
         self.ndim = len(self.shape)
 
     @classmethod
     def join(cls, frames: list[bytes], shape: tuple[int, ...]) -> Frames:
-        return cls(np.frombuffer(b"".join(frames), np.uint8), np.cumsum([len(x) for x in frames]), np.array(shape))
+        return cls(np.frombuffer(b"".join(frames), np.uint8), np.cumsum([0, *map(len, frames)]), np.array(shape))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What a file keeps of them."""
-        return {"streams": self.streams, "ends": self.ends, "shape": np.array(self.shape[1:])}
+        return {"streams": self.streams, "offsets": self.offsets, "shape": np.array(self.shape[1:])}
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         rows = np.asarray(rows)
-        spans = zip(np.where(rows > 0, self.ends[rows - 1], 0).flat, self.ends[rows].flat, strict=True)
-        inflated = b"".join(zlib.decompress(self.streams[a:b]) for a, b in spans)
-        return np.frombuffer(bytearray(inflated), np.uint8).reshape(*rows.shape, *self.shape[1:])
+        spans = zip(self.offsets[rows].flat, self.offsets[rows + 1].flat, strict=True)
+        inflated = bytearray().join(zlib.decompress(self.streams[a:b]) for a, b in spans)
+        return np.frombuffer(inflated, np.uint8).reshape(*rows.shape, *self.shape[1:])
 
 
 def seen(env: VectorEnv, o: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -177,11 +177,13 @@ def load_demonstrations(cfg: Config) -> dict[str, np.ndarray]:
     path = Path("data") / f"{cfg.domain}-{cfg.obs}-{cfg.episodes}-s{cfg.seed}.npz"
     if not path.exists():
         data = record(cfg.domain, cfg.obs, cfg.episodes, cfg.seed)
+        if "frames" in data:
+            data |= data.pop("frames").arrays()
         path.parent.mkdir(exist_ok=True)
 
         def write(p: Path) -> None:
             with open(p, "wb") as f:
-                np.savez(f, **(data | data.pop("frames").arrays() if "frames" in data else data))
+                np.savez(f, **data)
 
         common.write_atomically(path, write)
         del data
@@ -191,7 +193,7 @@ def load_demonstrations(cfg: Config) -> dict[str, np.ndarray]:
         with np.load(path) as f:
             data = dict(f)
             if "streams" in data:
-                data["frames"] = Frames(*(data.pop(key) for key in ("streams", "ends", "shape")))
+                data["frames"] = Frames(*(data.pop(key) for key in ("streams", "offsets", "shape")))
             return data | {key: data[key] for key in ("action", "start", "length", "instruction")}
     except Exception as e:  # a damaged zip raises many kinds
         raise UserError(f"{path}: damaged ({type(e).__name__}); delete it and it is recorded again") from None

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,25 +40,25 @@ class Config:
     reward_run: str = ""  # folder of another Stage 1 run whose reward model judges (Figure 4's ablation); empty: the same run
     domain: str = ""  # practise in another domain with the same observations, as in Real2Sim; empty: Stage 1's
     seed: int = -1  # rollouts and batches; -1: Stage 1's
-    gamma: float | None = None  # discount of the Monte Carlo returns; None, here and below: the domain's, mostly 0.9
+    gamma: float | None = None  # discount of the Monte Carlo returns; None: the domain's, 0.9 but on aloha
     c: float = 0.05  # scale of the REINFORCE loss
-    s: float | None = None  # success threshold: the detector fires when d(o, g) <= s
+    s: float | None = None  # success threshold: the detector fires when d(o, g) <= s; None: the domain's
     success: Literal["detector", "ground-truth"] = "detector"  # what ends a practice episode
-    temperature: float | None = None  # the practising policy is softmax(scores / temperature); mostly 1
-    clip_reward: float | None = None  # rewards are cut off at -this and +this; 0, as mostly: nowhere
-    success_bonus: float | None = None  # added to the last reward on ground-truth success; 0 but on aloha
+    temperature: float | None = None  # the practising policy is softmax(scores / temperature); None: the domain's, 1 but on aloha
+    clip_reward: float | None = None  # rewards are cut off at -this and +this; 0: nowhere; None: the domain's, 0 but on aloha
+    success_bonus: float | None = None  # added to the last reward on ground-truth success; None: the domain's, 0 but on aloha
     updates: int = 16  # N, optimiser steps per iteration
-    batch: int | None = None  # B, tuples per optimiser step; mostly 64
+    batch: int | None = None  # B, tuples per optimiser step; None: the domain's, 64 but on aloha
     lr: float = 1e-4  # AdamW
     lora_rank: int = 0  # train LoRA adapters of this rank; 0: Stage 1's adapters where it has some, else all weights
-    blocks_only: bool | None = None  # of all weights those of the transformer's blocks: no embeddings, nothing that reads states
+    learns: Literal["all", "blocks"] | None = None  # all weights, or the transformer's blocks alone; None: all but on aloha
     bf16: bool = False  # matrix products in bfloat16; weights, scores and d(o, g) stay in float32
     checkpointing: bool = False  # keep no activations inside the blocks: less memory, a third more time
     compile: bool = False  # torch.compile the blocks: minutes at first, faster after
     keep_optimizer: bool = False  # go on with Stage 1's last AdamW moments, as the authors' notebook does
-    num_envs: int | None = None  # simulations that practise at once; mostly 16
+    num_envs: int | None = None  # simulations that practise at once; None: the domain's, 16 but on aloha
     operator: bool = False  # practise without resets, but for an operator's: the paper's protocol on real robots
-    iterations: int | None = None  # of Algorithm 1's loop, at most
+    iterations: int | None = None  # of Algorithm 1's loop, at most; None: the domain's
     patience: int = 100  # stop after so many iterations without a better policy, as far as the model can see
     eval_episodes: int = 500  # rollouts of the best policy, for summary.json
     out: str = ""  # the run's folder; empty: runs/{domain}-stage2-s{seed}
@@ -66,8 +66,13 @@ class Config:
 
 
 # what a domain that says nothing else in `practice` takes
-USUAL = {"gamma": 0.9, "temperature": 1.0, "clip_reward": 0.0, "success_bonus": 0.0, "batch": 64, "blocks_only": False,
+USUAL = {"gamma": 0.9, "temperature": 1.0, "clip_reward": 0.0, "success_bonus": 0.0, "batch": 64, "learns": "all",
          "num_envs": 16}  # fmt: skip
+
+
+def practice(env: VectorEnv) -> dict[str, Any]:
+    """What the fields of Config that are None take in a domain."""
+    return USUAL | {"s": env.success_threshold} | env.practice[env.obs]
 
 
 # --- the equations ----------------------------------------------------------------------------------------------------
@@ -205,7 +210,7 @@ def main(cfg: Config) -> None:
     cfg.seed = settings["seed"] if cfg.seed < 0 else cfg.seed
     domain, obs_mode = cfg.domain or settings["domain"], settings["obs"]
     env = common.make_env(domain, 1, obs=obs_mode)
-    for field, value in (USUAL | {"s": env.success_threshold} | env.practice[obs_mode]).items():
+    for field, value in practice(env).items():
         if getattr(cfg, field) is None:
             setattr(cfg, field, value)
     common.require(cfg, 1, "updates", "batch", "num_envs", "iterations", "patience", "eval_episodes")
@@ -214,8 +219,8 @@ def main(cfg: Config) -> None:
     if not 0 <= cfg.gamma <= 1:
         raise UserError(f"--gamma {cfg.gamma}: must be between 0 and 1")
     ranks = common.evenly(cfg, "batch", "num_envs")
-    if cfg.blocks_only and cfg.keep_optimizer:
-        raise UserError("--keep-optimizer: the moments are of all weights, not of --blocks-only's; leave one of them out")
+    if cfg.learns == "blocks" and cfg.keep_optimizer:
+        raise UserError("--keep-optimizer: the moments are of all weights, not of the blocks'; leave it out or add --learns all")
     if cfg.operator and ranks > 1:
         raise UserError("--operator: one operator looks after the stations of one process; leave torchrun out")
     env = common.make_env(domain, cfg.num_envs // ranks, obs=obs_mode)
@@ -245,7 +250,7 @@ def main(cfg: Config) -> None:
     folder = run.folder
 
     ranges = action_tokenizer(**env.action_tokens).ranges
-    if cfg.blocks_only:  # the others' gradient is hardly more than noise, and AdamW takes as long a step along noise
+    if cfg.learns == "blocks":  # the others' gradient is hardly more than noise, and AdamW takes as long a step along noise
         for name, p in policy.named_parameters():
             p.requires_grad_(p.requires_grad and ".layers." in name)
     if fresh:

@@ -259,7 +259,7 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
                "images": {"model": "nano-vision", "episodes": 2000, "updates": 24_000, "policy": "last"}}  # fmt: skip
     # success_bonus: the paper adds "a small constant", because the cameras do not see the insertion
     practice = dict.fromkeys(recipes, {"gamma": 0.5, "temperature": 0.7, "clip_reward": 1.0, "success_bonus": 1.0, "batch": 72,
-                                       "blocks_only": True, "num_envs": 64, "iterations": 36})  # fmt: skip
+                                       "learns": "blocks", "num_envs": 64, "iterations": 36})  # fmt: skip
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 2}
 
     def __init__(self, num_envs: int = 1, obs: str = "state", size: int = 128, render_mode: str | None = None):

@@ -53,7 +53,7 @@ def quality(r: dict) -> dict[str, float]:
 
 def temperature(env) -> float:
     """At which the policy practises."""
-    return (stage2.USUAL | env.practice[env.obs])["temperature"]
+    return stage2.practice(env)["temperature"]
 
 
 def gradient_noise(policy, env, rollouts: list[dict], gamma: float) -> dict[str, float]:

@@ -63,7 +63,7 @@ def aloha(seconds: float = 10.0) -> None:
 def keep_memory() -> None:
     """glibc's malloc takes no tensor from, and gives none back to, the kernel by itself: MALLOC_MMAP_MAX_=0, no trimming."""
     libc = ctypes.CDLL("libc.so.6")
-    assert libc.mallopt(-4, 0) and libc.mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
 
 
 # --- a training step against transformers' -----------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_next_to_no_temperature_is_greedy(run, monkeypatch):
 
 
 def test_pictures(run):
-    evaluation.film(run, seed=0, s=3.0, greedy=False, temperature=1.0)
+    evaluation.film(run, seed=0, s=3.0, greedy=False, policy="policy", temperature=1.0)
     evaluation.curves(run)
     for name in ("trajectories.png", "steps_to_go.png", "curves.png"):
         with Image.open(run / name) as picture:

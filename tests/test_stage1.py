@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -203,8 +204,20 @@ def test_frames_are_kept_without_loss_and_small():
         assert np.array_equal(frames[rows], shown[rows]) and frames[rows].dtype == np.uint8
     again = stage1.Frames(**frames.arrays())
     assert np.array_equal(again[np.arange(5)], shown)
+    with pytest.raises((IndexError, zlib.error)):
+        frames[np.array([-1])]
     data = stage1.record("tabletop", "images", 2, seed=0)
     assert len(data["frames"].streams) < np.prod(data["frames"].shape) / 5
+
+
+def test_frames_are_the_same_from_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = stage1.Config(obs="images", episodes=3)
+    recorded, kept, read = stage1.record("pointmass", "images", 3, 0), *(stage1.load_demonstrations(cfg) for _ in range(2))
+    rows = np.arange(len(recorded["action"]))
+    for data in (kept, read):
+        assert data.keys() == recorded.keys() and np.array_equal(data["action"], recorded["action"])
+        assert np.array_equal(data["frames"][rows], recorded["frames"][rows])
 
 
 def test_batch_returns_the_frame_before_and_never_another_episodes():

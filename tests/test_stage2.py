@@ -291,12 +291,12 @@ def test_an_update_changes_neither_the_reward_model_nor_the_policys_vit(tmp_path
     assert len(rows) == 1 + 6 and all(math.isfinite(float(x)) for x in rows[-1].split(","))
 
 
-def test_blocks_only_changes_the_transformers_blocks_and_nothing_else(tmp_path, monkeypatch):
-    (policy, _), before, _ = run(tmp_path, monkeypatch, "state", blocks_only=True)
+def test_practice_of_the_blocks_changes_the_transformers_blocks_and_nothing_else(tmp_path, monkeypatch):
+    (policy, _), before, _ = run(tmp_path, monkeypatch, "state", learns="blocks")
     after = policy.state_dict()
     assert {k for k in after if not torch.equal(after[k], before[0][k])} == {k for k in after if ".layers." in k}
-    with pytest.raises(common.UserError, match="--keep-optimizer: .*--blocks-only"):
-        stage2.main(stage2.Config(stage1="runs/stage1", out="runs/again", blocks_only=True, keep_optimizer=True))
+    with pytest.raises(common.UserError, match="--keep-optimizer: .*--learns all"):
+        stage2.main(stage2.Config(stage1="runs/stage1", out="runs/again", learns="blocks", keep_optimizer=True))
     assert not Path("runs/again").exists()
 
 
@@ -353,10 +353,11 @@ def test_the_temperature_is_the_policys_in_rollouts_and_updates_and_evaluation_h
 def test_practice_takes_the_domains_settings_and_a_flag_goes_before(tmp_path, monkeypatch):
     """In config.json, what it was: the flag's value, else the domain's, else the usual one."""
     monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "practice", {"state": {"iterations": 2, "gamma": 0.5, "batch": 16}})
-    run(tmp_path, monkeypatch, "state", iterations=None, batch=None, temperature=0.5, gamma=0.0)
+    monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "temperature", 0.75)  # of evaluation, not of practice
+    run(tmp_path, monkeypatch, "state", iterations=None, batch=None, gamma=0.0)
     took = json.loads(Path("runs/stage2/config.json").read_text())
-    assert [took[k] for k in ("iterations", "gamma", "batch", "temperature", "s")] == [2, 0.0, 16, 0.5, 3.0]
-    assert all(took[k] == stage2.USUAL[k] for k in ("clip_reward", "success_bonus", "blocks_only"))
+    assert [took[k] for k in ("iterations", "gamma", "batch", "s")] == [2, 0.0, 16, 3.0]
+    assert all(took[k] == stage2.USUAL[k] for k in ("clip_reward", "success_bonus", "learns", "temperature"))
     assert len(Path("runs/stage2/metrics.csv").read_text().splitlines()) == 3
 
 
@@ -365,9 +366,9 @@ def test_the_domains_settings_are_fields_of_stage2(domain):
     fields = {f.name: f.default for f in dataclasses.fields(stage2.Config)}
     env = envs.make_vec(domain, 1)
     assert env.practice.keys() == env.recipes.keys()
-    for settings in env.practice.values():
-        assert all(fields[k] is None for k in settings | stage2.USUAL)
-        assert {k for k, v in fields.items() if v is None} == {"s", "iterations", *stage2.USUAL} and settings["iterations"] > 0
+    for obs in env.practice:
+        settings = stage2.practice(envs.make_vec(domain, 1, obs=obs))
+        assert settings.keys() == {k for k, v in fields.items() if v is None}
 
 
 def test_practice_in_another_domain(tmp_path, monkeypatch):
