@@ -291,7 +291,7 @@ class TabletopVectorEnv(MujocoVectorEnv):
 
     name, default_obs = "tabletop", "state"
     recipes = {"state": {"model": "nano-deep", "episodes": 20_000, "updates": 12_000, "policy": "best"},
-               "images": {"model": "nano-vision", "episodes": 16_000, "updates": 9000, "policy": "best"}}  # fmt: skip
+               "images": {"model": "nano-vision", "episodes": 8000, "updates": 12_000, "policy": "best"}}  # fmt: skip
     practice = {"state": {"iterations": 150}, "images": {"iterations": 300}}
     # [m] between the tool and a thing's middle: at the start, when passing, before a push
     clearance, girth, reach = 0.06, 0.045, 0.05

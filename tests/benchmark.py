@@ -2,7 +2,7 @@
 
     python -m tests.benchmark            # the domains
     python -m tests.benchmark training   # a step of the nano model and transformers' PaliGemma, two minutes
-    python -m tests.benchmark slice      # for four layers of the 3B model: 18 GB of memory, ten minutes
+    python -m tests.benchmark slice      # for four layers of the 3B model: 12 GB of memory, eight minutes
     python -m tests.benchmark rollout    # Stage 2's loop with and without features and keys kept, a minute
 
 What is compared runs in turns on one thread, and its clock is that thread's CPU time (medians), so that other processes
@@ -259,7 +259,7 @@ def main(what: str = "domains") -> None:
         training(replace(PRESETS["nano-vision"], image_size=32), B=128, rounds=40)
     else:
         keep_memory()
-        training(replace(PRESETS["paligemma-3b"], depth=4, vit_depth=4), B=4, rounds=2)
+        training(replace(PRESETS["paligemma-3b"], depth=4, vit_depth=4), B=1, rounds=4)
 
 
 if __name__ == "__main__":
