@@ -301,7 +301,7 @@ class Gemma(nn.Module):
         self.norm = RMSNorm(cfg.width)
 
     def embed(self, ids: Tensor) -> Tensor:
-        # a sparse gradient, which autograd adds in place to the dense one of `logits`: at 3B 2 GB less to fill and to add
+        # a sparse gradient: a dense one is as large as the table, at 3B 2 GB to fill, and `logits` makes one already
         x = F.embedding(ids, self.embed_tokens.weight, sparse=True)
         return x * torch.tensor(math.sqrt(self.cfg.width), dtype=x.dtype)  # (B, T, D); Gemma rounds the factor to x's dtype
 

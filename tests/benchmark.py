@@ -3,7 +3,7 @@
     python -m tests.benchmark            # the domains
     python -m tests.benchmark training   # a step of the nano model and transformers' PaliGemma, two minutes
     python -m tests.benchmark slice      # for four layers of the 3B model: 12 GB of memory, eight minutes
-    python -m tests.benchmark rollout    # Stage 2's loop with and without features and keys kept, a minute
+    python -m tests.benchmark rollout    # Stage 2's loop with and without features and keys kept, some minutes
 
 What is compared runs in turns on one thread, and its clock is that thread's CPU time (medians), so that other processes
 on the machine weigh on both sides, and little. A line ends in the ratio by the clock on the wall. The slice keeps what
@@ -253,6 +253,7 @@ def main(what: str = "domains") -> None:
         rollout("pointmass", "images", steps=20, rounds=9)
         rollout("tabletop", "images", steps=10, rounds=5)
         rollout("aloha", "state", steps=4, rounds=5)
+        rollout("aloha", "images", steps=2, rounds=3)
         return
     kept = declare_torchvision_ops()  # noqa: F841 - alive until transformers has been imported
     if what == "training":
