@@ -5,7 +5,8 @@ The frozen Stage 1 model says how many steps are left, d(o, g), and that is all 
     r(o_t, a_t, o_t+1, g) = d(o_t, g) - d(o_t+1, g)      reward, Eq. 2
     success(o, g)         = 1[d(o, g) <= s]              ends an episode
 
-REINFORCE on Monte Carlo returns improves the policy. The domain's ground truth is logged, never learnt from.
+REINFORCE on Monte Carlo returns improves the policy. The domain's ground truth is logged, and learnt from only where
+`--success-bonus` says so: on Aloha, as in the paper.
 
     python stage2.py                                    # continues the newest Stage 1 run, 2 minutes on two CPU cores
     python stage2.py --stage1 runs/pointmass-stage1-s1  # a given one
