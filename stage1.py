@@ -48,7 +48,7 @@ class Config:
     model: str = ""  # a preset of model.PRESETS or, with --weights, paligemma; empty: the domain's
     weights: str = ""  # folder or hub id of PaliGemma, or, with --vit, of Gemma
     vit: str = ""  # timm:NAME, a vision tower of its own: the paper's Uni-PaLI; without --weights the decoder is random
-    init: str = ""  # folder of a Stage 0 run to start from; empty: the domain's newest if obs is images; "none": from scratch
+    init: str = ""  # a Stage 0 run, or an earlier Stage 1, to start from; empty: the newest Stage 0 for images; "none": scratch
     seed: int = 0  # weights, demonstrations, batches
     episodes: int = 0  # demonstrations to record with the domain's demonstrator; 0: what the domain takes
     data_fraction: float = 1.0  # share of the demonstrations to learn from; smaller shares are parts of larger ones

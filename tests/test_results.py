@@ -1,4 +1,4 @@
-"""results/collect.py: what is published stays when its runs are gone, and never with a Stage 1 that it did not start from."""
+"""results/: what is published stays when its runs are gone, and never with a Stage 1 that it did not start from; the control."""
 
 from __future__ import annotations
 
@@ -8,13 +8,35 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+
+import envs
+from envs.tabletop import STRIDE, Meaning
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def script(name: str):
+    """The module results/{name}.py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"results/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_geometric_control_counts_the_steps_of_two_straight_ways():
+    env = envs.make_vec("tabletop", 2)
+    env.reset(seed=3)
+    block, target = 0, 1
+    for i in range(2):
+        env.tasks.assign(i, Meaning("block2block", block, target), env.pos[i])
+    env.pos[:, block], env.pos[:, target] = (0.30, 0.0), (0.42, 0.0)  # 12 cm to go, along x
+    env.tool[:] = (0.30 - env.reach, 0.0), (0.30 - env.reach, 0.09)  # behind the block, and 9 cm beside that
+    np.testing.assert_allclose(script("gradient").geometric_d(env), [0.12 / STRIDE, (0.12 + 0.09) / STRIDE], rtol=1e-6)
+
+
 def test_collect_keeps_adds_and_drops(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("collect", ROOT / "results/collect.py")
-    collect = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(collect)
+    collect = script("collect")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "results", "results")
     collect.main()
