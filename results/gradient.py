@@ -1,9 +1,9 @@
 """What the rewards of practice point at: python results/gradient.py --run runs/tabletop-images-stage1-s0, tabletop only.
 
 REINFORCE gradients of disjoint quarters of fresh practice episodes, by discount and by where rewards are cut off, against one
-another (1 without noise) and against those of a control that knows the truth: returns of a geometric d, the steps of
-straight ways to behind the block and from there to its goal, at full speed. Appends to
-results/tabletop_images_gradient.csv.
+another (1 without noise) and against those of a control that knows the truth: returns, at gamma 0.9, cut off at 3 and less
+their mean, of a geometric d: the steps of straight ways to behind the block and from there to the point the expert aims at, at
+full speed. Quarters are compared by pairs, with the control a quarter with the other three. Appends to --out.
 """
 
 import csv
