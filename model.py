@@ -411,7 +411,7 @@ class EFM(nn.Module):
         """Embeddings float (B, P, D) and valid bool (B, P): images, state or joints, the prompt, an answer; with hints."""
         device = self.language_model.embed_tokens.weight.device
         ids, valid = (x.to(device) for x in self.tokenizer.prompts(prompts))
-        if answer is not None:  # looked up together
+        if answer is not None:
             ids, valid = torch.cat([ids, answer], 1), torch.cat([valid, torch.ones_like(answer, dtype=torch.bool)], 1)
         parts = [self.language_model.embed(ids)]
         if "state" in obs:

@@ -134,8 +134,9 @@ def against_imitation(by_run: dict[str, dict], name: str, models: dict[str, tupl
                 ax.plot(x[1:], [s[key]], "s", color=orange, ms=5, fillstyle=fill,
                         label=None if k else f"{model}, Stage 1 + 2 (n = {seeds[1]} seeds)")  # fmt: skip
             drawn = [s.get("temperature", 1.0) for s in starts]  # rows from before there was one
+            usual = max(drawn, key=drawn.count, default=1.0)
             for f, temperature in zip(starts, drawn, strict=True):
-                if temperature != max(drawn, key=drawn.count):
+                if temperature != usual:
                     ax.annotate(f" drawn at {temperature}", (f["episodes"], f[key]), fontsize=7, va="center")
             ax.set(xlabel="episodes, demonstrations and practice")
     axes[0].set(ylabel="true success", ylim=(0, 1.02))

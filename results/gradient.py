@@ -57,8 +57,9 @@ def all_returns(rollouts: list[dict]) -> dict[str, torch.Tensor]:
     """Returns (M,) of every tuple, by name of the setting."""
 
     def returns(d: str, gamma: float, clip: float = float("inf")) -> torch.Tensor:
-        each = (stage2.monte_carlo_returns(stage2.rewards(r[d]).clamp(-clip, clip), gamma)[r["row"], r["t"]] for r in rollouts)
-        return torch.cat(list(each))
+        rewards = [stage2.rewards(r[d]).clamp(-clip, clip) for r in rollouts]
+        each = zip(rewards, rollouts, strict=True)
+        return torch.cat([stage2.monte_carlo_returns(x, gamma)[r["row"], r["t"]] for x, r in each])
 
     found = {
         f"d, gamma {g:g}, cut off at {c:g}": returns("d", g, c) for g in (0, 0.5, 0.9, 0.95) for c in (float("inf"), 1, 2, 4)
@@ -93,6 +94,7 @@ def main(args: Args) -> None:
                 gradient = torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True, allow_unused=True)
                 quarters[q, j] += torch.cat([(g.to_dense() if g.is_sparse else g).flatten() for g in gradient])
     cosine = torch.nn.functional.cosine_similarity
+    others = quarters[:, -1].sum(0) - quarters[:, -1]  # the control's gradient of the other three quarters
     new = not args.out.exists()
     with open(args.out, "a", newline="") as f:
         writer = csv.writer(f, lineterminator="\n")
@@ -103,8 +105,7 @@ def main(args: Args) -> None:
             row = [args.run.name, len(tokens), name, values[j].mean().item(), values[j].std().item()]
             for part in (slice(None), blocks):
                 row.append(np.mean([cosine(a[part], b[part], 0) for a, b in combinations(quarters[:, j], 2)]))
-            for part in (slice(None), blocks):  # the control of the other three quarters
-                others = quarters[:, -1].sum(0) - quarters[:, -1]
+            for part in (slice(None), blocks):
                 row.append(np.mean([cosine(quarters[q, j][part], others[q][part], 0) for q in range(4)]))
             row[3:] = [round(float(x), 4) for x in row[3:]]
             writer.writerow(row)
