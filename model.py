@@ -83,6 +83,7 @@ PRESETS = {
     # 70 tokens of 256 bins, the first target's 14 joints in all of their accuracy: an MLP costs little beside them
     "nano-arms": EFMConfig(depth=4, number_waves=True, state_mlp=512, state_hints=14),
     "nano-wide": EFMConfig(width=128, depth=3, head_dim=32, mlp_dim=512),  # Figure 3's smaller shares
+    "nano-sight": EFMConfig(depth=5, vit_width=128, vit_depth=2, vit_mlp_dim=512),  # a table's, from frames, on a GPU
     "small": EFMConfig(width=512, depth=8, heads=8, kv_heads=2, head_dim=64, mlp_dim=2048,
                        vit_width=384, vit_depth=12, vit_heads=6, vit_mlp_dim=1536),
     "paligemma-3b": EFMConfig(width=2048, depth=18, heads=8, kv_heads=1, head_dim=256, mlp_dim=16_384,
