@@ -31,8 +31,7 @@ Arguments
 Version history
     v0: first version. Against gym-aloha: servos are damped and carry the arms' weight (there, dry friction does both), a
     finger is two boxes in place of its mesh's hull, objects have no dry friction in the air, a floor lies 0.4 m below
-    the table's top, steps are 8.3 ms (2 ms), two of which are the least time constant of a contact that MuJoCo allows
-    (16.7 ms; 10 ms). ACT's own script takes 7 s, and so does our expert.
+    the table's top, steps are 8.3 ms (2 ms). ACT's own script takes 7 s, and so does our expert.
 """
 
 from __future__ import annotations
@@ -141,7 +140,7 @@ def scene() -> str:
     pairs = (("left/left_finger", "socket"), ("left/right_finger", "socket"), ("right/left_finger", "peg"),
              ("right/right_finger", "peg"), ("peg", "table"), ("socket", "table"), ("peg", "socket"), ("peg", "pin"))  # fmt: skip
     sensors = "".join(f'<contact body1="{a}" body2="{b}" num="1" data="found"/>' for a, b in pairs)
-    # "discrete" solves contacts together with the servos' damping. "implicitfast" damps what it has solved before: at 5 ms
+    # "discrete" solves contacts together with the servos. "implicitfast" damps what it has solved before: at 5 ms
     # further from the motion of tiny steps than this at 8.3, with twice the solver's iterations. At 10 ms the expert fails
     return f"""
     <mujoco model="aloha">

@@ -1,48 +1,52 @@
-"""Stages 0 and 1 from images at a GPU's pace: the same functions, fed and launched otherwise.
+"""Stages 0 and 1 from images at a GPU's pace, for the tabletop: the same functions, fed and launched otherwise.
 
 A small model's update is a thousand kernels of a few microseconds, which Python launches more slowly than a GPU runs them,
 and a table's frame takes longer to draw than to learn from. So here
 
-- demonstrations and scenes are simulated by all cores without pictures, and drawn one after another by one process,
+- demonstrations and scenes are simulated by many processes without pictures, and drawn one after another by this one,
   whose second views and averages the GPU makes (`foveate`'s, number for number);
-- an update of `stage1.py`, forward and backward, is captured as a CUDA graph and replayed;
-- frames lie on the GPU from the start, and a run is evaluated at the end of all.
+- an update of `stage1.py`, forward and backward, is captured as a CUDA graph and replayed, its frames on the GPU.
 
-Demonstrators, seeds, objectives, optimiser and checkpoints are `stage1.py`'s, and so is what it writes; `stage2.py` and
-`eval.py` go on from its runs. The order of the demonstrations, and so which are held out, is another.
+Demonstrators, their seeds, objectives, optimiser and checkpoints are the stages', and so is what is written; `stage2.py` and
+`eval.py` go on from there. The order of the demonstrations, and so which are held out, is another, and so are Stage 0's
+scenes and its learning rate. A run cannot be resumed.
 
-    python results/gpu.py --runs runs/tabletop-images-gpu-stage1-s0 --updates 20000
-    python results/gpu.py --domain tabletop,blocks=8,size=96 --episodes 6000 --scenes 400000 ...
+    python results/gpu.py --updates 5000
+    python results/gpu.py --domain tabletop,blocks=8,size=96 --episodes 5000 --out runs/tabletop8-images-gpu-stage1-s0
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import multiprocessing
 import os
 import sys
 import time
+import unittest.mock as mock
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
+from gymnasium.vector import VectorEnv
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import envs
-import eval as evaluation
 import model as models
 import stage0
 import stage1
+from common import UserError
+from envs.tabletop import TabletopVectorEnv, pixels
 
 BEGAN = time.time()
 QUESTIONS = (models.QUESTION_ACTION, models.QUESTION_STEPS)
@@ -80,8 +84,6 @@ def demonstrations(domain: str, episodes: int, seed: int, first: int, every: int
 
 def scenes(domain: str, n: int, seed: int, updates: list[int]) -> list[tuple]:
     """A domain's `scenes` for some updates, with poses in place of pictures: (qpos (n, q), texts, answers, places) each."""
-    from envs.tabletop import pixels
-
     env, poses, all_of_them = envs.make_vec(domain, 1, obs="images"), [], []
 
     def views(qpos: np.ndarray, camera: np.ndarray) -> tuple:
@@ -113,13 +115,10 @@ def foveated(pictures: Tensor, at: Tensor) -> Tensor:
 
 def draw(domain: str, qpos: np.ndarray, device: torch.device, by: torch.device | None = None, at_once: int = 2048) -> Tensor:
     """The two views of each pose qpos (n, q), uint8 (n, 2, s, s, 3) on the device, made `by` another one."""
-    from envs.tabletop import pixels
-
     env = envs.make_vec(domain, 1, obs="images")
-    s, still = env.size, np.zeros((2, 3))
+    s, still, by = env.size, np.zeros((2, 3)), by or device
     frames = torch.empty(len(qpos), 2, s, s, 3, dtype=torch.uint8, device=device)
     for rows in np.split(np.arange(len(qpos)), range(at_once, len(qpos), at_once)):
-        by = by or device
         pictures = torch.from_numpy(np.stack([env._picture(q, still, 2 * s, 2 * s) for q in qpos[rows]])).to(by)
         at = torch.from_numpy(pixels(np.c_[qpos[rows, -2:], np.zeros(len(rows))])).to(by)
         frames[rows[0] : rows[-1] + 1] = foveated(pictures, at)
@@ -138,9 +137,9 @@ class Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _: Tensor) -> tuple:
-        for p, gradient in ctx.gradients:
+        for p, gradient in ctx.gradients:  # the optimiser has set p.grad to None since the replay
             p.grad = gradient
-        return torch.zeros(()), None, None
+        return None, None, None
 
 
 class OnGPU(stage1.Demonstrations):
@@ -196,8 +195,7 @@ class Replayed:
             if isinstance(here, Tensor):
                 here.copy_(new)
         replay()
-        now = {k: v.detach() for k, v in out.items()}
-        return now | {"bc": Replay.apply(self.start, now["bc"], gradients)}
+        return out | {"bc": Replay.apply(self.start, out["bc"], gradients)}
 
     def inputs(self, demos: stage1.Demonstrations, rows: tuple) -> tuple:
         """All that an update reads, as tensors: what `Still` takes."""
@@ -227,7 +225,7 @@ class Replayed:
             with still.read_by(self.model.tokenizer):
                 now = losses(self.model, still, *rows)
             sum(now.values()).backward()
-            return now
+            return {k: v.detach() for k, v in now.items()}
 
         def forget() -> None:
             for p in parameters:
@@ -265,8 +263,46 @@ def alone() -> None:
     tabletop.Batch = functools.partial(tabletop.Batch, nthread=1)
 
 
-def pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), alone)
+def drawn(domain: str, begun: list[Future]) -> dict:
+    """The demonstrations that were begun, as `stage1.record` returns them, frames on the device."""
+    kept = sum((b.result() for b in begun), [])
+    length = np.array([len(e[2]) for e in kept])
+    say("drawing the frames of", len(kept), "demonstrations")
+    frames = draw(domain, np.concatenate([np.stack(e[1]) for e in kept]), common.device())
+    return {"frames": frames, "action": np.concatenate([np.stack(e[2]) for e in kept]).astype(np.float32),
+            "start": np.cumsum(length) - length, "length": length, "instruction": np.array([e[0] for e in kept])}  # fmt: skip
+
+
+def run_stage0(cfg: stage0.Config, begun: list[Future]) -> None:
+    """`stage0.main` with the scenes that were begun."""
+    updates = sum((b.result() for b in begun), [])
+    say("drawing", len(updates) * cfg.batch, "scenes")
+    frames = draw(cfg.domain, np.concatenate([u[0] for u in updates]), torch.device("cpu"), common.device()).numpy()
+    frames, make_env = frames.reshape(len(updates), cfg.batch, *frames.shape[1:]), common.make_env
+
+    def fed(*args: Any, **kwargs: Any) -> VectorEnv:
+        env = make_env(*args, **kwargs)
+        held_out = env.scenes  # what is asked for first
+        feed = itertools.chain([None], zip(frames, updates, strict=True))
+
+        def scenes(rng: np.random.Generator, n: int) -> tuple:
+            if (update := next(feed)) is None:
+                return held_out(rng, n)
+            return update[0], *update[1][1:]
+
+        env.scenes = scenes
+        return env
+
+    with mock.patch.object(common, "make_env", fed):
+        stage0.main(cfg)
+
+
+def run_stage1(cfg: stage1.Config, data: dict) -> None:
+    """`stage1.main` with these demonstrations, frames a tensor, and replayed updates."""
+    with (mock.patch.object(stage1, "load_demonstrations", lambda _: data), mock.patch.object(stage1, "Demonstrations", OnGPU),
+          mock.patch.object(common, "distribute", lambda model, shard: Replayed(model)),
+          mock.patch.object(models.Gemma, "embed", dense)):  # fmt: skip
+        stage1.main(cfg)
 
 
 def dense(self: models.Gemma, ids: Tensor) -> Tensor:
@@ -275,106 +311,52 @@ def dense(self: models.Gemma, ids: Tensor) -> Tensor:
     return x * torch.tensor(math.sqrt(self.cfg.width), dtype=x.dtype)
 
 
-def begin_demonstrations(workers: ProcessPoolExecutor, domain: str, episodes: int, seed: int) -> list[Future]:
-    every = min(16, episodes)
-    return [workers.submit(demonstrations, domain, episodes, seed, k, every) for k in range(every)]
-
-
-def drawn(domain: str, begun: list[Future]) -> dict:
-    """The demonstrations that were begun, as `stage1.record` returns them, frames on the device."""
-    kept = sum((b.result() for b in begun), [])
-    length = np.array([len(e[2]) for e in kept])
-    say(domain, "drawing", length.sum())
-    frames = draw(domain, np.concatenate([np.stack(e[1]) for e in kept]), common.device())
-    say(domain, len(length), "demonstrations of", length.mean() - 1, "steps")
-    return {"frames": frames, "action": np.concatenate([np.stack(e[2]) for e in kept]).astype(np.float32),
-            "start": np.cumsum(length) - length, "length": length, "instruction": np.array([e[0] for e in kept])}  # fmt: skip
-
-
-def begin_scenes(workers: ProcessPoolExecutor, cfg: stage0.Config) -> list[Future]:
-    """Every update's scenes, each with a seed of its own."""
-    parts = np.array_split(np.arange(cfg.updates), 64)
-    return [workers.submit(scenes, cfg.domain, cfg.batch, cfg.seed, part.tolist()) for part in parts if len(part)]
-
-
-def run_stage0(cfg: stage0.Config, begun: list[Future]) -> None:
-    updates = sum((b.result() for b in begun), [])
-    say(cfg.domain, "drawing", len(updates) * cfg.batch, "scenes")
-    frames = draw(cfg.domain, np.concatenate([u[0] for u in updates]), torch.device("cpu"), common.device()).numpy()
-    drawn, make_env = zip(frames.reshape(len(updates), cfg.batch, *frames.shape[1:]), updates, strict=True), common.make_env
-
-    def fed(*args, **kwargs):
-        env = make_env(*args, **kwargs)
-        draws, held_out = env.scenes, 1024
-
-        def take(rng: np.random.Generator, n: int) -> tuple:
-            if n == held_out:
-                return draws(rng, n)
-            images, (_, *asked) = next(drawn)
-            return images, *asked
-
-        env.scenes = take
-        return env
-
-    common.make_env = fed
-    stage0.main(cfg)
-    common.make_env = make_env
-
-
-def run_stage1(cfg: stage1.Config, data: dict) -> None:
-    """`stage1.main`, less its evaluation."""
-    stage1.load_demonstrations, stage1.Demonstrations = lambda cfg: dict(data), OnGPU
-    common.distribute, models.Gemma.embed = replayed, dense
-    measure, evaluation.evaluate = evaluation.evaluate, lambda *args, **kwargs: {}
-    stage1.main(cfg)
-    evaluation.evaluate = measure
-
-
-def replayed(model: models.EFM, shard: bool) -> Replayed:
-    return Replayed(model)
-
-
-def finish(cfg: stage1.Config, seconds: float) -> None:
-    """Evaluate a run and add it to its summary."""
-    began, folder = time.time(), Path(cfg.out)
-    s = envs.make_vec(cfg.domain, 1).success_threshold
-    summary = common.read_json(folder / "summary.json") | evaluation.evaluate(folder, cfg.eval_episodes, cfg.seed, s)
-    summary["seconds"] += round(seconds + time.time() - began, 1)
-    common.write_json(folder / "summary.json", summary)
-    say(cfg.out, {k: summary[k] for k in ("success", "success_low", "success_high", "mean_steps", "early_detections")})
-
-
 @dataclass
 class Config:
-    domain: str = "tabletop"  # or bananatable, or with arguments: tabletop,blocks=8,size=96; without look=real
+    domain: str = "tabletop"  # or bananatable, or with arguments: tabletop,blocks=8,size=96; neither look=real nor history=1
     seed: int = 0  # as in the stages
-    init: str = ""  # the Stage 0 run to start from; empty: one is made, in {out}-stage0
-    scenes: int = 4000  # Stage 0's updates
+    init: str = ""  # the Stage 0 run to start from; empty: one is made, beside `out`
+    stage0_updates: int = 3000  # Stage 0's, of 128 scenes each
     episodes: int = 16_000  # demonstrations
     data_fraction: float = 1.0  # share of them to learn from
     model: str = "nano-sight"  # of both stages
-    updates: int = 20_000  # Stage 1's
+    updates: int = 5000  # Stage 1's
     batch: int = 256  # samples per update, split evenly over the objectives
     lr: float = 1e-3  # peak of AdamW's
+    eval_every: int = 1000  # updates between two looks at the held-out episodes
     eval_episodes: int = 500  # rollouts of the final policy
-    out: str = "runs/tabletop-images-gpu-stage1-s0"  # Stage 1's run
+    out: str = "runs/tabletop-images-gpu-stage1-s0"  # Stage 1's run; Stage 0's has a 0 in place of the last "stage1"'s 1
 
 
 def main(cfg: Config) -> None:
-    with pool() as workers:
-        began = begin_demonstrations(workers, cfg.domain, cfg.episodes, cfg.seed)
+    env = common.make_env(cfg.domain, 1, obs="images")
+    if not isinstance(env, TabletopVectorEnv) or env.look != "sim" or not env.simultaneous:
+        raise UserError(f"--domain {cfg.domain}: only tabletop and bananatable, without look=real and history=1; use stage1.py")
+    common.require(cfg, 1, "stage0_updates", "updates", "batch", "eval_every", "eval_episodes")
+    common.require(cfg, 2, "episodes")
+    stage1.split(cfg.episodes, cfg.data_fraction)
+    if cfg.model not in models.PRESETS:
+        raise UserError(f"--model {cfg.model}: unknown; choose one of {', '.join(models.PRESETS)}")
+    if cfg.init:
+        common.load(Path(cfg.init) / "policy.safetensors", env)
+    before = "stage0".join(cfg.out.rsplit("stage1", 1))
+    if before == cfg.out:
+        raise UserError(f"--out {cfg.out}: a Stage 1 run's name has stage1 in it")
+    for folder in (cfg.out, *[before] * (not cfg.init)):
+        if Path(folder).exists():
+            raise UserError(f"{folder}: this run exists; choose another --out")
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), alone) as workers:
+        first = stage0.Config(cfg.domain, cfg.model, cfg.seed, cfg.stage0_updates, lr=1.5e-3, out=before)
+        parts = np.array_split(np.arange(first.updates * (not cfg.init)), 64)  # the first to be waited for
+        asked = [workers.submit(scenes, cfg.domain, first.batch, cfg.seed, part.tolist()) for part in parts if len(part)]
+        every = min(16, cfg.episodes)
+        shown = [workers.submit(demonstrations, cfg.domain, cfg.episodes, cfg.seed, k, every) for k in range(every)]
         if not cfg.init:
-            cfg.init = f"{cfg.out}-stage0"
-            first = stage0.Config(cfg.domain, cfg.model, cfg.seed, cfg.scenes, lr=1.5e-3, out=cfg.init)
-            run_stage0(first, begin_scenes(workers, first))
-        data = drawn(cfg.domain, began)
-    kept = {k: getattr(cfg, k) for k in ("domain", "seed", "init", "episodes", "data_fraction", "model", "updates", "batch", "lr",
-                                         "eval_episodes", "out")}  # fmt: skip
-    run = stage1.Config(obs="images", **kept)
-    before = time.time() - BEGAN
-    run_stage1(run, data)
-    finish(run, before)
+            run_stage0(first, asked)
+            cfg.init = before
+        data = drawn(cfg.domain, shown)
+    run_stage1(stage1.Config(obs="images", **{k: v for k, v in vars(cfg).items() if k != "stage0_updates"}), data)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    common.cli(Config, main)
