@@ -301,9 +301,11 @@ class Gemma(nn.Module):
         self.layers = nn.ModuleList(GemmaBlock(cfg) for _ in range(cfg.depth))
         self.norm = RMSNorm(cfg.width)
 
+    # the embeddings' gradient: a dense one is as large as the table, at 3B 2 GB to fill, and `logits` makes one already
+    sparse = True
+
     def embed(self, ids: Tensor) -> Tensor:
-        # a sparse gradient: a dense one is as large as the table, at 3B 2 GB to fill, and `logits` makes one already
-        x = F.embedding(ids, self.embed_tokens.weight, sparse=True)
+        x = F.embedding(ids, self.embed_tokens.weight, sparse=self.sparse)
         return x * torch.tensor(math.sqrt(self.cfg.width), dtype=x.dtype)  # (B, T, D); Gemma rounds the factor to x's dtype
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor, keep: int, caches: Tensor | None = None) -> Tensor:

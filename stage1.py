@@ -102,21 +102,24 @@ def keep(o: dict[str, np.ndarray], i: int) -> dict[str, np.ndarray | bytes]:
     return {k: zlib.compress(v[i].tobytes(), 1) if k == "frames" else v[i].copy() for k, v in o.items()}
 
 
-def record(domain: str, obs: str, episodes: int, seed: int) -> dict[str, np.ndarray]:
+def record(domain: str, obs: str, episodes: int, seed: int, part: slice = slice(None)) -> dict[str, np.ndarray]:
     """Successful demonstrations by the domain's demonstrator, the final observation included, as flat arrays of M tuples.
+
+    part: of the simulations, for several processes that share the work.
 
     Returns state float32 (M, S), or `Frames` (M, H, W, 3), of a domain with two views of the same moment (M, 2, H, W, 3),
     and the robot's joints float32 (M, J) where it has some; action float32 (M, A), zero on final observations;
     start, length int (episodes,), where length counts observations; instruction str (episodes,).
     """
     n = min(episodes, 256)
-    env = envs.make_vec(domain, n, obs=obs)
+    simulations = np.arange(n)[part]
+    env = envs.make_vec(domain, len(simulations), obs=obs)
     # each simulation owes the same number of episodes: taking the first to finish would favour the short ones
-    owed = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
+    owed = episodes // n + (simulations < episodes % n)
     kept: list[tuple] = []
-    bar = tqdm(total=episodes, desc="demonstrations", leave=False, disable=None)
-    o, _ = env.reset(seed=seed * 10**6)
-    steps: list[list] = [[] for _ in range(n)]
+    bar = tqdm(total=int(owed.sum()), desc="demonstrations", leave=False, disable=None)
+    o, _ = env.reset(seed=[seed * 10**6 + int(i) for i in simulations])
+    steps: list[list] = [[] for _ in simulations]
     while owed.any():
         action = env.demonstrate()
         texts, now = o["instruction"], seen(env, o)

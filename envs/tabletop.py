@@ -183,13 +183,18 @@ def pixels(points: np.ndarray, camera: np.ndarray = np.zeros((2, 3))) -> np.ndar
     return np.stack([0.5 + FOCAL * right / depth, 0.5 - FOCAL * 16 / 9 * up / depth], -1)
 
 
+def corner(at: np.ndarray, s: int) -> np.ndarray:
+    """Where the second view begins in a picture of side 2 s, int (..., 2) [pixels] (right, down); at (..., 2) in shares."""
+    return np.clip(np.round(at * 2 * s).astype(int) - s // 2, -s, 2 * s)
+
+
 def foveate(picture: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A picture uint8 (2 s, 2 s, 3) at half its fineness, and as it is around `at`, (2,) in shares: uint8 (2, s, s, 3).
 
     Also where the second view begins in the picture, in shares of it, float (2,): (right, down).
     """
     s = len(picture) // 2
-    first = np.clip(np.round(at * 2 * s).astype(int) - s // 2, -s, 2 * s)
+    first = corner(at, s)
     rows = picture[::2].astype(np.uint16) + picture[1::2]
     whole = (rows[:, ::2] + rows[:, 1::2]) // 4
     around = np.full((4 * s, 4 * s, 3), 128, np.uint8)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import math
 import multiprocessing
 import os
 import sys
@@ -46,7 +45,7 @@ import model as models
 import stage0
 import stage1
 from common import UserError
-from envs.tabletop import TabletopVectorEnv, pixels
+from envs.tabletop import TabletopVectorEnv, corner, pixels
 
 BEGAN = time.time()
 QUESTIONS = (models.QUESTION_ACTION, models.QUESTION_STEPS)
@@ -57,29 +56,10 @@ def say(*what: object) -> None:
 
 
 # --- without pictures, on all cores -----------------------------------------------------------------------------------
-def demonstrations(domain: str, episodes: int, seed: int, first: int, every: int) -> list[tuple]:
-    """What simulations first, first + every, ... of `stage1.record`'s 256 owe: (instruction, qpos per step, actions)."""
-    total = min(episodes, 256)
-    sims = np.arange(first, total, every)
-    env = envs.make_vec(domain, len(sims), obs="state")
-    owed = episodes // total + (sims < episodes % total)
-    o, _ = env.reset(seed=[seed * 10**6 + int(i) for i in sims])
-    kept, steps = [], [[] for _ in sims]
-    while owed.any():
-        action, texts = env.demonstrate(), o["instruction"]
-        for i in np.flatnonzero(owed):
-            steps[i].append((env.sim.qpos[i].copy(), action[i]))
-        o, _, terminated, truncated, _ = env.step(action)
-        for i in np.flatnonzero(terminated & (owed > 0)):
-            steps[i].append((env.sim.qpos[i].copy(), np.zeros_like(action[i])))
-            kept.append((texts[i], *zip(*steps[i], strict=True)))
-            owed[i] -= 1
-        over = terminated | truncated
-        for i in np.flatnonzero(over):
-            steps[i] = []
-        if over.any():
-            o, _ = env.reset(options={"reset_mask": over})
-    return kept
+def demonstrations(domain: str, episodes: int, seed: int, part: slice) -> dict[str, np.ndarray]:
+    """`stage1.record` of a part of its simulations, with poses for states: float (M, q)."""
+    with mock.patch.object(stage1, "seen", lambda env, o: {"state": env.sim.qpos.copy()}):
+        return stage1.record(domain, "state", episodes, seed, part)
 
 
 def scenes(domain: str, n: int, seed: int, updates: list[int]) -> list[tuple]:
@@ -88,9 +68,7 @@ def scenes(domain: str, n: int, seed: int, updates: list[int]) -> list[tuple]:
 
     def views(qpos: np.ndarray, camera: np.ndarray) -> tuple:
         poses.append(qpos)
-        first = np.clip(np.round(pixels(np.r_[qpos[-2:], 0], camera) * 2 * env.size).astype(int) - env.size // 2,
-                        -env.size, 2 * env.size)  # fmt: skip
-        return np.zeros(0), first / (2 * env.size)
+        return np.zeros(0), corner(pixels(np.r_[qpos[-2:], 0], camera), env.size) / (2 * env.size)
 
     env._views = views  # `foveate` without a picture
     for update in updates:
@@ -101,14 +79,13 @@ def scenes(domain: str, n: int, seed: int, updates: list[int]) -> list[tuple]:
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
-def foveated(pictures: Tensor, at: Tensor) -> Tensor:
-    """`tabletop.foveate` of many: pictures uint8 (n, 2 s, 2 s, 3), at float64 (n, 2) in shares -> uint8 (n, 2, s, s, 3)."""
+def foveated(pictures: Tensor, first: Tensor) -> Tensor:
+    """`tabletop.foveate` of many: pictures uint8 (n, 2 s, 2 s, 3), their `corner`s long (n, 2) -> uint8 (n, 2, s, s, 3)."""
     n, s = len(pictures), pictures.shape[1] // 2
     whole = pictures.view(n, s, 2, s, 2, 3).int().sum((2, 4)) // 4
-    first = ((at * 2 * s).round().long() - s // 2).clamp(-s, 2 * s)  # (n, 2) x, y
-    index = first[:, :, None] + torch.arange(s, device=at.device)  # (n, 2, s)
+    index = first[:, :, None] + torch.arange(s, device=first.device)  # (n, 2, s), right and down
     inside, index = (index >= 0) & (index < 2 * s), index.clamp(0, 2 * s - 1)
-    close = pictures[torch.arange(n, device=at.device)[:, None, None], index[:, 1, :, None], index[:, 0, None]]
+    close = pictures[torch.arange(n, device=first.device)[:, None, None], index[:, 1, :, None], index[:, 0, None]]
     seen = inside[:, 1, :, None] & inside[:, 0, None]
     return torch.stack([whole.to(torch.uint8), torch.where(seen[..., None], close, 128)], 1)
 
@@ -120,8 +97,8 @@ def draw(domain: str, qpos: np.ndarray, device: torch.device, by: torch.device |
     frames = torch.empty(len(qpos), 2, s, s, 3, dtype=torch.uint8, device=device)
     for rows in np.split(np.arange(len(qpos)), range(at_once, len(qpos), at_once)):
         pictures = torch.from_numpy(np.stack([env._picture(q, still, 2 * s, 2 * s) for q in qpos[rows]])).to(by)
-        at = torch.from_numpy(pixels(np.c_[qpos[rows, -2:], np.zeros(len(rows))])).to(by)
-        frames[rows[0] : rows[-1] + 1] = foveated(pictures, at)
+        first = torch.from_numpy(corner(pixels(np.c_[qpos[rows, -2:], np.zeros(len(rows))]), s)).to(by)
+        frames[rows[0] : rows[-1] + 1] = foveated(pictures, first)
     env.close()
     return frames
 
@@ -260,17 +237,17 @@ def alone() -> None:
     from envs import tabletop
 
     os.nice(10)
+    sys.stderr = open(os.devnull, "w")  # many progress bars are none
     tabletop.Batch = functools.partial(tabletop.Batch, nthread=1)
 
 
 def drawn(domain: str, begun: list[Future]) -> dict:
     """The demonstrations that were begun, as `stage1.record` returns them, frames on the device."""
-    kept = sum((b.result() for b in begun), [])
-    length = np.array([len(e[2]) for e in kept])
-    say("drawing the frames of", len(kept), "demonstrations")
-    frames = draw(domain, np.concatenate([np.stack(e[1]) for e in kept]), common.device())
-    return {"frames": frames, "action": np.concatenate([np.stack(e[2]) for e in kept]).astype(np.float32),
-            "start": np.cumsum(length) - length, "length": length, "instruction": np.array([e[0] for e in kept])}  # fmt: skip
+    parts = [b.result() for b in begun]
+    data = {k: np.concatenate([p[k] for p in parts]) for k in ("state", "action", "length", "instruction")}
+    say("drawing the frames of", len(data["length"]), "demonstrations")
+    frames = draw(domain, data.pop("state"), common.device())
+    return data | {"frames": frames, "start": np.cumsum(data["length"]) - data["length"]}
 
 
 def run_stage0(cfg: stage0.Config, begun: list[Future]) -> None:
@@ -299,16 +276,13 @@ def run_stage0(cfg: stage0.Config, begun: list[Future]) -> None:
 
 def run_stage1(cfg: stage1.Config, data: dict) -> None:
     """`stage1.main` with these demonstrations, frames a tensor, and replayed updates."""
-    with (mock.patch.object(stage1, "load_demonstrations", lambda _: data), mock.patch.object(stage1, "Demonstrations", OnGPU),
-          mock.patch.object(common, "distribute", lambda model, shard: Replayed(model)),
-          mock.patch.object(models.Gemma, "embed", dense)):  # fmt: skip
+    with (
+        mock.patch.object(stage1, "load_demonstrations", lambda _: data),
+        mock.patch.object(stage1, "Demonstrations", OnGPU),
+        mock.patch.object(common, "distribute", lambda model, shard: Replayed(model)),
+        mock.patch.object(models.Gemma, "sparse", False),  # a graph's gradients have one shape
+    ):
         stage1.main(cfg)
-
-
-def dense(self: models.Gemma, ids: Tensor) -> Tensor:
-    """`Gemma.embed` with a gradient that a graph can hold."""
-    x = F.embedding(ids, self.embed_tokens.weight)
-    return x * torch.tensor(math.sqrt(self.cfg.width), dtype=x.dtype)
 
 
 @dataclass
@@ -350,7 +324,7 @@ def main(cfg: Config) -> None:
         parts = np.array_split(np.arange(first.updates * (not cfg.init)), 64)  # the first to be waited for
         asked = [workers.submit(scenes, cfg.domain, first.batch, cfg.seed, part.tolist()) for part in parts if len(part)]
         every = min(16, cfg.episodes)
-        shown = [workers.submit(demonstrations, cfg.domain, cfg.episodes, cfg.seed, k, every) for k in range(every)]
+        shown = [workers.submit(demonstrations, cfg.domain, cfg.episodes, cfg.seed, slice(k, None, every)) for k in range(every)]
         if not cfg.init:
             run_stage0(first, asked)
             cfg.init = before
