@@ -44,7 +44,7 @@ class Config:
     greedy: bool = False  # the most probable action instead of a sampled one
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- pictures -----------------------------------------------------------------------------------------------
 def film(folder: Path, seed: int, s: float, greedy: bool, policy: str, temperature: float) -> None:
     """Eight episodes to their true end: trajectories.png, episodes.gif and, of one of them, steps_to_go.png."""
     env, actor, reward_model = load_run(folder, 8, policy)

@@ -1,4 +1,4 @@
-"""Rollouts: a policy acts in many simulations at once, the frozen reward model watches, and what came out is counted.
+"""Rollouts: a policy acts in many simulations at once, the frozen reward model watches; both are counted.
 
 No rule for success is here: `ends(d, truth)` is handed in, and says which episodes are over.
 """
@@ -49,8 +49,8 @@ def encode_observation(
 ) -> dict[str, Tensor]:
     """The model's input for the simulations `rows` of a domain's observation, images encoded.
 
-    Each frame passes through the ViT once: the previous frame's features come from `before`, the last step's input,
-    or None where there is none, at first and in a domain with two views of the same moment.
+    Each frame passes through the ViT once: the previous frame's features come from `before`, the last step's
+    input, or None where there is none, at first and in a domain with two views of the same moment.
     """
     device = model.language_model.embed_tokens.weight.device
     if "state" in obs:
@@ -82,7 +82,7 @@ def rollout(
 ) -> Episodes:
     """One episode in each of the n simulations, until `ends` or the horizon.
 
-    ends: (d float (B,), truth bool (B,)) of the present observations -> bool (B,), the episodes that are over.
+    ends: (d float (B,), truth bool (B,)) of the present observations -> bool (B,): which episodes are over.
     keep: whether to keep the observations, which an evaluation does not need.
     watch: called after the reset and after each step.
     """
@@ -143,7 +143,7 @@ def rollout(
     return Episodes(obs, tokens, texts, entropy, row, time, last, d, truth, length)
 
 
-# --- counting ---------------------------------------------------------------------------------------------------------
+# --- counting -----------------------------------------------------------------------------------------------
 def metrics(rollouts: list[Episodes], returns: Tensor, threshold: float) -> dict[str, float]:
     """What Stage 2 logs of an iteration's episodes and of the returns of their tuples, over all ranks."""
     length = np.concatenate([r.length for r in rollouts])
@@ -166,7 +166,7 @@ def metrics(rollouts: list[Episodes], returns: Tensor, threshold: float) -> dict
 
 
 def confusion(detected: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Counts and rates of a detector, bool (n,) each: did it end the episode, and was the goal truly reached then?"""
+    """Counts and rates, bool (n,) each: did the detector end the episode, was the goal truly reached then?"""
     table = {
         "true_positives": int((detected & truth).sum()),
         "false_positives": int((detected & ~truth).sum()),
@@ -179,7 +179,7 @@ def confusion(detected: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def confirmed_detections(d: np.ndarray, truth: np.ndarray, threshold: float) -> list[bool]:
-    """Of each episode with a detection: does true success follow within `threshold` steps, which is what d <= s claims?
+    """Of each episode with a detection: does true success follow within s steps, which is what d <= s claims?
 
     d float, truth bool (n, T + 1), frozen at the end.
     """
@@ -191,7 +191,7 @@ def confirmed_detections(d: np.ndarray, truth: np.ndarray, threshold: float) -> 
 
 
 def chunks(env: VectorEnv, episodes: int, seed: int) -> Iterator[tuple[VectorEnv, int, torch.Generator]]:
-    """(the domain with at most CHUNK simulations, the seed of their episodes, a generator) until all are counted."""
+    """(the domain with at most CHUNK simulations, the seed of their episodes, a generator), part by part."""
     for first in range(0, episodes, CHUNK):
         part = make_env(env.name, min(CHUNK, episodes - first), obs=env.obs)
         yield part, seed + first, torch.Generator().manual_seed(10**6 * first + seed)

@@ -59,7 +59,7 @@ class Config(ScaleFlags):
     eval_every: Count = 500  # updates between two looks at the held-out episodes
 
 
-# --- the objectives of Section 3.1 ------------------------------------------------------------------------------------
+# --- the objectives of Section 3.1 --------------------------------------------------------------------------
 def bc_loss(model: EFM, obs: dict[str, Tensor], goals: list[str], tokens: Tensor, ranges: list) -> Tensor:
     """-log p(a | o, Question_action(g)), summed over the action's tokens long (B, L), averaged over the batch."""
     prompts = [QUESTION_ACTION.format(g) for g in goals]
@@ -77,7 +77,7 @@ def instruction_loss(model: EFM, obs: dict[str, Tensor], goals: list[str]) -> Te
     return -model.text_log_prob(obs, [QUESTION_INSTRUCTION] * len(goals), goals).mean()  # [L_instruction]
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 @dataclass
 class Progress:
     """What a run continues from, beside the weights."""

@@ -61,7 +61,7 @@ class Config(ScaleFlags):
     patience: Count = 100  # stop after so many iterations without a better policy, as far as the model can see
 
 
-# --- the equations ----------------------------------------------------------------------------------------------------
+# --- the equations ------------------------------------------------------------------------------------------
 def rewards(d: Tensor) -> Tensor:
     """r_t = d(o_t, g) - d(o_t+1, g): float (n, T + 1) -> (n, T), the last step included."""
     return d[:, :-1] - d[:, 1:]  # [Eq. 2]
@@ -95,7 +95,7 @@ def detect_success(d: Tensor, s: float) -> Tensor:
     return d <= s
 
 
-# --- Algorithm 1 ------------------------------------------------------------------------------------------------------
+# --- Algorithm 1 --------------------------------------------------------------------------------------------
 class Buffer:
     """The tuples (o, a, g, R) of one iteration."""
 

@@ -44,7 +44,7 @@ class Frames:
         return np.frombuffer(inflated, np.uint8).reshape(*rows.shape, *self.shape[1:])
 
 
-# --- recording --------------------------------------------------------------------------------------------------------
+# --- recording ----------------------------------------------------------------------------------------------
 def recorded_part(env: VectorEnv, obs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What a demonstration keeps of an observation: the previous frame is kept already, as the step before's."""
     if env.obs == "state":
@@ -141,7 +141,7 @@ def from_minari(dataset_id: str, domain: str, obs: str) -> dict[str, np.ndarray 
     return pack(episodes, part)
 
 
-# --- caching ----------------------------------------------------------------------------------------------------------
+# --- caching ------------------------------------------------------------------------------------------------
 def load_demonstrations(cfg: Any) -> dict[str, np.ndarray | Frames]:
     """The domain's demonstrations of a Stage 1 configuration, recorded once and cached under data/."""
     if cfg.dataset:
@@ -175,7 +175,7 @@ def write_npz(arrays: dict[str, np.ndarray]) -> Callable[[Path], None]:
     return write
 
 
-# --- batches ----------------------------------------------------------------------------------------------------------
+# --- batches ------------------------------------------------------------------------------------------------
 def split(episodes: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Which episodes are held out, a tenth, and which are used at all: bool (episodes,) each, nested in `fraction`.
 

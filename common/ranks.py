@@ -25,7 +25,7 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_POR
 chosen: torch.device | None = None  # by --device
 
 
-# --- devices ----------------------------------------------------------------------------------------------------------
+# --- devices ------------------------------------------------------------------------------------------------
 def device() -> torch.device:
     """--device, or a CUDA GPU where there is one, else the CPU."""
     return chosen or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +52,7 @@ def autocast(bf16: bool) -> torch.autocast:
     return torch.autocast(device().type, torch.bfloat16, enabled=bf16)
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
+# --- several processes --------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def process_group(several: bool) -> Iterator[None]:
     """The processes that torchrun started know each other inside, and end behind it; one process alone: nothing happens.
@@ -142,7 +142,7 @@ def mean(values: dict[str, Tensor]) -> dict[str, float]:
     return {k: sum(r[k] for r in ranks) / len(ranks) for k in values}
 
 
-# --- models on several devices ----------------------------------------------------------------------------------------
+# --- models on several devices ------------------------------------------------------------------------------
 def scale(model: EFM, cfg: ScaleFlags, shard: bool, judge: EFM | None = None) -> nn.Module:
     """What to call for a forward pass with gradients, `wrapped(f, *args)` for f(model, *args): `EFM.forward`.
 

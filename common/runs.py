@@ -27,7 +27,7 @@ from common.weights import save_base, save_model, trainable_state
 from model import EFM
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Write to a neighbour and rename: a reader, or a run killed here, sees the old file or the new one, never half."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may be writing the same file
@@ -74,7 +74,7 @@ def require_writable(folder: Path) -> None:
         raise UserError(f"{folder}: {reason}; choose another folder with --out") from None
 
 
-# --- folders ----------------------------------------------------------------------------------------------------------
+# --- folders ------------------------------------------------------------------------------------------------
 def run_folder(domain: str, obs: str, default_obs: str, stage: str, seed: int) -> Path:
     """runs/{domain}-{stage}-s{seed}; a run that is not on the domain's default observations says so in its name."""
     kind = "" if obs == default_obs else f"-{obs}"
@@ -103,7 +103,7 @@ def describe(row: dict) -> str:
     return "\n".join(f"{k:20} {v:.4g}" if isinstance(v, float) else f"{k:20} {v}" for k, v in row.items())
 
 
-# --- what a run continues from ----------------------------------------------------------------------------------------
+# --- what a run continues from ------------------------------------------------------------------------------
 def saved(thing: Any) -> Any:
     """The state of something that `Run.track` was given, as tensors, numbers, texts, lists and dicts."""
     if isinstance(thing, EFM):

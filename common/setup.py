@@ -24,7 +24,7 @@ from model import EFM, PRESETS, EFMConfig
 from tokens import QUESTION_INSTRUCTION, Tokenizer
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------
+# --- parts --------------------------------------------------------------------------------------------------
 def make_env(domain: str, num_envs: int, **kwargs: Any) -> VectorEnv:
     """`envs.make_vec`; an unknown domain or kind of observation is a UserError."""
     try:
@@ -90,7 +90,7 @@ def load_run(folder: Path, num_envs: int, policy: str = "policy") -> tuple[Vecto
     return env, acting, load_checkpoint(folder / "reward.safetensors", env, acting)
 
 
-# --- Stage 0 ----------------------------------------------------------------------------------------------------------
+# --- Stage 0 ------------------------------------------------------------------------------------------------
 def stage0(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     """The domain, the run, and a model from scratch for a Stage 0 configuration; no model if the run is done."""
     options.check(cfg)
@@ -109,7 +109,7 @@ def stage0(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     return env, run, model
 
 
-# --- Stage 1 ----------------------------------------------------------------------------------------------------------
+# --- Stage 1 ------------------------------------------------------------------------------------------------
 def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     """The domain, the run, and the model that a Stage 1 configuration starts from; no model if the run is done.
 
@@ -195,7 +195,7 @@ def initial_model(cfg: Any, env: VectorEnv, init: Path | None) -> EFM:
     return EFM(sizes, tokenizer).to(ranks.device())
 
 
-# --- Stage 2 ----------------------------------------------------------------------------------------------------------
+# --- Stage 2 ------------------------------------------------------------------------------------------------
 # what a domain that says nothing else in `stage2_defaults` takes
 USUAL = {"gamma": 0.9, "temperature": 1.0, "clip_reward": 0.0, "success_bonus": 0.0, "batch": 64, "learns": "all",
          "num_envs": 16}  # fmt: skip
