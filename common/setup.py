@@ -9,6 +9,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -227,6 +228,17 @@ USUAL = {"gamma": 0.9, "temperature": 1.0, "clip_reward": 0.0, "success_bonus": 
          "num_envs": 16}  # fmt: skip
 
 
+def stage1_run(cfg: Any) -> tuple[Path, dict]:
+    """The run that --stage1 names, or the newest Stage 1 run, and its configuration; its seed is the default."""
+    folder = Path(cfg.stage1) if cfg.stage1 else newest_run("*-stage1-s*")
+    if folder is None:
+        raise UserError("runs/: no finished Stage 1 run; run `python stage1.py` first or name a run with --stage1")
+    settings = run_settings(folder)
+    options.fill(cfg, {"seed": settings["seed"]})
+    cfg.stage1 = str(folder)
+    return folder, settings
+
+
 def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, Path]:
     """The domain, the run, policy and frozen reward model of a Stage 2 configuration, and the run they come from.
 
@@ -288,6 +300,26 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, Path]:
         policy = adapt(policy, cfg.lora_rank, stage1 / "policy.safetensors")
     run.track(policy=policy)
     return env, run, policy, reward_model, stage1
+
+
+def baseline(cfg: Any, domains: tuple[str, ...], name: str) -> tuple[list, Run, EFM | None, EFM | None, Any]:
+    """For a neighbour's method: its domains, cfg.num_envs simulations each, the run, Stage 1's policy and reward model
+    and its demonstrations; no models if the run is done. Raises UserError."""
+    check_scale(cfg)
+    stage1, settings = stage1_run(cfg)
+    made = [make_env(domain, cfg.num_envs, obs=settings["obs"]) for domain in domains]
+    taught = make_env(settings["domain"], 1, obs=settings["obs"])
+    for env in made:
+        require_alike(env, taught)
+    policy = load_checkpoint(stage1 / "policy.safetensors", taught)
+    must([(not policy.lora_rank, f"--stage1 {stage1}: has LoRA adapters, which the baselines do not train; name another")])
+    ranks.choose_threads(cfg, sum(p.numel() for p in policy.parameters()))
+    run = open_run(cfg, made[0], name, obs=settings["obs"], domain=domains[0])
+    if run.done:
+        return made, run, None, None, None
+    reward_model = load_checkpoint(stage1 / "reward.safetensors", taught).requires_grad_(False)
+    train, _ = demos.load(SimpleNamespace(**settings), taught)
+    return made, run, policy, reward_model, train
 
 
 def require_alike(env: VectorEnv, taught: VectorEnv) -> None:
