@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from envs.operator import Operator
 from gymnasium.vector import VectorEnv
 
 import envs
@@ -21,6 +20,7 @@ from common import UserError, demos, options, ranks
 from common.options import ScaleFlags, must
 from common.runs import Run, load_state, newest_run, read_json, run_folder
 from common.weights import add_lora, load_model, load_paligemma, load_unimodal, merge_lora
+from envs.operator import Operator
 from model import EFM, PRESETS, EFMConfig
 from tokens import QUESTION_INSTRUCTION, Tokenizer
 
@@ -245,14 +245,9 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, Path]:
     No models if the run is done. Fields of the configuration that are None get the domain's defaults. Raises UserError.
     """
     check_scale(cfg)
-    stage1 = Path(cfg.stage1) if cfg.stage1 else newest_run("*-stage1-s*")
-    if stage1 is None:
-        raise UserError(
-            "runs/: no finished Stage 1 run; run `python stage1.py` first or name a run with --stage1"
-        )
-    settings = run_settings(stage1)
-    options.fill(cfg, {"seed": settings["seed"], "domain": settings["domain"]})
-    cfg.stage1, obs = str(stage1), settings["obs"]
+    stage1, settings = stage1_run(cfg)
+    options.fill(cfg, {"domain": settings["domain"]})
+    obs = settings["obs"]
     env = make_env(cfg.domain, 1, obs=obs)
     options.fill(cfg, USUAL | {"success_threshold": env.success_threshold} | env.stage2_defaults[obs])
     ranks.require_divisible(cfg, "batch", "num_envs")
