@@ -131,7 +131,7 @@ def action_log_prob(policy: EFM, hidden: Tensor, tokens: Tensor, ranges: list[tu
     """log p of the action's tokens (B, L) from hidden float (B, L, D), among the numbers allowed: float (B,)."""
     total = torch.zeros(len(tokens), device=tokens.device)
     for i, (first, end) in enumerate(ranges):
-        logits = policy.logits(hidden[:, i : i + 1], policy.number_ids((first, end)))[:, 0].float()  # (B, K)
+        logits = policy.logits(hidden[:, i : i + 1], policy.number_ids(first, end))[:, 0].float()  # (B, K)
         chosen = (tokens[:, i] - first)[:, None]
         total = total + logits.log_softmax(-1).gather(1, chosen)[:, 0]
     return total
@@ -274,9 +274,10 @@ def clone(policy: EFM, demos: Demonstrations, found: Successes, cfg: Config, rng
 
 
 def main(cfg: Config) -> None:
-    tasks, run, policy, reward_model, demos = setup.baseline(cfg, cfg.tasks, "irevla")
+    tasks, run, policy, reward_model, data = setup.baseline(cfg, cfg.tasks, "irevla")
     if run.done:
         return
+    demos, _ = data
     head_only = cfg.explores == "head"
     cfg.epochs = cfg.epochs or (4 if head_only else 1)
     cfg.lr = cfg.lr or (3e-4 if head_only else 1e-4)

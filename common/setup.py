@@ -299,7 +299,7 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, Path]:
 
 def baseline(cfg: Any, domains: tuple[str, ...], name: str) -> tuple[list, Run, EFM | None, EFM | None, Any]:
     """For a neighbour's method: its domains, cfg.num_envs simulations each, the run, Stage 1's policy and reward model
-    and its demonstrations; no models if the run is done. Raises UserError."""
+    and its demonstrations, learnt from and held out; no models if the run is done. Raises UserError."""
     check_scale(cfg)
     stage1, settings = stage1_run(cfg)
     made = [make_env(domain, cfg.num_envs, obs=settings["obs"]) for domain in domains]
@@ -313,8 +313,8 @@ def baseline(cfg: Any, domains: tuple[str, ...], name: str) -> tuple[list, Run, 
     if run.done:
         return made, run, None, None, None
     reward_model = load_checkpoint(stage1 / "reward.safetensors", taught).requires_grad_(False)
-    train, _ = demos.load(SimpleNamespace(**settings), taught)
-    return made, run, policy, reward_model, train
+    data = demos.load(SimpleNamespace(**settings), taught)
+    return made, run, policy, reward_model, data
 
 
 def require_alike(env: VectorEnv, taught: VectorEnv) -> None:
