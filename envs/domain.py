@@ -18,6 +18,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 
+BASE_FIELDS = ("t", "texts", "frames", "rngs")  # what every domain's state has
+
+
 class CannotRender(ValueError):
     """This machine has nothing to draw with: the scripts print it as one line and exit with code 2."""
 
@@ -52,7 +55,7 @@ class Domain(VectorEnv):
     text_length, letters = 200, "abcdefghijklmnopqrstuvwxyz ,"  # the longest instruction; what it is made of
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"],
                 "render_fps": 10}  # fmt: skip  # steps a second
-    # with t, texts, frames and rngs, all that the future depends on: arrays, numbers, texts, lists of them
+    # with BASE_FIELDS, all that the future depends on: arrays, numbers, texts, lists of them
     STATE_FIELDS: tuple[str, ...] = ()
 
     # --- what a domain does ---------------------------------------------------------------------------------
@@ -199,11 +202,11 @@ class Domain(VectorEnv):
 
     def get_state(self) -> dict[str, Any]:
         """All that `set_state` needs to go on exactly: arrays, numbers, texts, lists and dicts of them."""
-        return {k: plain(getattr(self, k)) for k in ("t", "texts", "frames", "rngs", *self.STATE_FIELDS)}
+        return {k: plain(getattr(self, k)) for k in (*BASE_FIELDS, *self.STATE_FIELDS)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from what `get_state` gave. Raises ValueError where that is another domain's or of another N."""
-        if state.keys() != self.get_state().keys():
+        if state.keys() != {*BASE_FIELDS, *self.STATE_FIELDS}:
             raise ValueError(f"a state with {', '.join(state)}: not one of {self.name}")
         for k, kept in state.items():
             setattr(self, k, restored(getattr(self, k), kept))

@@ -205,7 +205,7 @@ def test_nothing_overlaps_however_hard_it_is_pushed(blocks):
 def test_things_are_placed_by_language_tables_rules(monkeypatch):
     env = table(150, blocks=8)
     monkeypatch.setattr(env.sim, "step", lambda *a, **k: None)  # before anything settles
-    env._place(np.arange(150))
+    env._scatter(np.arange(150))
     pairs = np.linalg.norm(env.pos[:, :, None] - env.pos[:, None], axis=3)[:, *np.triu_indices(8, 1)]
     assert 0.0175 < pairs.min() < 0.02
     assert 0.06 < np.linalg.norm(env.pos - env.tool[:, None], axis=2).min() < 0.063
@@ -217,7 +217,7 @@ def test_things_are_placed_by_language_tables_rules(monkeypatch):
     assert env.yaw.min() < 0.05 and 6.2 < env.yaw.max() < 2 * np.pi
     banana = envs.make_vec("bananatable", 150)
     monkeypatch.setattr(banana.sim, "step", lambda *a, **k: None)
-    banana._place(np.arange(150))
+    banana._scatter(np.arange(150))
     assert 0.12 < np.linalg.norm(banana.pos[:, 0] - banana.tool, axis=1).min() < 0.13
 
 
@@ -468,6 +468,81 @@ def test_fallen_blocks_are_not_asked_for():
     assert not (part & env.fallen).any()
 
 
+# --- which block to which one -----------------------------------------------------------------------------------------
+ASKED = {  # of red moon 0, blue cube 1, green star 2, yellow pentagon 3
+    "prior": {(0, 1), (1, 2), (2, 3), (3, 0), (1, 3), (2, 0), (3, 1)},
+    "forward": {(0, 3)},
+    "second": {(2, 1)},
+    "backward": {(0, 2)},
+    "unseen": {(1, 0), (3, 2)},
+    "both": {(0, 3), (0, 2)},
+}
+
+
+def pairs_of(env: tabletop.TabletopVectorEnv) -> list[tuple[int, int]]:
+    return [(m.block, m.target) for m in env.meanings]
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_pairs_are_asked_evenly_and_no_others(name):
+    env = table(300, pairs=name)
+    asked = pairs_of(env)
+    assert set(asked) == ASKED[name] and min(asked.count(p) for p in ASKED[name]) > 0.6 * 300 / len(ASKED[name])
+    assert all(text in texts(m, 4) for text, m in zip(env.texts, env.meanings, strict=True))
+    assert env.instructions() == table().instructions()  # the grammar stays whole
+    gap = [np.linalg.norm(pos[a] - pos[b]) for pos, (a, b) in zip(env.pos, asked, strict=True)]
+    assert min(gap) >= 0.06
+
+
+def test_pairs_of_practice_are_rarely_forward_or_backward():
+    rng, there = np.random.default_rng(0), np.ones(4, bool)
+    drawn = [tabletop.draw_pair("practice", there, rng) for _ in range(5000)]
+    assert set(drawn) == ASKED["prior"] | ASKED["forward"] | ASKED["backward"]
+    for pair in ((0, 3), (0, 2)):
+        assert 30 < drawn.count(pair) < 75  # 1 %
+    assert min(drawn.count(p) for p in ASKED["prior"]) > 600  # a seventh of 98 %
+    assert not (ASKED["unseen"] | ASKED["second"]) & set(drawn)
+
+
+def test_without_pairs_the_draws_are_what_they_were():
+    env = table(4)
+    assert pairs_of(env) == [(0, 2), (3, 0), (0, 1), (1, 2)] and env.pairs == [""] * 4
+    assert len(set(pairs_of(table(300)))) == 12
+
+
+def test_pairs_may_change_before_every_question():
+    env = table(40, pairs="forward")
+    env.pairs[::2] = ["backward"] * 20
+    env.ask(np.ones(40, bool))
+    assert pairs_of(env) == [(0, 2), (0, 3)] * 20
+    kept = env.get_state()
+    env.pairs[:] = ["second"] * 40
+    env.set_state(kept)
+    assert env.pairs == ["backward", "forward"] * 20
+    env.pairs[7] = "odd"
+    with pytest.raises(ValueError, match="pairs odd: choose one of prior, forward, second"):
+        env.ask(np.ones(40, bool))
+
+
+def test_pairs_leave_out_what_has_fallen():
+    env = table(30, pairs="both")
+    env.pos[:, 3] = 2.0
+    env.step(np.zeros((30, 2)))
+    assert env.fallen[:, 3].all()
+    env.ask(np.ones(30, bool))
+    assert {p for p, anew in zip(pairs_of(env), env.anew, strict=True) if not anew} == {(0, 2)}
+    env.pos[:, 0] = 2.0
+    env.step(np.zeros((30, 2)))
+    env.ask(np.ones(30, bool))  # red moon is in both pairs: everything is placed anew
+    assert env.anew.all() and not env.fallen.any()
+
+
+@pytest.mark.parametrize("given", ["pairs=odd", "pairs=forward,blocks=8", "family=mixed,pairs=forward", "pairs=1"])
+def test_wrong_pairs_are_one_clear_line(given):
+    with pytest.raises(ValueError, match=f"^--domain tabletop,{given}: pairs (odd|1: choose one of prior|forward: for family)"):
+        envs.make_vec(f"tabletop,{given}", 1)
+
+
 # --- seeds ------------------------------------------------------------------------------------------------------------
 def rollout(env, seed: int | None, steps: int = 12) -> list:
     """What a seed gives: observations and infos under the demonstrator."""
@@ -612,6 +687,7 @@ def test_the_expert_over_500_bananas():
         ("tabletop", "size", 0, "640"),
         ("tabletop", "size", 641, "640"),
         ("tabletop", "history", "False", "1"),
+        ("tabletop", "pairs", "odd", "unseen"),
         ("bananatable", "obs", "pixels", "images"),
         ("bananatable", "look", "dull", "real"),
     ],
@@ -621,6 +697,9 @@ def test_wrong_arguments_are_one_clear_line(name, flag, wrong, right):
         with pytest.raises(ValueError, match=f"{flag} {wrong}: choose .*{right}") as error:
             make()
         assert "\n" not in str(error.value)
+    if flag != "obs":  # which has a flag of its own
+        with pytest.raises(ValueError, match=f"^--domain {name},{flag}={wrong}: {flag} {wrong}: choose .*{right}"):
+            envs.make_vec(f"{name},{flag}={wrong}", 1)
 
 
 def test_it_renders_without_a_display():
