@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -17,13 +18,25 @@ import tokenizers
 import torch
 from torch import Tensor, nn
 
-import common
-import model as models
-import stage1
-import stage2
-from model import EFM, EFMConfig, Tokenizer
-from tests.test_cli import call
+from common.weights import (
+    DECODER,
+    TOWER,
+    decoder_sizes,
+    load_model,
+    load_paligemma,
+    load_unimodal,
+    pull,
+    push,
+    read_sizes,
+    save_model,
+    timm_vit,
+    without_wrappers,
+)
+from model import EFM, PRESETS, EFMConfig
+from tests.test_model import observe, questions, tiny
+from tokens import Tokenizer
 
+ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["what robot action to move to the red goal", "how many steps to go to the blue spot", "what is in the picture"]
 TEXTS = ["the red goal", "go to the blue spot and stop", "spot"]
 # pixels, patch, images, query heads, key/value heads, head width
@@ -79,8 +92,8 @@ def save(model: nn.Module, folder: Path, **how) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def oracle(torchvision_ops, tmp_path_factory):
+@pytest.fixture(scope="module", name="oracle")
+def make_oracle(torchvision_ops, tmp_path_factory):
     """shape -> (transformers' model, the folder it is saved in), made once."""
     return functools.cache(lambda shape: (m := build(shape), save(m, tmp_path_factory.mktemp("paligemma") / "saved")))
 
@@ -119,7 +132,7 @@ def reference_inputs(theirs: nn.Module, images: Tensor, prompts: list[str], text
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_loss_and_gradients_on_a_suffix_equal_transformers(oracle, shape):
     theirs, folder = oracle(shape)
-    ours, images = models.load_paligemma(folder), frames(shape)
+    ours, images = load_paligemma(folder), frames(shape)
     inputs = reference_inputs(theirs, images, WORDS, TEXTS)
     theirs.zero_grad()
     expected = theirs(**inputs)
@@ -135,7 +148,7 @@ def test_logits_loss_and_gradients_on_a_suffix_equal_transformers(oracle, shape)
     loss = -ours.text_log_prob({"images": images}, WORDS, TEXTS).sum() / valid.sum()
     torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=1e-5)
     loss.backward()
-    gradients = {models.rename(k): p.grad for k, p in theirs.named_parameters()}
+    gradients = {without_wrappers(k): p.grad for k, p in theirs.named_parameters()}
     for name, p in ours.named_parameters():
         torch.testing.assert_close(p.grad, gradients[name], atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
     theirs.zero_grad(set_to_none=True)
@@ -144,7 +157,7 @@ def test_logits_loss_and_gradients_on_a_suffix_equal_transformers(oracle, shape)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_decoding_equals_transformers(oracle, shape):
     theirs, folder = oracle(shape)
-    ours, images = models.load_paligemma(folder), frames(shape)
+    ours, images = load_paligemma(folder), frames(shape)
     inputs = reference_inputs(theirs, images, WORDS, None)
     T, tokenizer = inputs["input_ids"].shape[1], ours.tokenizer
     generate = functools.partial(theirs.generate, **inputs, do_sample=False, pad_token_id=0, eos_token_id=1)
@@ -163,11 +176,11 @@ def test_greedy_decoding_equals_transformers(oracle, shape):
 
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(torchvision_ops, tmp_path):
     half = build("grouped").to(torch.bfloat16)
-    ours = models.load_paligemma(save(half, tmp_path), dtype=torch.bfloat16)
+    ours = load_paligemma(save(half, tmp_path), dtype=torch.bfloat16)
     for key, p in half.named_parameters():
-        got = ours.get_parameter(models.rename(key))
+        got = ours.get_parameter(without_wrappers(key))
         assert got.dtype == torch.bfloat16 and torch.equal(got, p), key
-    exact, images = models.load_paligemma(tmp_path, dtype=torch.float32), frames("grouped")
+    exact, images = load_paligemma(tmp_path, dtype=torch.float32), frames("grouped")
     inputs, seen = reference_inputs(half, images, WORDS, TEXTS), []
     ours.vision_tower.patch_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     ours.encode_images(images)
@@ -208,11 +221,11 @@ def test_every_key_layout(oracle, tmp_path, name):
     for file in ("config.json", "tokenizer.json"):
         shutil.copy(folder / file, tmp_path)
     safetensors.torch.save_file(renamed, tmp_path / "model.safetensors")
-    same(models.load_paligemma(tmp_path), theirs)
+    same(load_paligemma(tmp_path), theirs)
 
 
 def same(ours: EFM, theirs: nn.Module) -> None:
-    wanted = {models.rename(k): p for k, p in theirs.named_parameters()}
+    wanted = {without_wrappers(k): p for k, p in theirs.named_parameters()}
     assert wanted.keys() == dict(ours.named_parameters()).keys()
     for name, p in ours.named_parameters():
         assert torch.equal(p, wanted[name]) and p.requires_grad, name
@@ -225,12 +238,12 @@ def test_shards_and_the_config_of_the_hub(oracle, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     config = json.loads((tmp_path / "config.json").read_text())
     for part, kept in (("text_config", {"hidden_act": "gelu"}), ("vision_config", {"projector_hidden_act": "gelu_fast"})):
-        names = (models.DECODER if part == "text_config" else models.TOWER).values()
+        names = (DECODER if part == "text_config" else TOWER).values()
         config[part] = {k: config[part][k] for k in ("model_type", *(theirs for theirs, _ in names))} | kept
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "tie_word_embeddings"}))
-    ours = models.load_paligemma(str(tmp_path))
+    ours = load_paligemma(str(tmp_path))
     same(ours, theirs)
-    assert ours.cfg == models.load_paligemma(folder).cfg
+    assert ours.cfg == load_paligemma(folder).cfg
 
 
 def test_the_published_sizes():
@@ -239,16 +252,16 @@ def test_the_published_sizes():
             "num_hidden_layers": 18, "num_image_tokens": 256, "num_key_value_heads": 1, "vocab_size": 257216}  # fmt: skip
     vision = {"hidden_size": 1152, "intermediate_size": 4304, "model_type": "siglip_vision_model", "num_attention_heads": 16,
               "num_hidden_layers": 27, "patch_size": 14}  # fmt: skip
-    tower = models.sizes(vision, models.TOWER)
-    assert EFMConfig(**models.decoder_sizes(text), **tower) == models.PRESETS["paligemma-3b"]
-    assert models.sizes(vision | {"image_size": 448}, models.TOWER)["image_size"] == 448
+    tower = read_sizes(vision, TOWER)
+    assert EFMConfig(**decoder_sizes(text), **tower) == PRESETS["paligemma-3b"]
+    assert read_sizes(vision | {"image_size": 448}, TOWER)["image_size"] == 448
 
 
 def test_saved_runs_load_back(oracle, tmp_path):
     for dtype in (torch.float32, torch.bfloat16):
-        model = models.load_paligemma(oracle("one key head")[1], dtype)
-        models.save_model(model, tmp_path / "policy.safetensors")
-        again = models.load_model(tmp_path / "policy.safetensors")
+        model = load_paligemma(oracle("one key head")[1], dtype)
+        save_model(model, tmp_path / "policy.safetensors")
+        again = load_model(tmp_path / "policy.safetensors")
         assert again.cfg == model.cfg and again.tokenizer.tokenizer.to_str() == model.tokenizer.tokenizer.to_str()
         for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
             assert p.dtype == q.dtype == dtype and torch.equal(p, q), name
@@ -257,7 +270,7 @@ def test_saved_runs_load_back(oracle, tmp_path):
 def test_frames_of_another_size_are_scaled_as_siglips_are(oracle):
     from PIL import Image
 
-    tower = models.load_paligemma(oracle("grouped")[1]).vision_tower  # of 28 pixels
+    tower = load_paligemma(oracle("grouped")[1]).vision_tower  # of 28 pixels
     for side in (20, 64):
         small = torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(side))
         image = (nn.functional.interpolate(small, (side, side), mode="bilinear") * 255).byte()[0].permute(1, 2, 0)
@@ -320,7 +333,7 @@ def test_what_is_not_paligemma_is_refused_in_one_line(oracle, tmp_path, wrong):
     folder = shutil.copytree(oracle("grouped")[1], tmp_path / "weights")
     damage(folder)
     with pytest.raises(ValueError, match=re.escape(str(folder))) as error:
-        models.load_paligemma(folder)
+        load_paligemma(folder)
     assert culprit in str(error.value) and "\n" not in str(error.value) and "; " in str(error.value)
 
 
@@ -329,23 +342,23 @@ def test_a_missing_shard(oracle, tmp_path):
     gone = sorted(folder.glob("*.safetensors"))[1]
     gone.unlink()
     with pytest.raises(ValueError, match=f"{re.escape(str(gone))}: no such file"):
-        models.load_paligemma(folder)
+        load_paligemma(folder)
     for content, culprit in (("[", "index.json"), ("{}", "index.json"), ('{"weight_map": {}}', "model.safetensors: no such")):
         (folder / "model.safetensors.index.json").write_text(content)
         with pytest.raises(ValueError, match=culprit):
-            models.load_paligemma(folder)
+            load_paligemma(folder)
 
 
 def test_a_hub_id_out_of_reach_says_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"google/paligemma-3b-pt-224: .*; accept its licence .*hf auth login.*folder") as error:
-        models.load_paligemma("google/paligemma-3b-pt-224")
+        load_paligemma("google/paligemma-3b-pt-224")
     assert "\n" not in str(error.value)
     assert "offline" in str(error.value).lower()
     for name in ("weights", "a/b/c", "../weights/x", "~/x", ""):
         with pytest.raises(ValueError, match="neither a folder nor the id") as error:
-            models.load_paligemma(name or "no such folder")
+            load_paligemma(name or "no such folder")
 
 
 def test_memory_peaks_at_the_size_of_the_weights(tmp_path):
@@ -365,33 +378,107 @@ def test_memory_peaks_at_the_size_of_the_weights(tmp_path):
             index |= dict.fromkeys(part, f"{i}.safetensors")
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
         (folder / "tokenizer.json").write_text(vocabulary(), encoding="utf-8")
-        parts = {"text_config": models.DECODER, "vision_config": models.TOWER}
+        parts = {"text_config": DECODER, "vision_config": TOWER}
         config = {
             part: {theirs: getattr(model.cfg, ours) for ours, (theirs, _) in names.items()} for part, names in parts.items()
         }
         (folder / "config.json").write_text(json.dumps(config | {"model_type": "paligemma"}))
     script = """
-import re, sys, torch, model
+import re, sys, torch
+from common.weights import load_paligemma
 def memory(what): return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 kept = []
 for dtype in (torch.bfloat16, torch.float32):
-    model.load_paligemma(sys.argv[1] + "/small", dtype)
+    load_paligemma(sys.argv[1] + "/small", dtype)
     open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
     before = memory("VmRSS")
-    kept = kept + [model.load_paligemma(sys.argv[1] + "/large", dtype)]  # a freed one would make room unseen
+    kept = kept + [load_paligemma(sys.argv[1] + "/large", dtype)]  # a freed one would make room unseen
     size = sum(p.nbytes for p in kept[-1].parameters())
     print(size, (memory("VmHWM") - before) / size)
 """
     out = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True,
-                         cwd=Path(models.__file__).parent).stdout.split()  # fmt: skip
+                         cwd=ROOT).stdout.split()  # fmt: skip
     assert float(out[2]) == 2 * float(out[0]) > 200e6
     for share in (out[1], out[3]):
         assert 0.9 < float(share) < 1.15, out
 
 
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+def test_save_and_load_return_the_same_model(tmp_path):
+    model = tiny()
+    save_model(model, tmp_path / "policy.safetensors")
+    loaded = load_model(tmp_path / "policy.safetensors").requires_grad_(False)
+    assert loaded.cfg == model.cfg
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        assert ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]), key
+    obs, prompts, answer = observe(3), questions(3), torch.zeros(3, 2, dtype=torch.long)
+    assert torch.equal(model.log_prob(obs, prompts, answer, [(0, 9)] * 2), loaded.log_prob(obs, prompts, answer, [(0, 9)] * 2))
+    save_model(loaded, tmp_path / "again.safetensors")
+    first, again = (safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in ("policy", "again"))
+    assert first.keys() == again.keys() and all(torch.equal(again[k], v) for k, v in first.items())
+
+
+def damage(kind: str, path) -> None:
+    model = tiny()
+    save_model(model, path)
+    whole, weights = path.read_bytes(), {k: v.contiguous() for k, v in model.state_dict().items()}
+    config = dataclasses.asdict(model.cfg)
+    save = functools.partial(safetensors.torch.save_file, filename=path)
+
+    def meta(**changes) -> dict[str, str]:
+        return {"nanoEFM": json.dumps({"config": config, "tokenizer": model.tokenizer.tokenizer.to_str()} | changes)}
+
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("these are not weights\n")
+    elif kind == "a folder":
+        path.unlink()
+        path.mkdir()
+    elif kind == "wrong shapes":
+        save(weights | {"language_model.norm.weight": torch.zeros(5)}, metadata=meta())
+    elif kind == "missing weight":
+        save({k: v for k, v in weights.items() if k != "language_model.norm.weight"}, metadata=meta())
+    elif kind == "a weight too many":
+        save(weights | {"language_model.norm.bias": torch.zeros(24)}, metadata=meta())
+    elif kind == "integers":
+        save({k: v.to(torch.int32) for k, v in weights.items()}, metadata=meta())
+    elif kind == "no metadata":
+        save(weights)
+    elif kind == "not our config":
+        save(weights, metadata=meta(config={"state_names": [], "hidden_size": 3}))
+    elif kind == "config is not JSON":
+        save(weights, metadata={"nanoEFM": "{"})
+    elif kind == "not a tokenizer":
+        save(weights, metadata=meta(tokenizer="{}"))
+    elif kind == "not our tokenizer":
+        other = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+        save(weights, metadata=meta(tokenizer=other.to_str()))
+    elif kind == "nothing":  # so that the others fail for what is wrong with them
+        save(weights, metadata=meta())
+
+
+@pytest.mark.parametrize("kind", [
+    "missing", "truncated", "empty", "text", "a folder", "wrong shapes", "missing weight", "a weight too many", "integers",
+    "no metadata", "not our config", "config is not JSON", "not a tokenizer", "not our tokenizer"])  # fmt: skip
+def test_load_model_names_the_file_that_is_wrong(tmp_path, kind):
+    path = tmp_path / "policy.safetensors"
+    damage("nothing", path)
+    load_model(path)
+    damage(kind, path)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        load_model(path)
+
+
 # --- the paper's Uni-PaLI: a ViT of timm, a Gemma ---------------------------------------------------------------------
-@pytest.fixture
-def timm_models(torchvision_ops, monkeypatch):
+@pytest.fixture(name="timm_models")
+def make_timm_models(torchvision_ops, monkeypatch):
     """timm's constructor, which makes the named model 48 wide and 2 deep; a list of what it made."""
     import timm
 
@@ -413,9 +500,9 @@ def timm_models(torchvision_ops, monkeypatch):
     "vit_base_patch16_siglip_224", "vit_base_patch32_siglip_gap_256", "vit_so400m_patch14_siglip_378"])  # fmt: skip
 def test_features_equal_timms(timm_models, name):
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(vocabulary()))
-    model = models.load_unimodal(f"timm:{name}", "", models.PRESETS["nano-vision"], tokenizer)
+    model = load_unimodal(f"timm:{name}", "", PRESETS["nano-vision"], tokenizer)
     side = model.cfg.image_size
-    assert str(side) in name and model.cfg.vit_width == 48 and model.cfg.width == models.PRESETS["nano-vision"].width
+    assert str(side) in name and model.cfg.vit_width == 48 and model.cfg.width == PRESETS["nano-vision"].width
     images = torch.randint(0, 256, (2, 2, side, side, 3), dtype=torch.uint8)
     with torch.no_grad():
         expected = timm_models[0].forward_features(images.flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1)
@@ -435,14 +522,14 @@ def test_another_vit_is_refused_in_one_line(timm_models, monkeypatch, name, sett
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, **s: create(name, **s | settings))
     with pytest.raises(ValueError, match=rf"^timm:{name}: .*; choose") as error:
-        models.timm_vit(name, pretrained=False)
+        timm_vit(name, pretrained=False)
     assert "\n" not in str(error.value)
 
 
 def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match="^timm:vit_base_patch16_siglip_224: .*timm.*; pip install timm$"):
-        models.timm_vit("vit_base_patch16_siglip_224", pretrained=True)
+        timm_vit("vit_base_patch16_siglip_224", pretrained=True)
 
 
 @pytest.mark.parametrize("numbers", [False, True])
@@ -456,10 +543,10 @@ def test_gemma_text_weights(timm_models, tmp_path, numbers):
         num_key_value_heads=1, head_dim=8))  # fmt: skip
     theirs.save_pretrained(tmp_path)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    model = models.load_unimodal("timm:vit_base_patch16_siglip_224", tmp_path, EFMConfig(), None)
+    model = load_unimodal("timm:vit_base_patch16_siglip_224", tmp_path, EFMConfig(), None)
     n = tokenizer.get_vocab_size()
     for key, p in theirs.named_parameters():
-        assert torch.equal(model.get_parameter(f"language_model.{models.rename(key)}")[: len(p)], p), key
+        assert torch.equal(model.get_parameter(f"language_model.{without_wrappers(key)}")[: len(p)], p), key
     ours = model.language_model.embed_tokens.weight
     assert model.cfg.vocab_size == len(ours) == n + (0 if numbers else 1024)
     assert model.tokenizer.loc == (tokenizer.token_to_id("<loc0000>") if numbers else n)
@@ -467,86 +554,7 @@ def test_gemma_text_weights(timm_models, tmp_path, numbers):
     ids, valid = model.tokenizer.prompts(WORDS)
     assert ids[0, valid[0]].tolist() == [2, *tokenizer.encode(WORDS[0] + "\n").ids]
     with pytest.raises(ValueError, match="config.json: of a gemma model; name the folder of a paligemma checkpoint"):
-        models.load_paligemma(tmp_path)
-
-
-# --- the scripts ------------------------------------------------------------------------------------------------------
-ONE = ["--episodes", "20", "--updates", "2", "--batch", "4", "--eval-every", "1", "--eval-episodes", "2"]
-TWO = ["--iterations", "1", "--updates", "1", "--batch", "4", "--num-envs", "2", "--eval-episodes", "2"]
-FIRST = Path("runs/pointmass-images-stage1-s0")
-
-
-@pytest.fixture(scope="module")
-def finished(oracle, tmp_path_factory):
-    """The present folder of a finished `stage1.py --model paligemma`; episodes have eight steps at most."""
-    with pytest.MonkeyPatch.context() as m:
-        m.chdir(tmp_path_factory.mktemp("here"))
-        stage1.load_demonstrations(stage1.Config(obs="images", episodes=20))
-        m.setattr("envs.pointmass.PointmassVectorEnv.horizon", 8)
-        call(stage1, [*ONE, "--model", "paligemma", "--weights", str(oracle("grouped")[1])])
-        yield
-
-
-def test_both_stages_run_from_paligemma(finished, oracle):
-    start, policy = models.load_paligemma(oracle("grouped")[1]), models.load_model(FIRST / "policy.safetensors")
-    assert policy.cfg == start.cfg and policy.cfg.resize
-    changed = [name for name, p in policy.named_parameters() if not torch.equal(p, start.get_parameter(name))]
-    assert len(changed) == len(list(policy.parameters()))  # nothing is frozen in Stage 1
-    call(stage2, TWO)
-    second = Path("runs/pointmass-images-stage2-s0")
-    assert json.loads((second / "summary.json").read_text())["eval_episodes"] == 2
-    assert (second / "reward.safetensors").read_bytes() == (FIRST / "reward.safetensors").read_bytes()
-
-
-def test_another_run_as_reward_model(finished, capsys):
-    """Figure 4's ablation: the policy of one Stage 1 run, judged by another, here of other weights, size and words."""
-    env = common.make_env("pointmass", 1, obs="images")
-    other = Path("runs/other")
-    other.mkdir()
-    judge = EFM(EFMConfig(image_size=env.size), Tokenizer.train(env.instructions()))
-    models.save_model(judge, other / "reward.safetensors")
-    command = [*TWO, "--stage1", str(FIRST), "--reward-run", str(other), "--out"]
-    for domain, obs in (("tabletop", "images"), ("pointmass", "state"), ("pointmass", None)):
-        (other / "config.json").write_text(json.dumps({"domain": domain, "obs": obs}))
-        with pytest.raises(SystemExit) as end:
-            call(stage2, [*command, "runs/new"])
-        error = capsys.readouterr().err
-        assert end.value.code == 2 and error.count("\n") == 1 and "--reward-run runs/other: not a Stage 1 run" in error
-    (other / "config.json").write_text(json.dumps({"domain": "pointmass", "obs": "images"}))
-    call(stage2, [*command, "runs/ablation"])
-    assert Path("runs/ablation/reward.safetensors").read_bytes() == (other / "reward.safetensors").read_bytes()
-    assert models.load_model(Path("runs/ablation/policy.safetensors")).cfg.image_size == 28
-    assert not Path("runs/new").exists()
-
-
-def test_stage1_starts_from_a_vit_of_timm(timm_models, tmp_path):
-    env = common.make_env("pointmass", 1, obs="images")
-    model = stage1.initial_model(stage1.Config(obs="images", model="small", vit="timm:vit_base_patch32_siglip_256"), env, None)
-    assert (model.cfg.image_size, model.cfg.vit_width, model.cfg.width) == (256, 48, models.PRESETS["small"].width)
-    models.save_model(model, tmp_path / "policy.safetensors")
-    assert common.load(tmp_path / "policy.safetensors", env).cfg == model.cfg  # of another size, but it scales frames
-
-
-@pytest.mark.parametrize(("args", "culprit"), [
-    ("--model paligemma", "--weights"), ("--weights W", "--model paligemma"), ("--model nano-vision --weights W", "--model"),
-    ("--model paligemma --weights W --obs state", "--obs state"), ("--vit timm:vit_base_patch16_siglip_224 --obs state", "--obs"),
-    ("--model paligemma --weights W --init runs/x", "--init runs/x"), ("--model paligemma --weights nothing", "nothing"),
-    ("--model paligemma --weights google/paligemma-3b-pt-224", "huggingface.co/google/paligemma-3b-pt-224"),
-    ("--model paligemma --weights W --vit clip", "clip: not a vision tower"), ("--vit timm:nope", "timm:nope"),
-    ("--model paligemma --weights W --vit timm:vit_base_patch32_siglip_256", "of a paligemma model"),
-    ("--model paligemma --weights DAMAGED", "model.safetensors")])  # fmt: skip
-def test_wrong_weights_are_one_line_and_nothing_is_written(oracle, timm_models, tmp_path, monkeypatch, capsys, args, culprit):
-    folder = oracle("grouped")[1]
-    shutil.copytree(folder, tmp_path / "damaged")
-    cut(tmp_path / "damaged" / "model.safetensors")
-    monkeypatch.chdir(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    given = args.replace("DAMAGED", "damaged").replace(" W", f" {folder}").split()
-    with pytest.raises(SystemExit) as end:
-        call(stage1, [*ONE, *given])
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1 and error.startswith("stage1.py: ") and culprit in error, error
-    assert sorted(tmp_path.rglob("*")) == before
+        load_paligemma(tmp_path)
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
@@ -578,23 +586,23 @@ def fake_hub(tmp_path, monkeypatch):
 
 
 def test_push_and_pull(oracle, fake_hub, tmp_path):
-    model = models.load_paligemma(oracle("grouped")[1], torch.bfloat16)
-    models.save_model(model, tmp_path / "policy.safetensors")
+    model = load_paligemma(oracle("grouped")[1], torch.bfloat16)
+    save_model(model, tmp_path / "policy.safetensors")
     for _ in range(2):  # the second time the repository exists
-        models.push(tmp_path / "policy.safetensors", "me/robot")
-    again = models.pull("me/robot")
+        push(tmp_path / "policy.safetensors", "me/robot")
+    again = pull("me/robot")
     assert again.cfg == model.cfg
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
     for name, file in (("me/nothing", "policy.safetensors"), ("me/robot", "reward.safetensors")):
         with pytest.raises(ValueError, match=rf"^{name}: 403 Client Error.; accept") as error:
-            models.pull(name, file)
+            pull(name, file)
         assert "\n" not in str(error.value)
 
 
 def test_a_hub_id_is_downloaded(oracle, fake_hub):
     theirs, folder = oracle("grouped")
     shutil.copytree(folder, fake_hub / "google/paligemma")
-    same(models.load_paligemma("google/paligemma"), theirs)
+    same(load_paligemma("google/paligemma"), theirs)
 
 
 def test_the_calls_exist_in_huggingface_hub():
