@@ -234,7 +234,7 @@ def test_a_longer_answer_costs_no_more_gradients_of_the_whole_table(L):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_answers_are_drawn_with_the_probability_that_log_prob_says(rng, temperature):
-    model, ranges, n = tiny(), [(2, 5), (0, 4)], 20_000
+    model, ranges, n = tiny(depth=1), [(2, 5), (0, 4)], 20_000
     obs = {"state": observe(1)["state"]}
     prompt = questions(1)
     answers = torch.tensor(list(itertools.product(range(2, 5), range(4))))
@@ -312,6 +312,64 @@ def test_steps_to_go_asks_the_steps_question():
     prompts = [QUESTION_STEPS.format(g) for g in INSTRUCTIONS[:2]]
     log_p = model.log_probs(obs, prompts, torch.zeros(2, 1, dtype=torch.long), [(0, 10)])[0].tolist()
     assert d.tolist() == pytest.approx([sum(2 * k * math.exp(lp) for k, lp in enumerate(row)) for row in log_p], rel=1e-5)
+
+
+# --- the action head --------------------------------------------------------------------------------------------------
+def with_head(model: EFM, width: int = 10) -> EFM:
+    """The same weights, and an action head as a new model has it."""
+    torch.manual_seed(0)
+    headed = EFM(dataclasses.replace(model.cfg, action_head=width), model.tokenizer)
+    assert headed.load_state_dict(model.state_dict(), strict=False).missing_keys == [
+        "action_head.0.weight", "action_head.0.bias", "action_head.2.weight", "action_head.2.bias"]  # fmt: skip
+    return headed
+
+
+def test_a_new_action_head_changes_nothing():
+    plain, obs, prompts, ranges = tiny(), observe(3), questions(3), [(0, 7), (3, 9)]
+    headed = with_head(plain).requires_grad_(False)
+    answer = torch.tensor([[1, 3], [4, 8], [0, 5]])
+    for a, b in zip(plain.log_probs(obs, prompts, answer, ranges), headed.log_probs(obs, prompts, answer, ranges), strict=True):
+        assert torch.equal(a, b)
+    drawn = (m.sample(obs, prompts, ranges, torch.Generator().manual_seed(0)) for m in (plain, headed))
+    for a, b in zip(*drawn, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(*(m.text_log_prob(obs, prompts, INSTRUCTIONS) for m in (plain, headed)))
+    assert headed.action_head[0].weight.abs().max() > 0  # so that its last layer gets a gradient
+
+
+def test_models_of_one_seed_differ_by_the_action_head_only():
+    states = []
+    for width in (0, 10):
+        torch.manual_seed(5)
+        model = EFM(dataclasses.replace(TINY, action_head=width), Tokenizer.train([*INSTRUCTIONS, *TINY.state_names]))
+        states.append(model.state_dict())
+    plain, headed = states
+    assert {k for k in headed if k not in plain} == {k for k in headed if k.startswith("action_head.")} != set()
+    assert all(torch.equal(v, headed[k]) for k, v in plain.items())
+
+
+def test_the_action_head_learns_numbers_and_leaves_text_alone():
+    headed, obs, prompts, ranges = with_head(tiny()).requires_grad_(False), observe(3), questions(3), [(0, 7), (3, 9)]
+    answer = torch.tensor([[1, 3], [4, 8], [0, 5]])
+    before, said = headed.log_prob(obs, prompts, answer, ranges), headed.text_log_prob(obs, prompts, INSTRUCTIONS)
+    headed.action_head.requires_grad_(True)
+    optimizer = torch.optim.SGD(headed.action_head.parameters(), lr=0.1)
+    for _ in range(3):  # from the second step on, the first layer learns, too
+        optimizer.zero_grad()
+        (-headed.log_prob(obs, prompts, answer, ranges).mean()).backward()
+        optimizer.step()
+    assert all(p.grad.abs().max() > 0 for p in headed.action_head.parameters())
+    assert headed.log_prob(obs, prompts, answer, ranges).mean() > before.mean() + 0.1
+    assert torch.equal(headed.text_log_prob(obs, prompts, INSTRUCTIONS), said)
+    # by hand: the scores are of h + W2 gelu(W1 h + b1) + b2
+    hidden, ids = headed.hidden(obs, prompts, answer + headed.tokenizer.loc), headed.number_ids(3, 9)
+    a, b = headed.action_head[0], headed.action_head[2]
+    moved = hidden + F.gelu(hidden @ a.weight.T + a.bias) @ b.weight.T + b.bias
+    torch.testing.assert_close(headed.logits(hidden, ids), moved @ headed.language_model.embed_tokens.weight[ids].T)
+    # what is drawn with the cache has the probability that training gives it
+    tokens, entropy = headed.sample(obs, prompts, ranges, torch.Generator().manual_seed(0))
+    log_probs = headed.log_probs(obs, prompts, tokens, ranges)
+    torch.testing.assert_close(torch.stack([-(x.exp() * x).sum(1) for x in log_probs], 1), entropy)
 
 
 # --- text as an answer ------------------------------------------------------------------------------------------------

@@ -294,8 +294,57 @@ def reconfigure(folder: Path, part: str, **changes) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+class Payload:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "as I am told")
+
+
+def payload(folder: Path) -> bytes:
+    import pickle
+
+    return pickle.dumps(Payload(folder / "ran"))
+
+
+def only_pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(payload(folder))
+
+
+def respell(folder: Path, **changes) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def far_word() -> dict:
+    model = json.loads(vocabulary())["model"]
+    return model | {"vocab": model["vocab"] | {"far": 4_000_000_000}}
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
+
+
+def head(name: str):
+    """Adds an output matrix that is not the embeddings."""
+
+    def change(weights: dict[str, Tensor]) -> None:
+        table = next(v for k, v in weights.items() if k.endswith("embed_tokens.weight"))
+        weights[name] = table.flip(0).contiguous()
+
+    return change
+
+
+def untold(folder: Path, parts: tuple[str, ...] = ("", "text_config")) -> None:
+    """config.json says nothing about ties."""
+    config = json.loads((folder / "config.json").read_text())
+    for part in parts:
+        (config[part] if part else config).pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 NORM = "language_model.model.norm.weight"
@@ -323,6 +372,18 @@ WRONG = {  # what is done to the folder, what the line says
     "exact GELU": (lambda f: reconfigure(f, "vision_config", hidden_act="gelu"), "hidden_act"),
     "scaled rotations": (lambda f: reconfigure(f, "text_config", rope_parameters={"rope_type": "linear"}), "linear"),
     "untied": (lambda f: reconfigure(f, "", tie_word_embeddings=False), "tie_word_embeddings"),
+    "a head of its own": (lambda f: rewrite(f, head("lm_head.weight")), "lm_head.weight differs"),
+    "one in the decoder": (lambda f: rewrite(f, head("language_model.lm_head.weight")), "lm_head.weight differs"),
+    "one, and no word of it": (lambda f: (untold(f), rewrite(f, head("lm_head.weight"))), "lm_head.weight differs"),
+    "a shorter one": (lambda f: rewrite(f, lambda w: w.update({"lm_head.weight": torch.zeros(9, 40)})), "lm_head.weight"),
+    "a pickle": (lambda f: (f / "model.safetensors").write_bytes(payload(f)), "model.safetensors"),
+    "a pickle for words": (lambda f: (f / "tokenizer.json").write_bytes(payload(f)), "tokenizer.json"),
+    "a pickle for sizes": (lambda f: (f / "config.json").write_bytes(payload(f)), "config.json"),
+    "a pickle beside": (lambda f: only_pickled(f), "model.safetensors: no such file"),
+    "other code": (lambda f: respell(f, pre_tokenizer={"type": "Custom", "module": "os"}), "tokenizer.json"),
+    "words that panic": (lambda f: respell(f, pre_tokenizer={"type": "FixedLength", "length": 0}), "tokenizer.json"),
+    "a map that panics": (lambda f: respell(f, normalizer={"type": "Precompiled", "precompiled_charsmap": "AA=="}), "tokenizer"),
+    "a word without a row": (lambda f: respell(f, model=far_word()), "4000000000"),
     "oblong images": (lambda f: reconfigure(f, "vision_config", image_size=[28, 14]), "config.json"),
 }  # fmt: skip
 
@@ -335,6 +396,51 @@ def test_what_is_not_paligemma_is_refused_in_one_line(oracle, tmp_path, wrong):
     with pytest.raises(ValueError, match=re.escape(str(folder))) as error:
         load_paligemma(folder)
     assert culprit in str(error.value) and "\n" not in str(error.value) and "; " in str(error.value)
+
+
+def test_nothing_in_a_payload_runs(oracle, tmp_path):
+    """The pickle of the tests above would write the file `ran` if somebody unpickled it."""
+    import pickle
+
+    folder = shutil.copytree(oracle("grouped")[1], tmp_path / "weights")
+    assert pickle.loads(payload(folder)) is not None and (folder / "ran").exists()  # so the assertions below can fail
+    (folder / "ran").unlink()
+    for name in ("model.safetensors", "tokenizer.json", "config.json", "model.safetensors.index.json"):
+        whole = (folder / name).read_bytes() if (folder / name).exists() else None
+        (folder / name).write_bytes(payload(folder))
+        with pytest.raises(ValueError, match=re.escape(name)):
+            load_paligemma(folder)
+        (folder / name).unlink() if whole is None else (folder / name).write_bytes(whole)
+    load_paligemma(folder)
+    save_model(tiny(), tmp_path / "policy.safetensors")
+    whole = (tmp_path / "policy.safetensors").read_bytes()
+    for content in (payload(folder), whole[:8] + payload(folder) + whole[8:]):
+        (tmp_path / "policy.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="policy.safetensors"):
+            load_model(tmp_path / "policy.safetensors")
+    assert not (folder / "ran").exists()
+
+
+def test_shards_are_in_the_folder(oracle, tmp_path):
+    folder = shutil.copytree(oracle("grouped")[1], tmp_path / "weights")
+    shutil.copy(folder / "model.safetensors", tmp_path / "elsewhere.safetensors")
+    for name in ("../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors")):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+        with pytest.raises(ValueError, match="index.json: .*elsewhere.safetensors is not in this folder"):
+            load_paligemma(folder)
+
+
+def test_a_tokenizer_that_was_used_to_cut_and_to_fill(oracle, tmp_path):
+    """transformers saves what its last call asked for; our prompts stay whole."""
+    folder = shutil.copytree(oracle("grouped")[1], tmp_path / "weights")
+    expected = load_paligemma(folder).tokenizer.prompts(WORDS)
+    truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    padding = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 5, "pad_type_id": 0,
+               "pad_token": "<unk>"}  # fmt: skip
+    respell(folder, truncation=truncation, padding=padding)
+    assert len(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(WORDS[0]).ids) == 99
+    for got, wanted in zip(load_paligemma(folder).tokenizer.prompts(WORDS), expected, strict=True):
+        assert torch.equal(got, wanted)
 
 
 def test_a_missing_shard(oracle, tmp_path):
@@ -453,6 +559,12 @@ def damage(kind: str, path) -> None:
         save(weights)
     elif kind == "not our config":
         save(weights, metadata=meta(config={"state_names": [], "hidden_size": 3}))
+    elif kind == "a setting of another version":
+        save(weights, metadata=meta(config=config | {"number_waves": True}))
+    elif kind == "sizes that are words":
+        save(weights, metadata=meta(config=config | {"width": "24"}))
+    elif kind == "more words than rows":
+        save(weights, metadata=meta(config=config | {"vocab_size": 1000}))
     elif kind == "config is not JSON":
         save(weights, metadata={"nanoEFM": "{"})
     elif kind == "not a tokenizer":
@@ -466,14 +578,38 @@ def damage(kind: str, path) -> None:
 
 @pytest.mark.parametrize("kind", [
     "missing", "truncated", "empty", "text", "a folder", "wrong shapes", "missing weight", "a weight too many", "integers",
-    "no metadata", "not our config", "config is not JSON", "not a tokenizer", "not our tokenizer"])  # fmt: skip
+    "no metadata", "not our config", "a setting of another version", "sizes that are words", "more words than rows",
+    "config is not JSON", "not a tokenizer", "not our tokenizer"])  # fmt: skip
 def test_load_model_names_the_file_that_is_wrong(tmp_path, kind):
     path = tmp_path / "policy.safetensors"
     damage("nothing", path)
     load_model(path)
     damage(kind, path)
-    with pytest.raises(ValueError, match=re.escape(str(path))):
+    with pytest.raises(ValueError, match=re.escape(str(path))) as error:
         load_model(path)
+    assert "\n" not in str(error.value)
+    if kind == "a setting of another version":
+        assert "number_waves, which this version has not" in str(error.value)
+
+
+def test_a_checkpoint_from_before_a_setting_has_its_default(tmp_path):
+    model, path = tiny(), tmp_path / "policy.safetensors"
+    config = dataclasses.asdict(model.cfg)
+    assert config.pop("action_head") == 0
+    metadata = {"nanoEFM": json.dumps({"config": config, "tokenizer": model.tokenizer.tokenizer.to_str()})}
+    safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path, metadata)
+    assert load_model(path).cfg == model.cfg
+
+
+def test_a_checkpoint_keeps_its_action_head(tmp_path):
+    torch.manual_seed(0)
+    model = EFM(dataclasses.replace(tiny().cfg, action_head=6), tiny().tokenizer)
+    torch.nn.init.normal_(model.action_head[2].weight)
+    save_model(model, tmp_path / "policy.safetensors")
+    again = load_model(tmp_path / "policy.safetensors")
+    assert again.cfg.action_head == 6 and torch.equal(again.action_head[2].weight, model.action_head[2].weight)
+    obs, prompts, answer = observe(3), questions(3), torch.zeros(3, 2, dtype=torch.long)
+    assert torch.equal(*(m.log_prob(obs, prompts, answer, [(0, 9)] * 2) for m in (model, again)))
 
 
 # --- the paper's Uni-PaLI: a ViT of timm, a Gemma ---------------------------------------------------------------------
@@ -555,6 +691,21 @@ def test_gemma_text_weights(timm_models, tmp_path, numbers):
     assert ids[0, valid[0]].tolist() == [2, *tokenizer.encode(WORDS[0] + "\n").ids]
     with pytest.raises(ValueError, match="config.json: of a gemma model; name the folder of a paligemma checkpoint"):
         load_paligemma(tmp_path)
+    # a head: the embeddings once more, or of its own, whatever config.json says
+    load = functools.partial(load_unimodal, "timm:vit_base_patch16_siglip_224", tmp_path, EFMConfig(), None)
+    rewrite(tmp_path, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
+    again = load().language_model.embed_tokens.weight
+    assert torch.equal(again[:n], ours[:n])
+    rewrite(tmp_path, head("lm_head.weight"))
+    for told in (True, False):
+        if not told:
+            untold(tmp_path, ("",))
+        with pytest.raises(ValueError, match="model.safetensors: lm_head.weight differs from the embeddings.*; name") as error:
+            load()
+        assert "\n" not in str(error.value)
+    reconfigure(tmp_path, "", tie_word_embeddings=False)
+    with pytest.raises(ValueError, match="tie_word_embeddings is False"):
+        load()
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
