@@ -14,7 +14,17 @@ from gymnasium.utils.env_checker import check_env
 
 import envs
 from envs import aloha
-from envs.aloha import CHUNK, CLOSED, JOINTS, OPEN, RATE, SIDES, START, Batch, mujoco  # MuJoCo after it has chosen its GL
+from envs.aloha import (  # MuJoCo after it has chosen its GL
+    CHUNK,
+    CLOSED,
+    JOINTS,
+    OPEN,
+    RATE,
+    SIDES,
+    START,
+    Batch,
+    mujoco,
+)
 from model import UniformBins, action_tokenizer
 
 MODES = ["state", "images"]
