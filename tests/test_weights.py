@@ -1,4 +1,4 @@
-"""Weights in and out: PaliGemma, Gemma and timm against the reference libraries, every key layout, damage, memory, the hub."""
+"""PaliGemma, Gemma and timm against the reference libraries; key layouts, checkpoints, damage, memory, the hub."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ from tests.test_model import observe, questions, tiny
 from tokens import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = ["what robot action to move to the red goal", "how many steps to go to the blue spot", "what is in the picture"]
+WORDS = [
+    "what robot action to move to the red goal",
+    "how many steps to go to the blue spot",
+    "what is in the picture",
+]
 TEXTS = ["the red goal", "go to the blue spot and stop", "spot"]
 # pixels, patch, images, query heads, key/value heads, head width
 SHAPES = {
@@ -49,13 +53,22 @@ SHAPES = {
 
 def words(numbers: bool = True) -> tokenizers.Tokenizer:
     """A byte-fallback BPE with PaliGemma's special tokens, normaliser and decoder, trained on WORDS."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
     tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "▁")
-    tokenizer.decoder = tokenizers.decoders.Sequence([
-        tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])  # fmt: skip
+    tokenizer.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+        ]
+    )
     special = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256))]
     special += [f"<loc{i:04d}>" for i in range(1024)] + ["<image>"] if numbers else []
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=len(special) + 60, special_tokens=special, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=len(special) + 60, special_tokens=special, show_progress=False
+    )
     tokenizer.train_from_iterator(["\n", *WORDS, *TEXTS], trainer)
     return tokenizer
 
@@ -72,10 +85,26 @@ def build(shape: str, seed: int = 0) -> nn.Module:
     pixels, patch, _, heads, kv_heads, head_dim = SHAPES[shape]
     tokenizer = tokenizers.Tokenizer.from_str(vocabulary())
     rows = -(-tokenizer.get_vocab_size() // 64) * 64  # padded, as the published 257,216
-    vision = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "image_size": pixels, "patch_size": patch, "vision_use_head": False}  # fmt: skip
-    text = {"model_type": "gemma", "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 3, "vocab_size": rows,
-            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}  # fmt: skip
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 44,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": pixels,
+        "patch_size": patch,
+        "vision_use_head": False,
+    }
+    text = {
+        "model_type": "gemma",
+        "hidden_size": 40,
+        "intermediate_size": 56,
+        "num_hidden_layers": 3,
+        "vocab_size": rows,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+    }
     torch.manual_seed(seed)
     model = PaliGemmaForConditionalGeneration(PaliGemmaConfig(
         vision_config=vision, text_config=text, projection_dim=40, hidden_size=40,
@@ -95,19 +124,27 @@ def save(model: nn.Module, folder: Path, **how) -> Path:
 @pytest.fixture(scope="module", name="oracle")
 def make_oracle(torchvision_ops, tmp_path_factory):
     """shape -> (transformers' model, the folder it is saved in), made once."""
-    return functools.cache(lambda shape: (m := build(shape), save(m, tmp_path_factory.mktemp("paligemma") / "saved")))
+    return functools.cache(
+        lambda shape: (m := build(shape), save(m, tmp_path_factory.mktemp("paligemma") / "saved"))
+    )
 
 
 def frames(shape: str, B: int = 3) -> Tensor:
     pixels, _, images, *_ = SHAPES[shape]
-    return torch.randint(0, 256, (B, images, pixels, pixels, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (B, images, pixels, pixels, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
-def reference_inputs(theirs: nn.Module, images: Tensor, prompts: list[str], texts: list[str] | None) -> dict[str, Tensor]:
+def reference_inputs(
+    theirs: nn.Module, images: Tensor, prompts: list[str], texts: list[str] | None
+) -> dict[str, Tensor]:
     """What PaliGemmaProcessor makes: <image> ... <image> <bos> prompt newline | text <eos>, padded on the left."""
     tokenizer = tokenizers.Tokenizer.from_str(vocabulary())
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-    patches = theirs.model.vision_tower(torch.zeros(1, 3, *images.shape[2:4], dtype=theirs.dtype)).last_hidden_state.shape[1]
+    patches = theirs.model.vision_tower(
+        torch.zeros(1, 3, *images.shape[2:4], dtype=theirs.dtype)
+    ).last_hidden_state.shape[1]
     picture = [tokenizer.token_to_id("<image>")] * patches * images.shape[1]
     rows = []
     for i, prompt in enumerate(prompts):
@@ -150,7 +187,9 @@ def test_logits_loss_and_gradients_on_a_suffix_equal_transformers(oracle, shape)
     loss.backward()
     gradients = {without_wrappers(k): p.grad for k, p in theirs.named_parameters()}
     for name, p in ours.named_parameters():
-        torch.testing.assert_close(p.grad, gradients[name], atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            p.grad, gradients[name], atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
+        )
     theirs.zero_grad(set_to_none=True)
 
 
@@ -193,7 +232,12 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(torchvision_ops, tmp_
         got, exact = (m.logits(m.hidden({"images": images}, WORDS, ids), None).float() for m in (ours, exact))
     lengths = valid.sum(1).tolist()
     error = torch.cat([got[i, :n] - exact[i, :n] for i, n in enumerate(lengths)]).pow(2).mean().sqrt()
-    theirs = torch.cat([expected[i, -n - 1 : -1] - exact[i, :n] for i, n in enumerate(lengths)]).pow(2).mean().sqrt()
+    theirs = (
+        torch.cat([expected[i, -n - 1 : -1] - exact[i, :n] for i, n in enumerate(lengths)])
+        .pow(2)
+        .mean()
+        .sqrt()
+    )
     assert 0 < error < 1.2 * theirs < 0.05 * exact.std()
 
 
@@ -215,7 +259,9 @@ def test_every_key_layout(oracle, tmp_path, name):
     renamed = {layout(name, k): v for k, v in weights.items()}
     assert (set(renamed) == set(weights)) == (name == "5.x saved")
     if "memory" in name:
-        renamed["lm_head.weight"] = renamed["model.language_model.embed_tokens.weight"].clone()  # tied, so left out
+        renamed["lm_head.weight"] = renamed[
+            "model.language_model.embed_tokens.weight"
+        ].clone()  # tied, so left out
     if name == "5.x in memory":
         assert renamed.keys() == theirs.state_dict().keys()
     for file in ("config.json", "tokenizer.json"):
@@ -237,10 +283,15 @@ def test_shards_and_the_config_of_the_hub(oracle, tmp_path):
     save(theirs, tmp_path, max_shard_size="60KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     config = json.loads((tmp_path / "config.json").read_text())
-    for part, kept in (("text_config", {"hidden_act": "gelu"}), ("vision_config", {"projector_hidden_act": "gelu_fast"})):
+    for part, kept in (
+        ("text_config", {"hidden_act": "gelu"}),
+        ("vision_config", {"projector_hidden_act": "gelu_fast"}),
+    ):
         names = (DECODER if part == "text_config" else TOWER).values()
         config[part] = {k: config[part][k] for k in ("model_type", *(theirs for theirs, _ in names))} | kept
-    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "tie_word_embeddings"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "tie_word_embeddings"})
+    )
     ours = load_paligemma(str(tmp_path))
     same(ours, theirs)
     assert ours.cfg == load_paligemma(folder).cfg
@@ -248,10 +299,24 @@ def test_shards_and_the_config_of_the_hub(oracle, tmp_path):
 
 def test_the_published_sizes():
     """config.json of google/paligemma-3b-pt-224 says no more than this, and 448 only adds the image size."""
-    text = {"hidden_size": 2048, "intermediate_size": 16384, "model_type": "gemma", "num_attention_heads": 8,
-            "num_hidden_layers": 18, "num_image_tokens": 256, "num_key_value_heads": 1, "vocab_size": 257216}  # fmt: skip
-    vision = {"hidden_size": 1152, "intermediate_size": 4304, "model_type": "siglip_vision_model", "num_attention_heads": 16,
-              "num_hidden_layers": 27, "patch_size": 14}  # fmt: skip
+    text = {
+        "hidden_size": 2048,
+        "intermediate_size": 16384,
+        "model_type": "gemma",
+        "num_attention_heads": 8,
+        "num_hidden_layers": 18,
+        "num_image_tokens": 256,
+        "num_key_value_heads": 1,
+        "vocab_size": 257216,
+    }
+    vision = {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+    }
     tower = read_sizes(vision, TOWER)
     assert EFMConfig(**decoder_sizes(text), **tower) == PRESETS["paligemma-3b"]
     assert read_sizes(vision | {"image_size": 448}, TOWER)["image_size"] == 448
@@ -262,7 +327,10 @@ def test_saved_runs_load_back(oracle, tmp_path):
         model = load_paligemma(oracle("one key head")[1], dtype)
         save_model(model, tmp_path / "policy.safetensors")
         again = load_model(tmp_path / "policy.safetensors")
-        assert again.cfg == model.cfg and again.tokenizer.tokenizer.to_str() == model.tokenizer.tokenizer.to_str()
+        assert (
+            again.cfg == model.cfg
+            and again.tokenizer.tokenizer.to_str() == model.tokenizer.tokenizer.to_str()
+        )
         for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
             assert p.dtype == q.dtype == dtype and torch.equal(p, q), name
 
@@ -273,8 +341,12 @@ def test_frames_of_another_size_are_scaled_as_siglips_are(oracle):
     tower = load_paligemma(oracle("grouped")[1]).vision_tower  # of 28 pixels
     for side in (20, 64):
         small = torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(side))
-        image = (nn.functional.interpolate(small, (side, side), mode="bilinear") * 255).byte()[0].permute(1, 2, 0)
-        by_pil = torch.from_numpy(np.array(Image.fromarray(image.numpy()).resize((28, 28), Image.Resampling.BICUBIC)))
+        image = (
+            (nn.functional.interpolate(small, (side, side), mode="bilinear") * 255).byte()[0].permute(1, 2, 0)
+        )
+        by_pil = torch.from_numpy(
+            np.array(Image.fromarray(image.numpy()).resize((28, 28), Image.Resampling.BICUBIC))
+        )
         difference = tower(image[None]) - tower(by_pil[None])
         assert difference.abs().max() < 0.05 < tower(by_pil[None]).std()
 
@@ -354,10 +426,16 @@ WRONG = {  # what is done to the folder, what the line says
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: no such file"),
     "a missing weight": (lambda f: rewrite(f, lambda w: w.pop(NORM)), "language_model.norm.weight"),
-    "one too many": (lambda f: rewrite(f, lambda w: w.update({"vision_tower.head.probe": EIGHT.float()})), "head.probe"),
+    "one too many": (
+        lambda f: rewrite(f, lambda w: w.update({"vision_tower.head.probe": EIGHT.float()})),
+        "head.probe",
+    ),
     "one twice": (lambda f: rewrite(f, lambda w: w.update({"model." + NORM: EIGHT.float()})), "norm.weight"),
     "another shape": (lambda f: rewrite(f, lambda w: w.update({NORM: torch.zeros(41)})), NORM),
-    "another depth": (lambda f: reconfigure(f, "text_config", num_hidden_layers=4), "language_model.layers.3."),
+    "another depth": (
+        lambda f: reconfigure(f, "text_config", num_hidden_layers=4),
+        "language_model.layers.3.",
+    ),
     "another dtype": (lambda f: rewrite(f, lambda w: w.update({NORM: EIGHT})), "I8"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
     "not a tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json"),
@@ -370,22 +448,40 @@ WRONG = {  # what is done to the folder, what the line says
     "PaliGemma 2": (lambda f: reconfigure(f, "text_config", model_type="gemma2"), "Gemma 2"),
     "CLIP": (lambda f: reconfigure(f, "vision_config", model_type="clip_vision_model"), "clip_vision_model"),
     "exact GELU": (lambda f: reconfigure(f, "vision_config", hidden_act="gelu"), "hidden_act"),
-    "scaled rotations": (lambda f: reconfigure(f, "text_config", rope_parameters={"rope_type": "linear"}), "linear"),
+    "scaled rotations": (
+        lambda f: reconfigure(f, "text_config", rope_parameters={"rope_type": "linear"}),
+        "linear",
+    ),
     "untied": (lambda f: reconfigure(f, "", tie_word_embeddings=False), "tie_word_embeddings"),
     "a head of its own": (lambda f: rewrite(f, head("lm_head.weight")), "lm_head.weight differs"),
-    "one in the decoder": (lambda f: rewrite(f, head("language_model.lm_head.weight")), "lm_head.weight differs"),
-    "one, and no word of it": (lambda f: (untold(f), rewrite(f, head("lm_head.weight"))), "lm_head.weight differs"),
-    "a shorter one": (lambda f: rewrite(f, lambda w: w.update({"lm_head.weight": torch.zeros(9, 40)})), "lm_head.weight"),
+    "one in the decoder": (
+        lambda f: rewrite(f, head("language_model.lm_head.weight")),
+        "lm_head.weight differs",
+    ),
+    "one, and no word of it": (
+        lambda f: (untold(f), rewrite(f, head("lm_head.weight"))),
+        "lm_head.weight differs",
+    ),
+    "a shorter one": (
+        lambda f: rewrite(f, lambda w: w.update({"lm_head.weight": torch.zeros(9, 40)})),
+        "lm_head.weight",
+    ),
     "a pickle": (lambda f: (f / "model.safetensors").write_bytes(payload(f)), "model.safetensors"),
     "a pickle for words": (lambda f: (f / "tokenizer.json").write_bytes(payload(f)), "tokenizer.json"),
     "a pickle for sizes": (lambda f: (f / "config.json").write_bytes(payload(f)), "config.json"),
     "a pickle beside": (lambda f: only_pickled(f), "model.safetensors: no such file"),
     "other code": (lambda f: respell(f, pre_tokenizer={"type": "Custom", "module": "os"}), "tokenizer.json"),
-    "words that panic": (lambda f: respell(f, pre_tokenizer={"type": "FixedLength", "length": 0}), "tokenizer.json"),
-    "a map that panics": (lambda f: respell(f, normalizer={"type": "Precompiled", "precompiled_charsmap": "AA=="}), "tokenizer"),
+    "words that panic": (
+        lambda f: respell(f, pre_tokenizer={"type": "FixedLength", "length": 0}),
+        "tokenizer.json",
+    ),
+    "a map that panics": (
+        lambda f: respell(f, normalizer={"type": "Precompiled", "precompiled_charsmap": "AA=="}),
+        "tokenizer",
+    ),
     "a word without a row": (lambda f: respell(f, model=far_word()), "4000000000"),
     "oblong images": (lambda f: reconfigure(f, "vision_config", image_size=[28, 14]), "config.json"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -403,7 +499,9 @@ def test_nothing_in_a_payload_runs(oracle, tmp_path):
     import pickle
 
     folder = shutil.copytree(oracle("grouped")[1], tmp_path / "weights")
-    assert pickle.loads(payload(folder)) is not None and (folder / "ran").exists()  # so the assertions below can fail
+    assert (
+        pickle.loads(payload(folder)) is not None and (folder / "ran").exists()
+    )  # so the assertions below can fail
     (folder / "ran").unlink()
     for name in ("model.safetensors", "tokenizer.json", "config.json", "model.safetensors.index.json"):
         whole = (folder / name).read_bytes() if (folder / name).exists() else None
@@ -435,8 +533,14 @@ def test_a_tokenizer_that_was_used_to_cut_and_to_fill(oracle, tmp_path):
     folder = shutil.copytree(oracle("grouped")[1], tmp_path / "weights")
     expected = load_paligemma(folder).tokenizer.prompts(WORDS)
     truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    padding = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 5, "pad_type_id": 0,
-               "pad_token": "<unk>"}  # fmt: skip
+    padding = {
+        "strategy": {"Fixed": 99},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 5,
+        "pad_type_id": 0,
+        "pad_token": "<unk>",
+    }
     respell(folder, truncation=truncation, padding=padding)
     assert len(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(WORDS[0]).ids) == 99
     for got, wanted in zip(load_paligemma(folder).tokenizer.prompts(WORDS), expected, strict=True):
@@ -449,7 +553,11 @@ def test_a_missing_shard(oracle, tmp_path):
     gone.unlink()
     with pytest.raises(ValueError, match=f"{re.escape(str(gone))}: no such file"):
         load_paligemma(folder)
-    for content, culprit in (("[", "index.json"), ("{}", "index.json"), ('{"weight_map": {}}', "model.safetensors: no such")):
+    for content, culprit in (
+        ("[", "index.json"),
+        ("{}", "index.json"),
+        ('{"weight_map": {}}', "model.safetensors: no such"),
+    ):
         (folder / "model.safetensors.index.json").write_text(content)
         with pytest.raises(ValueError, match=culprit):
             load_paligemma(folder)
@@ -458,7 +566,9 @@ def test_a_missing_shard(oracle, tmp_path):
 def test_a_hub_id_out_of_reach_says_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"google/paligemma-3b-pt-224: .*; accept its licence .*hf auth login.*folder") as error:
+    with pytest.raises(
+        ValueError, match=r"google/paligemma-3b-pt-224: .*; accept its licence .*hf auth login.*folder"
+    ) as error:
         load_paligemma("google/paligemma-3b-pt-224")
     assert "\n" not in str(error.value)
     assert "offline" in str(error.value).lower()
@@ -472,7 +582,16 @@ def test_memory_peaks_at_the_size_of_the_weights(tmp_path):
     if not Path("/proc/self/status").exists():
         pytest.skip("peak memory is read from /proc")
     for name, depth in (("small", 1), ("large", 24)):
-        cfg = EFMConfig(width=640, depth=depth, heads=4, kv_heads=1, head_dim=64, mlp_dim=896, image_size=28, patch_size=14)
+        cfg = EFMConfig(
+            width=640,
+            depth=depth,
+            heads=4,
+            kv_heads=1,
+            head_dim=64,
+            mlp_dim=896,
+            image_size=28,
+            patch_size=14,
+        )
         with torch.device("meta"):
             model = EFM(cfg, Tokenizer(tokenizers.Tokenizer.from_str(vocabulary())))
         weights = {k: torch.full(v.shape, 0.5) for k, v in model.state_dict().items()}
@@ -486,7 +605,8 @@ def test_memory_peaks_at_the_size_of_the_weights(tmp_path):
         (folder / "tokenizer.json").write_text(vocabulary(), encoding="utf-8")
         parts = {"text_config": DECODER, "vision_config": TOWER}
         config = {
-            part: {theirs: getattr(model.cfg, ours) for ours, (theirs, _) in names.items()} for part, names in parts.items()
+            part: {theirs: getattr(model.cfg, ours) for ours, (theirs, _) in names.items()}
+            for part, names in parts.items()
         }
         (folder / "config.json").write_text(json.dumps(config | {"model_type": "paligemma"}))
     script = """
@@ -520,9 +640,14 @@ def test_save_and_load_return_the_same_model(tmp_path):
     for key in ours:
         assert ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]), key
     obs, prompts, answer = observe(3), questions(3), torch.zeros(3, 2, dtype=torch.long)
-    assert torch.equal(model.log_prob(obs, prompts, answer, [(0, 9)] * 2), loaded.log_prob(obs, prompts, answer, [(0, 9)] * 2))
+    assert torch.equal(
+        model.log_prob(obs, prompts, answer, [(0, 9)] * 2),
+        loaded.log_prob(obs, prompts, answer, [(0, 9)] * 2),
+    )
     save_model(loaded, tmp_path / "again.safetensors")
-    first, again = (safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in ("policy", "again"))
+    first, again = (
+        safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in ("policy", "again")
+    )
     assert first.keys() == again.keys() and all(torch.equal(again[k], v) for k, v in first.items())
 
 
@@ -534,7 +659,11 @@ def damage(kind: str, path) -> None:
     save = functools.partial(safetensors.torch.save_file, filename=path)
 
     def meta(**changes) -> dict[str, str]:
-        return {"nanoEFM": json.dumps({"config": config, "tokenizer": model.tokenizer.tokenizer.to_str()} | changes)}
+        return {
+            "nanoEFM": json.dumps(
+                {"config": config, "tokenizer": model.tokenizer.tokenizer.to_str()} | changes
+            )
+        }
 
     if kind == "missing":
         path.unlink()
@@ -576,10 +705,28 @@ def damage(kind: str, path) -> None:
         save(weights, metadata=meta())
 
 
-@pytest.mark.parametrize("kind", [
-    "missing", "truncated", "empty", "text", "a folder", "wrong shapes", "missing weight", "a weight too many", "integers",
-    "no metadata", "not our config", "a setting of another version", "sizes that are words", "more words than rows",
-    "config is not JSON", "not a tokenizer", "not our tokenizer"])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "missing",
+        "truncated",
+        "empty",
+        "text",
+        "a folder",
+        "wrong shapes",
+        "missing weight",
+        "a weight too many",
+        "integers",
+        "no metadata",
+        "not our config",
+        "a setting of another version",
+        "sizes that are words",
+        "more words than rows",
+        "config is not JSON",
+        "not a tokenizer",
+        "not our tokenizer",
+    ],
+)
 def test_load_model_names_the_file_that_is_wrong(tmp_path, kind):
     path = tmp_path / "policy.safetensors"
     damage("nothing", path)
@@ -607,7 +754,9 @@ def test_a_checkpoint_keeps_its_action_head(tmp_path):
     torch.nn.init.normal_(model.action_head[2].weight)
     save_model(model, tmp_path / "policy.safetensors")
     again = load_model(tmp_path / "policy.safetensors")
-    assert again.cfg.action_head == 6 and torch.equal(again.action_head[2].weight, model.action_head[2].weight)
+    assert again.cfg.action_head == 6 and torch.equal(
+        again.action_head[2].weight, model.action_head[2].weight
+    )
     obs, prompts, answer = observe(3), questions(3), torch.zeros(3, 2, dtype=torch.long)
     assert torch.equal(*(m.log_prob(obs, prompts, answer, [(0, 9)] * 2) for m in (model, again)))
 
@@ -647,11 +796,29 @@ def test_features_equal_timms(timm_models, name):
     assert got.std() > 0.5 and torch.isfinite(model.prefix({"images": images}, WORDS[:2])[0]).all()
 
 
-@pytest.mark.parametrize(("name", "settings"), [
-    ("vit_base_patch16_224", {}), ("vit_medium_patch16_gap_256", {}), ("vit_small_patch16_rope_224", {}), ("vit_nope", {}),
-    *(("vit_base_patch16_siglip_224", s) for s in (
-        {"class_token": True}, {"reg_tokens": 2}, {"qk_norm": True}, {"pre_norm": True}, {"init_values": 1e-5},
-        {"act_layer": "gelu"}, {"pos_embed": "none"}, {"img_size": (224, 112)}, {"fc_norm": True}))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("vit_base_patch16_224", {}),
+        ("vit_medium_patch16_gap_256", {}),
+        ("vit_small_patch16_rope_224", {}),
+        ("vit_nope", {}),
+        *(
+            ("vit_base_patch16_siglip_224", s)
+            for s in (
+                {"class_token": True},
+                {"reg_tokens": 2},
+                {"qk_norm": True},
+                {"pre_norm": True},
+                {"init_values": 1e-5},
+                {"act_layer": "gelu"},
+                {"pos_embed": "none"},
+                {"img_size": (224, 112)},
+                {"fc_norm": True},
+            )
+        ),
+    ],
+)
 def test_another_vit_is_refused_in_one_line(timm_models, monkeypatch, name, settings):
     import timm
 
@@ -674,9 +841,17 @@ def test_gemma_text_weights(timm_models, tmp_path, numbers):
 
     tokenizer = words(numbers)
     torch.manual_seed(0)
-    theirs = GemmaForCausalLM(GemmaConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=1, head_dim=8))  # fmt: skip
+    theirs = GemmaForCausalLM(
+        GemmaConfig(
+            vocab_size=tokenizer.get_vocab_size(),
+            hidden_size=40,
+            intermediate_size=56,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+    )
     theirs.save_pretrained(tmp_path)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     model = load_unimodal("timm:vit_base_patch16_siglip_224", tmp_path, EFMConfig(), None)
@@ -689,7 +864,9 @@ def test_gemma_text_weights(timm_models, tmp_path, numbers):
     assert numbers or abs(ours[n:].std() - 0.02) < 1e-3
     ids, valid = model.tokenizer.prompts(WORDS)
     assert ids[0, valid[0]].tolist() == [2, *tokenizer.encode(WORDS[0] + "\n").ids]
-    with pytest.raises(ValueError, match="config.json: of a gemma model; name the folder of a paligemma checkpoint"):
+    with pytest.raises(
+        ValueError, match="config.json: of a gemma model; name the folder of a paligemma checkpoint"
+    ):
         load_paligemma(tmp_path)
     # a head: the embeddings once more, or of its own, whatever config.json says
     load = functools.partial(load_unimodal, "timm:vit_base_patch16_siglip_224", tmp_path, EFMConfig(), None)
@@ -700,7 +877,9 @@ def test_gemma_text_weights(timm_models, tmp_path, numbers):
     for told in (True, False):
         if not told:
             untold(tmp_path, ("",))
-        with pytest.raises(ValueError, match="model.safetensors: lm_head.weight differs from the embeddings.*; name") as error:
+        with pytest.raises(
+            ValueError, match="model.safetensors: lm_head.weight differs from the embeddings.*; name"
+        ) as error:
             load()
         assert "\n" not in str(error.value)
     reconfigure(tmp_path, "", tie_word_embeddings=False)
@@ -711,7 +890,7 @@ def test_gemma_text_weights(timm_models, tmp_path, numbers):
 # --- the hub ----------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def fake_hub(tmp_path, monkeypatch):
-    """Four functions of huggingface_hub on a local folder; a repository that nobody made is an error of several lines."""
+    """Four functions of huggingface_hub on a local folder; an unknown repository is an error of several lines."""
     import huggingface_hub
 
     root = tmp_path / "hub"
