@@ -479,7 +479,7 @@ class EFM(nn.Module):
 
     @torch.no_grad()
     def generate_text(self, obs: Obs, prompts: list[str], longest: int = 64) -> list[str]:
-        """The most probable token again and again, until <eos> or `longest` of them. No cache: for a look."""
+        """The most probable token again and again, up to <eos> or `longest` of them; not cached."""
         ids = torch.zeros(len(prompts), 0, dtype=torch.long, device=self.device)
         while ids.shape[1] < longest and not (ids == self.tokenizer.eos).any(1).all():
             hidden = self.hidden(obs, prompts, F.pad(ids, (0, 1)))[:, -1]  # (B, D), predicts the added token

@@ -442,7 +442,7 @@ def load_unimodal(
     """The paper's Uni-PaLI: a ViT and a decoder that have not met, and a random projection between them.
 
     vit: "timm:NAME"; weights: a folder or hub id of Gemma 1, or "" for a random decoder with the sizes of
-    `cfg` and the words of `tokenizer`. Gemma's vocabulary gets the number tokens it lacks. May raise ValueError.
+    `cfg` and the words of `tokenizer`. Gemma's vocabulary gets the number tokens it lacks. ValueErrors.
     """
     if not vit.startswith("timm:"):
         raise ValueError(f"{vit}: not a vision tower; name one as timm:vit_so400m_patch14_siglip_224")
