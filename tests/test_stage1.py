@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,45 +26,37 @@ CPU = torch.device("cpu")
 
 
 def test_losses_are_those_of_the_two_questions(states):
-    env, demos = envs.make_vec("pointmass", 1), Demonstrations(states, np.arange(EPISODES), 2)
-    model, actions, steps = (
-        small("state"),
-        action_tokenizer(**env.action_tokens),
-        StepsToGo(env.steps_cap, env.steps_bins),
-    )
+    env, model = envs.make_vec("pointmass", 1), small("state")
+    actions, steps = action_tokenizer(**env.action_tokens), StepsToGo(env.steps_cap, env.steps_bins)
+    demos = Demonstrations(states, np.arange(EPISODES), 2)
     obs, action, goals, to_go = demos.batch(np.array([0, 5, 60]), CPU)
+    asked = [
+        (stage1.bc_loss, "What robot action to {}", actions.encode(action), actions.ranges),
+        (stage1.steps_to_go_loss, "How many steps to {}", steps.encode(to_go), steps.ranges),
+    ]
     with torch.no_grad():
-        for loss, question, tokens, ranges in (
-                (stage1.bc_loss, "What robot action to {}", actions.encode(action), actions.ranges),
-                (stage1.steps_to_go_loss, "How many steps to {}", steps.encode(to_go), steps.ranges)):  # fmt: skip
+        for loss, question, tokens, ranges in asked:
             log_probs = model.log_probs(obs, [question.format(g) for g in goals], tokens, ranges)
             expected = -sum(lp[torch.arange(3), tokens[:, i]] for i, lp in enumerate(log_probs)).mean()
-            torch.testing.assert_close(
-                loss(model, obs, goals, tokens, ranges), expected, atol=1e-5, rtol=1e-5
-            )
+            got = loss(model, obs, goals, tokens, ranges)
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def small(obs: str, *texts: str) -> EFM:
     env = envs.make_vec("pointmass", 1, obs=obs)
-    sizes = (
-        {"state_names": env.state_names, "state_dim": env.state_dim}
-        if obs == "state"
-        else {"image_size": env.size}
-    )
-    cfg = EFMConfig(width=48, depth=2, heads=4, kv_heads=2, head_dim=12, mlp_dim=96, patch_size=8, vit_width=48, vit_depth=1,
-                    vit_heads=4, vit_mlp_dim=96, **sizes)  # fmt: skip
+    sizes = {"image_size": env.size}
+    if obs == "state":
+        sizes = {"state_names": env.state_names, "state_dim": env.state_dim}
+    cfg = EFMConfig(width=48, depth=2, heads=4, kv_heads=2, head_dim=12, mlp_dim=96, patch_size=8,
+                    vit_width=48, vit_depth=1, vit_heads=4, vit_mlp_dim=96, **sizes)  # fmt: skip
     torch.manual_seed(0)
     return EFM(cfg, Tokenizer.train([*env.instructions(), *env.state_names, *texts]))
 
 
 def test_overfits_a_batch(recorded):
     obs_mode, data = recorded
-    env = envs.make_vec("pointmass", 1, obs=obs_mode)
-    model, actions, steps = (
-        small(obs_mode),
-        action_tokenizer(**env.action_tokens),
-        StepsToGo(env.steps_cap, env.steps_bins),
-    )
+    env, model = envs.make_vec("pointmass", 1, obs=obs_mode), small(obs_mode)
+    actions, steps = action_tokenizer(**env.action_tokens), StepsToGo(env.steps_cap, env.steps_bins)
     demos = Demonstrations(data, np.arange(EPISODES), 2)
     rows = np.random.default_rng(0).choice(demos.acted, 16, replace=False)
     obs, action, goals, to_go = demos.batch(rows, CPU)
@@ -95,9 +89,8 @@ def test_instructions_can_be_predicted_from_first_and_last_observations(recorded
         losses.append(loss.item())
     assert losses[0] > 20 and losses[-1] < 0.2  # six tokens of a vocabulary of a thousand to begin with
     prompts = ["What instruction was performed"] * EPISODES
-    torch.testing.assert_close(
-        stage1.instruction_loss(model, obs, goals), -model.text_log_prob(obs, prompts, goals).mean()
-    )
+    loss = stage1.instruction_loss(model, obs, goals)
+    torch.testing.assert_close(loss, -model.text_log_prob(obs, prompts, goals).mean())
     assert model.generate_text(obs, prompts) == goals
 
 
@@ -109,8 +102,8 @@ def test_a_state_mlp_is_told_the_demonstrations_mean_and_spread(tmp_path, monkey
     stage1.main(cfg)
     data = load_demonstrations(dataclasses.replace(cfg, obs="state"))
     held_out, _ = split(20, 1.0)
-    states = np.concatenate([data["state"][a : a + n] for a, n in zip(data["start"], data["length"], strict=True)
-                             if not held_out[list(data["start"]).index(a)]])  # fmt: skip
+    spans = zip(data["start"][~held_out], data["length"][~held_out], strict=True)
+    states = np.concatenate([data["state"][first : first + n] for first, n in spans])
     model = load_model(Path("run/policy.safetensors"))
     np.testing.assert_allclose(model.state_mean, states.mean(0), atol=1e-5)
     np.testing.assert_allclose(model.state_scale, states.std(0, ddof=1) + 1e-2, rtol=1e-4)
@@ -121,13 +114,18 @@ def test_a_domain_that_predicts_instructions_has_a_third_objective(tmp_path, mon
     monkeypatch.setattr(PointmassVectorEnv, "predicts_instruction", True)
     monkeypatch.setitem(PRESETS, "nano", dataclasses.replace(PRESETS["nano"], width=32, depth=1, mlp_dim=32))
     asked = []
-    for name in ("bc_loss", "steps_to_go_loss", "instruction_loss"):
+
+    def counted(name: str) -> Callable:
         loss = getattr(stage1, name)
-        monkeypatch.setattr(
-            stage1,
-            name,
-            lambda m, obs, goals, *a, f=loss, n=name: asked.append((n, len(goals))) or f(m, obs, goals, *a),
-        )
+
+        def call(model: EFM, obs: dict, goals: list[str], *rest) -> torch.Tensor:
+            asked.append((name, len(goals)))
+            return loss(model, obs, goals, *rest)
+
+        return call
+
+    for name in ("bc_loss", "steps_to_go_loss", "instruction_loss"):
+        monkeypatch.setattr(stage1, name, counted(name))
     cfg = stage1.Config(episodes=20, updates=20, eval_every=10, eval_episodes=2, out="run")
     stage1.main(cfg)
     assert asked[:3] == [("bc_loss", 43), ("steps_to_go_loss", 43), ("instruction_loss", 42)]
@@ -146,31 +144,28 @@ def test_the_third_objective_ends_when_the_held_out_answers_get_worse(tmp_path, 
     monkeypatch.setattr(PointmassVectorEnv, "predicts_instruction", True)
     monkeypatch.setitem(PRESETS, "nano", dataclasses.replace(PRESETS["nano"], width=32, depth=1, mlp_dim=32))
     monkeypatch.setattr(stage1, "evaluate", lambda *_, **__: {})
-    cfg = stage1.Config(
-        episodes=11, updates=120, eval_every=10, lr=1e-2, out="run"
-    )  # nine episodes are soon learnt by heart
+    # nine episodes are soon learnt by heart
+    cfg = stage1.Config(episodes=11, updates=120, eval_every=10, lr=1e-2, out="run")
     stage1.main(cfg)
     rows = np.genfromtxt("run/metrics.csv", delimiter=",", names=True)
     worse = np.flatnonzero(np.diff(rows["valid_instruction"]) >= 0)
     assert len(worse) and worse[0] + 2 < len(rows)
     asked = np.isfinite(rows["instruction"])
-    assert (
-        asked[: worse[0] + 2].all()
-        and not asked[worse[0] + 2 :].any()
-        and np.isfinite(rows["valid_instruction"]).all()
-    )
+    assert asked[: worse[0] + 2].all() and not asked[worse[0] + 2 :].any()
+    assert np.isfinite(rows["valid_instruction"]).all()
 
     class Killed(Exception):
         pass
 
-    def kill(*_, **__):
-        raise Killed
-
     cut = dataclasses.replace(cfg, out="cut")
     log, looks = Run.log, []
-    monkeypatch.setattr(
-        Run, "log", lambda self, *a: kill() if len(looks) > worse[0] + 2 else looks.append(log(self, *a))
-    )
+
+    def log_or_die(self, *args):
+        if len(looks) > worse[0] + 2:
+            raise Killed
+        looks.append(log(self, *args))
+
+    monkeypatch.setattr(Run, "log", log_or_die)
     with pytest.raises(Killed):
         stage1.main(cut)
     monkeypatch.setattr(Run, "log", log)
@@ -191,8 +186,8 @@ def test_a_short_run_writes_what_stage2_reads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = dataclasses.replace(PRESETS["nano"], width=32, depth=1, heads=2, kv_heads=1, mlp_dim=32)
     monkeypatch.setitem(PRESETS, "nano", tiny)
-    cfg = stage1.Config(domain="pointmass", obs="state", seed=0, episodes=20, updates=20, batch=16, eval_every=10,
-                        eval_episodes=2, out="run")  # fmt: skip
+    few = {"episodes": 20, "updates": 20, "batch": 16, "eval_every": 10, "eval_episodes": 2}
+    cfg = stage1.Config(domain="pointmass", obs="state", seed=0, **few, out="run")
     stage1.main(cfg)
     for name in ("config.json", "policy.safetensors", "reward.safetensors", "summary.json"):
         assert (Path("run") / name).stat().st_size > 0
@@ -206,9 +201,8 @@ def test_a_short_run_writes_what_stage2_reads(tmp_path, monkeypatch):
 
 def test_the_last_policy_is_kept_beside_the_best_where_the_domain_takes_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        setup, "learning_rate", lambda update, *_: 1e-2 if update < 8 else 1.0
-    )  # it gets worse at the end
+    # it gets worse at the end
+    monkeypatch.setattr(setup, "learning_rate", lambda update, *_: 1e-2 if update < 8 else 1.0)
     tiny = dataclasses.replace(PRESETS["nano"], width=32, depth=1, heads=2, kv_heads=1, mlp_dim=32)
     monkeypatch.setitem(PRESETS, "nano", tiny)
     cfg = stage1.Config(episodes=20, updates=12, batch=16, eval_every=2, eval_episodes=2)
@@ -216,9 +210,8 @@ def test_the_last_policy_is_kept_beside_the_best_where_the_domain_takes_it(tmp_p
         stage1.main(dataclasses.replace(cfg, policy=name, out=name))
     held = np.genfromtxt("last/metrics.csv", delimiter=",", names=True)["valid_bc"]
     assert held[-1] > held.min()
-    best, early, last = (
-        load_model(Path(p)).state_dict() for p in ("best/policy.safetensors", "last/early_policy.safetensors",
-                                                          "last/policy.safetensors"))  # fmt: skip
+    kept = ("best/policy", "last/early_policy", "last/policy")
+    best, early, last = (load_model(Path(f"{name}.safetensors")).state_dict() for name in kept)
     final = load_state(Path("last/resume.pt"))["model"]
     assert not Path("best/early_policy.safetensors").exists()
     assert all(torch.equal(best[k], early[k]) and torch.equal(last[k], final[k]) for k in best)
@@ -231,6 +224,37 @@ def test_the_last_policy_is_kept_beside_the_best_where_the_domain_takes_it(tmp_p
 def test_a_run_that_diverges_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--lr 1000000"):
-        stage1.main(
-            stage1.Config(episodes=20, updates=4, batch=8, eval_every=2, eval_episodes=2, lr=1e6, out="run")
-        )
+        stage1.main(stage1.Config(episodes=20, updates=4, batch=8, eval_every=2, lr=1e6, out="run"))
+
+
+# --- from an earlier run ------------------------------------------------------------------------------
+def still(out: str, **settings) -> EFM:
+    """The policy of one update with a learning rate of nearly nothing: the model that the run started from."""
+    few = {"episodes": 20, "updates": 1, "batch": 8, "lr": 1e-9, "eval_every": 1, "eval_episodes": 2}
+    stage1.main(stage1.Config(**few | settings, out=out))
+    return load_model(Path(out) / "policy.safetensors")
+
+
+def test_stage1_goes_on_from_an_earlier_stage1_from_states(tmp_path, monkeypatch, capsys):
+    """Its weights, and what it knows of mean and spread: other demonstrations do not change the function."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {"width": 32, "depth": 1, "mlp_dim": 32, "state_mlp": 8, "state_hints": 2}
+    monkeypatch.setitem(PRESETS, "nano", dataclasses.replace(PRESETS["nano"], **sizes))
+    first = still("runs/first", updates=10, lr=1e-2).state_dict()
+    capsys.readouterr()
+    second = still("runs/second", init="runs/first", seed=1).state_dict()
+    assert "starting from runs/first" in capsys.readouterr().out
+    third = still("runs/third", seed=1).state_dict()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, atol=1e-6, rtol=0)
+        assert name.startswith("state_scale") or not torch.allclose(third[name], value, atol=1e-6), name
+    assert json.loads(Path("runs/second/config.json").read_text())["init"] == "runs/first"
+
+
+def test_a_model_with_a_state_mlp_can_read_images_instead(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = {"width": 16, "depth": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp_dim": 16}
+    small = sizes | {"vit_width": 16, "vit_heads": 2, "vit_mlp_dim": 16}
+    monkeypatch.setitem(PRESETS, "nano-arms", dataclasses.replace(PRESETS["nano-arms"], **small))
+    assert PRESETS["nano-arms"].state_mlp
+    assert still("run", model="nano-arms", obs="images", init="none").cfg.image_size
