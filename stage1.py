@@ -108,7 +108,7 @@ def main(cfg: Config) -> None:
     now = Progress(instruction_on=env.predicts_instruction)
     run.track(optimizer=optimizer, rng=rng, progress=now)
     train, valid = demos.load(cfg, env)
-    if model.cfg.state_mlp and not run.resumed:
+    if model.cfg.state_names and model.cfg.state_mlp and cfg.init == "none" and not run.resumed:
         model.fit_standardiser(train.states())
 
     def losses(model: EFM, data: demos.Demonstrations, bc: np.ndarray, to_go: np.ndarray, asked: np.ndarray):
