@@ -21,7 +21,7 @@ from common.weights import economise
 from model import EFM
 
 SMALL = 5 * 10**6  # weights; a second thread hardly helps such a model, and beside a busy process it costs much
-TORCHRUN = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 chosen: torch.device | None = None  # by --device
 
 
@@ -53,17 +53,19 @@ def autocast(bf16: bool) -> torch.autocast:
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
+def started_by_torchrun() -> bool:
+    """Whether this is one of several processes. Some of torchrun's variables alone are a cluster's leftover."""
+    return all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
+
+
 @contextlib.contextmanager
 def process_group(several: bool) -> Iterator[None]:
-    """The processes that torchrun started know each other inside, and end behind it; one process alone: nothing happens.
-
-    WORLD_SIZE alone is a cluster's leftover and not torchrun's: it is ignored.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not all(name in os.environ for name in TORCHRUN):
+    """The processes that torchrun started know each other inside, and end behind it; one process alone: nothing happens."""
+    if not started_by_torchrun():
         yield
         return
     if not several:
-        raise UserError("torchrun: this script runs in one process; start it with python, and without WORLD_SIZE set")
+        raise UserError("torchrun: this script runs in one process; start it with python")
     if torch.cuda.is_available():
         here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if here > gpus:
