@@ -24,7 +24,7 @@ PICTURES = ("trajectories.png", "steps_to_go.png", "episodes.gif")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """An untrained model in the folder of a Stage 2 run, with two iterations' metrics; Stage 1's is beside it."""
+    """An untrained model in a Stage 2 run's folder, with two iterations of metrics; Stage 1's is beside it."""
     folder = tmp_path_factory.mktemp("runs") / "pointmass-stage2-s0"
     stage1_run(folder.with_name("pointmass-stage1-s0"), "state")
     folder.mkdir()
@@ -72,7 +72,7 @@ def test_a_stage_1_run_has_no_curves_of_practice(run, short):
 
 
 def test_a_run_folder_stands_alone(tmp_path, monkeypatch, short):
-    """A Stage 2 run is evaluated from anywhere, without Stage 1's folder, by another name, to the same numbers."""
+    """Evaluated from anywhere, without Stage 1's folder, by another name, to the same numbers."""
     monkeypatch.chdir(tmp_path)
     stage1_run(Path("runs/stage1"), "state")
     few = {"iterations": 1, "updates": 1, "batch": 8, "num_envs": 2, "eval_episodes": 2}

@@ -171,7 +171,7 @@ def test_reinforce_learns_the_bandit(rng):
 
 # --- Algorithm 1 ------------------------------------------------------------------------------------------
 def run(tmp_path, monkeypatch, obs: str, **settings) -> tuple[list[EFM], list[dict[str, Tensor]], dict]:
-    """A very short Stage 2: policy and reward model in memory after it, their weights before it, the summary."""
+    """A very short Stage 2: policy and reward model after it, their weights before it, the summary."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "horizon", 12)
     stage1_run(Path("runs/stage1"), obs)
