@@ -42,8 +42,8 @@ def cli(config: type, main: Callable[[Any], Any], several: bool = False) -> None
         with ranks.process_group(several):
             main(cfg)
     except (UserError, envs.CannotRender) as e:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if ranks.started_by_torchrun() and os.environ["LOCAL_RANK"] != "0":
+            time.sleep(2)  # the first process has the same to say; torchrun ends all as soon as one ends
+        else:
             print(f"{name}: {' '.join(str(e).split())}", file=sys.stderr)
-        else:  # the other processes have the same to say; torchrun ends all as soon as one ends, so they wait
-            time.sleep(2)
         sys.exit(2)
