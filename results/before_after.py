@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.cli import UserError, cli  # noqa: E402 - the repository's root is not installed
+from common import UserError  # noqa: E402 - the repository's root is not installed
+from common.cli import cli  # noqa: E402
 from common.pictures import save_gif  # noqa: E402
-from eval import film, load_run  # noqa: E402
+from common.setup import load_run  # noqa: E402
+from eval import film  # noqa: E402
 
 
 @dataclass
@@ -28,7 +30,7 @@ def main(cfg: Config) -> None:
     films, names = [], []
     for run in (cfg.before, cfg.after):
         env, policy, reward_model = load_run(Path(run), cfg.episodes)
-        films.append(film(policy, reward_model, env, cfg.seed, env.temperature))
+        films.append(film(policy, reward_model, env, cfg.seed, env.temperature, greedy=False))
         names.append(env.name)
     if names[0] != names[1]:
         raise UserError(f"--after {cfg.after}: of {names[1]}, and --before is of {names[0]}; name runs of one domain")

@@ -224,7 +224,7 @@ def learning(runs: Runs) -> plt.Figure:
         left.set(ylim=(-0.03, 1.05), ylabel="share of episodes", title=f"{title}{remark} (n = {len(pairs)})")
         right.axhline(experts[expert], color="0.3", ls="--", lw=1)
         right.text(0.99, experts[expert], "scripted expert ", transform=right.get_yaxis_transform(),
-                   ha="right", va="bottom", fontsize=8)  # fmt: skip
+                   ha="right", va="top", fontsize=8)  # fmt: skip
         right.set(ylim=(0, None), ylabel="steps", title="steps of a practice episode")
     for ax in axes[-1]:
         ax.set_xlabel("environment steps [thousands]")
@@ -237,8 +237,12 @@ def learning(runs: Runs) -> plt.Figure:
 
 def against_imitation(runs: Runs, panels: dict[str, tuple], steps: str, cap: int, expert: float) -> plt.Figure:
     """Imitation alone and with practice, by episodes of both kinds: the paper's Figure 3, or Figure 8's right half."""
-    size = 1.2 + 3.55 * len(panels), 5.2
-    fig, axes = plt.subplots(2, len(panels), figsize=size, sharex=True, sharey="row", layout="constrained", squeeze=False)
+    how = {"layout": "constrained", "squeeze": False, "sharex": True}
+    if len(panels) == 1:  # success and steps side by side
+        fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.2), **how)
+        axes = axes.T
+    else:  # one above the other, a model a column
+        fig, axes = plt.subplots(2, len(panels), figsize=(WIDTH, 5.2), sharey="row", **how)
     for column, (title, prefixes) in zip(axes.T, panels.items(), strict=True):
         firsts, pairs = [], []
         for prefix in prefixes:
@@ -248,7 +252,7 @@ def against_imitation(runs: Runs, panels: dict[str, tuple], steps: str, cap: int
         for first in firsts:
             by_size.setdefault(first["episodes"], []).append(first)
         for ax, key in zip(column, ("success", "mean_steps"), strict=True):
-            ax.plot(by_size, [mean(rows, key) for rows in by_size.values()], "--", color=BLUE, lw=1)
+            ax.plot(list(by_size), [mean(rows, key) for rows in by_size.values()], "--", color=BLUE, lw=1)
             ax.plot([r["episodes"] for r in firsts], [r[key] for r in firsts], "o", color=BLUE, ms=5, label="imitation")
             for k, (first, second) in enumerate(pairs):
                 x = [first["episodes"], first["episodes"] + second["episodes"]]
@@ -259,7 +263,9 @@ def against_imitation(runs: Runs, panels: dict[str, tuple], steps: str, cap: int
         counts = ", ".join(f"{len(rows)} at {n:,}" for n, rows in by_size.items())
         column[0].set_title(f"{title}\nseeds: {counts}", fontsize=8)
         column[0].set_ylim(0, 1.03)
-        column[1].set(ylim=(0, 1.03 * cap), xlabel="episodes: demonstrations and practice")
+        column[1].set_ylim(0, 1.03 * cap)
+        for ax in column[-1:] if len(panels) > 1 else column:
+            ax.set_xlabel("episodes: demonstrations and practice")
         column[1].axhline(expert, color="0.3", ls="--", lw=1)
         column[1].text(0.02, expert, "scripted expert", transform=column[1].get_yaxis_transform(), va="bottom", fontsize=8)
         ticks = sorted(by_size)

@@ -11,7 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import envs  # noqa: E402 - the repository's root is not installed
-from common import wilson  # noqa: E402
+from common.runs import wilson  # noqa: E402
 from envs.tabletop_language import FAMILIES  # noqa: E402
 
 EPISODES = 500
