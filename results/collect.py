@@ -200,7 +200,7 @@ def fill(page: Path, tables: dict[str, str]) -> None:
     text = page.read_text()
     for name in re.findall(r"<!-- collected: (.*?) -->", text):
         block = rf"(<!-- collected: {re.escape(name)} -->\n).*?(<!-- end -->)"
-        text = re.sub(block, lambda m, name=name: f"{m[1]}\n{tables[name]}\n\n{m[2]}", text, flags=re.S)
+        text = re.sub(block, lambda m, name=name: f"{m[1]}{tables[name]}\n{m[2]}", text, flags=re.S)
     page.write_text(text)
 
 

@@ -1,4 +1,4 @@
-"""What a sample costs, by counting: `python results/cost.py` writes the README's table, results/cost.md.
+"""What a sample costs, by counting: `python results/cost.py` writes the table in docs/scale.md.
 
 A sample is a pair of frames (64 x 64 pixels; 3B: 224), a prompt of 16 tokens and an answer of 4, as on the tabletop.
 
@@ -163,5 +163,7 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    (Path(__file__).parent / "cost.md").write_text(table())
+    page = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
+    before, after = page.read_text().split("<!-- cost -->\n")[0], page.read_text().split("<!-- end -->\n")[1]
+    page.write_text(f"{before}<!-- cost -->\n{table()}<!-- end -->\n{after}")
     print(table())
