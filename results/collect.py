@@ -2,8 +2,10 @@
 
 1. Adds each finished run in runs/ to summaries.csv (a row a run) and to metrics/ (its raw metrics.csv). Runs that
    are not in runs/ any more stay, unless their Stage 1 has been run again.
-2. Writes the tables between `<!-- collected: NAME -->` and `<!-- end -->` in README.md and docs/results.md.
+2. Writes the tables between `<!-- collected: NAME -->` and `<!-- end -->` in README.md and docs/results.md,
+   and the README's numbers of lines.
 3. Draws learning.png, figure3.png and figure8.png, and copies the pictures that eval.py made of some runs.
+   A picture shows on its page, at `<!-- collected: picture NAME -->`, as soon as it is in results/.
 """
 
 import contextlib
@@ -44,12 +46,14 @@ FIGURE3 = {  # a panel: the runs but for stage and seed, by their share of 20,00
 }
 FIGURE8 = {"nano-arms (earlier physics)": ("aloha-25percent", "aloha-50percent", "aloha")}  # of 5,000
 ABLATIONS = ("", "--gamma 0", "--gamma 1", "--success-threshold 3", "--no-keep-optimizer", "--episodes 1000")  # README's
-PICTURES = {  # of a run, by eval.py: its name here
-    "pointmass-stage2-s0/trajectories.png": "trajectories.png",
-    "tabletop-stage2-s1/trajectories.png": "tabletop_trajectories.png",
-    "tabletop-stage2-s0/steps_to_go.png": "tabletop_steps_to_go.png",
-    "tabletop-images-stage2-s0/trajectories.png": "tabletop_images_trajectories.png",
-    "aloha-stage2-s0/trajectories.png": "aloha_trajectories.png",
+PICTURES = {  # here: the run that eval.py drew it of, if one did, and what it shows; shown on the pages as soon as it is here
+    "before_after.gif": ("", "The same scenes before practice, above, and after it, below"),
+    "trajectories.png": ("pointmass-stage2-s0/trajectories.png", "Eight episodes after practice"),
+    "images_trajectories.png": ("pointmass-images-stage2-s0/trajectories.png", "Eight episodes after practice"),
+    "tabletop_trajectories.png": ("tabletop-stage2-s1/trajectories.png", "Eight episodes after practice"),
+    "tabletop_steps_to_go.png": ("tabletop-stage2-s0/steps_to_go.png", "d over an episode after practice"),
+    "tabletop_images_trajectories.png": ("tabletop-images-stage2-s0/trajectories.png", "Eight episodes after practice"),
+    "aloha_trajectories.png": ("aloha-stage2-s0/trajectories.png", "Eight episodes after practice"),
 }
 Runs = dict[str, dict[str, Any]]  # name: summary.json
 
@@ -195,12 +199,23 @@ def experts_table() -> str:
     return table("domain|settings|who|success|steps", rows)
 
 
+def counted(row: re.Match) -> str:
+    """A row of the reading list with the file's number of lines, where it is more than a tenth off."""
+    lines = len((Path(__file__).resolve().parent.parent / row[2]).read_text().splitlines())
+    said = int(row[3])
+    return row[0] if abs(lines - said) <= max(10, said // 10) else f"{row[1]}{round(lines, -1)} |"
+
+
 def fill(page: Path, tables: dict[str, str]) -> None:
-    """Puts each table between its marks, where the page has them."""
-    text = page.read_text()
+    """Puts each table and picture between its marks, where the page has them, and lines into the reading list."""
+    tables = dict(tables)
+    for name, (_, shows) in PICTURES.items():
+        file = Path(*[".."] * (len(page.parts) - 1)) / OUT / name
+        tables[f"picture {name}"] = f"![{shows}]({file.as_posix()})" if (OUT / name).exists() else ""
+    text = re.sub(r"^(\| `(\w+\.py)` \| )(\d+) \|", counted, page.read_text(), flags=re.M)
     for name in re.findall(r"<!-- collected: (.*?) -->", text):
         block = rf"(<!-- collected: {re.escape(name)} -->\n).*?(<!-- end -->)"
-        text = re.sub(block, lambda m, name=name: f"{m[1]}{tables[name]}\n{m[2]}", text, flags=re.S)
+        text = re.sub(block, lambda m, name=name: "\n".join(filter(None, (m[1].rstrip(), tables[name], m[2]))), text, flags=re.S)
     page.write_text(text)
 
 
@@ -285,6 +300,9 @@ def main() -> None:
               "five ablations": ablations_table(lambda flags: flags in ABLATIONS), "experts": experts_table()}  # fmt: skip
     for title, (prefix, *_) in (GROUPS | MORE).items():
         tables[title] = seeds_table(runs, prefix)
+    for name, (source, _) in PICTURES.items():
+        if source and (Path("runs") / source).exists():
+            shutil.copy(Path("runs") / source, OUT / name)
     for page in PAGES:
         fill(page, tables)
     print(tables["results"])
@@ -295,9 +313,6 @@ def main() -> None:
     against_imitation(runs, FIGURE3, "steps (a failure counts 100)", 100, block2block).savefig(OUT / "figure3.png")
     decisions = "decisions (a failure counts 40)"
     against_imitation(runs, FIGURE8, decisions, 40, experts["aloha"]).savefig(OUT / "figure8.png")
-    for source, name in PICTURES.items():
-        if (Path("runs") / source).exists():
-            shutil.copy(Path("runs") / source, OUT / name)
 
 
 if __name__ == "__main__":

@@ -162,5 +162,5 @@ def test_memory_falls_with_the_devices_where_they_share():
         assert c.memory(8, shard) - c.memory(64, shard) == pytest.approx(c.states * (1 / 8 - 1 / 64) if shard else 0)
 
 
-def test_the_table_is_the_readme_s():
+def test_the_table_is_the_page_s():
     assert f"<!-- cost -->\n{costs.table()}<!-- end -->" in (ROOT / "docs" / "scale.md").read_text()
