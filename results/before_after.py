@@ -33,10 +33,13 @@ def main(cfg: Config) -> None:
         films.append(film(policy, reward_model, env, cfg.seed, env.temperature, greedy=False))
         names.append(env.name)
     if names[0] != names[1]:
-        raise UserError(f"--after {cfg.after}: of {names[1]}, and --before is of {names[0]}; name runs of one domain")
+        raise UserError(
+            f"--after {cfg.after}: of {names[1]}, and --before is of {names[0]}; name runs of one domain"
+        )
     for run, shown in zip((cfg.before, cfg.after), films, strict=True):
-        print(run, *(f'"{g}": {"reached" if ok else "not reached"}, {n} steps'
-                     for g, ok, n in zip(shown.goals, shown.reached, shown.length, strict=True)), sep="\n  ")  # fmt: skip
+        print(run)
+        for goal, reached, steps in zip(shown.goals, shown.reached, shown.length, strict=True):
+            print(f'  "{goal}": {"reached" if reached else "not reached"}, {steps} steps')
     save_gif(films, Path(cfg.out), env.metadata["render_fps"])
     print(f"wrote {cfg.out}")
 

@@ -30,7 +30,7 @@ GROUPS = {  # title: the Stage 2 runs but for their seed, their scripted expert'
     "pointmass, images": ("pointmass-images-stage2", "pointmass", ""),
     "tabletop, states": ("tabletop-stage2", "tabletop family=block2block blocks=4", ""),
     "tabletop, images": ("tabletop-images-stage2", "tabletop family=block2block blocks=4", ""),
-    "aloha, states": ("aloha-stage2", "aloha", " (earlier physics)"),
+    "aloha": ("aloha-stage2", "aloha", " (earlier physics)"),
 }
 MORE = {  # further screens of docs/results.md, not in the README's table
     "tabletop, 40 %": ("tabletop-p40-stage2", "", ""),
@@ -45,14 +45,28 @@ FIGURE3 = {  # a panel: the runs but for stage and seed, by their share of 20,00
     "nano-deep": ("tabletop-p10", "tabletop-p40", "tabletop"),
 }
 FIGURE8 = {"nano-arms (earlier physics)": ("aloha-25percent", "aloha-50percent", "aloha")}  # of 5,000
-ABLATIONS = ("", "--gamma 0", "--gamma 1", "--success-threshold 3", "--no-keep-optimizer", "--episodes 1000")  # README's
-PICTURES = {  # here: the run that eval.py drew it of, if one did, and what it shows; shown on the pages as soon as it is here
+ABLATIONS = (
+    "",
+    "--gamma 0",
+    "--gamma 1",
+    "--success-threshold 3",
+    "--no-keep-optimizer",
+    "--episodes 1000",
+)  # README's
+# name: the run that eval.py drew it of, if one did, and what it shows
+PICTURES = {
     "before_after.gif": ("", "The same scenes before practice, above, and after it, below"),
     "trajectories.png": ("pointmass-stage2-s0/trajectories.png", "Eight episodes after practice"),
-    "images_trajectories.png": ("pointmass-images-stage2-s0/trajectories.png", "Eight episodes after practice"),
+    "images_trajectories.png": (
+        "pointmass-images-stage2-s0/trajectories.png",
+        "Eight episodes after practice",
+    ),
     "tabletop_trajectories.png": ("tabletop-stage2-s1/trajectories.png", "Eight episodes after practice"),
     "tabletop_steps_to_go.png": ("tabletop-stage2-s0/steps_to_go.png", "d over an episode after practice"),
-    "tabletop_images_trajectories.png": ("tabletop-images-stage2-s0/trajectories.png", "Eight episodes after practice"),
+    "tabletop_images_trajectories.png": (
+        "tabletop-images-stage2-s0/trajectories.png",
+        "Eight episodes after practice",
+    ),
     "aloha_trajectories.png": ("aloha-stage2-s0/trajectories.png", "Eight episodes after practice"),
 }
 Runs = dict[str, dict[str, Any]]  # name: summary.json
@@ -106,15 +120,25 @@ def group(runs: Runs, prefix: str) -> list[tuple[dict, dict]]:
         if not re.fullmatch(re.escape(prefix) + r"-s\d+", name):
             continue
         if prefix == "pointmass-toy":
-            halves = [{k.removeprefix(s): v for k, v in run.items() if k.startswith(s)} for s in ("stage1_", "stage2_")]
-            pairs.append((halves[0] | {"seconds": 0, "run": name}, halves[1] | {"seconds": run["seconds"], "run": name}))
+            halves = [
+                {k.removeprefix(s): v for k, v in run.items() if k.startswith(s)}
+                for s in ("stage1_", "stage2_")
+            ]
+            pairs.append(
+                (
+                    halves[0] | {"seconds": 0, "run": name},
+                    halves[1] | {"seconds": run["seconds"], "run": name},
+                )
+            )
         else:
             pairs.append((runs[Path(run["stage1"]).name], run))
     return pairs
 
 
 def expert_steps() -> dict[str, float]:
-    steps = {"pointmass.py": 12.5}  # its PD controller, straight to the goal; tests/test_pointmass.py measures it
+    steps = {
+        "pointmass.py": 12.5
+    }  # its PD controller, straight to the goal; tests/test_pointmass.py measures it
     for row in read(OUT / "experts.csv"):
         if row["who"] == "expert":
             steps[f"{row['domain']} {row['settings']}".strip()] = float(row["mean_steps_of_successes"])
@@ -145,18 +169,22 @@ def results_table(runs: Runs) -> str:
         pairs = group(runs, prefix)
         if pairs:
             first, second = ([pair[stage] for pair in pairs] for stage in (0, 1))
-            steps = f"{mean(first, 'mean_steps'):.0f} → {mean(second, 'mean_steps'):.0f}"
+            steps = f"{mean(first, 'mean_steps'):.1f} → {mean(second, 'mean_steps'):.1f}"
             rows.append([title + remark, str(len(pairs)), spread(first, "success", 2), spread(second, "success", 2),
-                         steps, f"{experts[expert]:.0f}", f"{mean(second, 'episodes'):,.0f}"])  # fmt: skip
+                         steps, f"{experts[expert]:.1f}", f"{mean(second, 'episodes'):,.0f}"])  # fmt: skip
     return table("domain|seeds|imitation|after practice|steps|expert|practice episodes", rows)
 
 
 def seeds_table(runs: Runs, prefix: str) -> str:
     rows = []
     for first, second in group(runs, prefix):
-        success = [f"{r['success']:.3f} ({r['success_low']:.3f}-{r['success_high']:.3f})" for r in (first, second)]
+        success = [
+            f"{r['success']:.3f} ({r['success_low']:.3f}-{r['success_high']:.3f})" for r in (first, second)
+        ]
         steps = [f"{r['mean_steps']:.1f}" for r in (first, second)]
-        confirmed = [f"{r['confirmed_detections']:.2f}" if "confirmed_detections" in r else "" for r in (first, second)]
+        confirmed = [
+            f"{r['confirmed_detections']:.2f}" if "confirmed_detections" in r else "" for r in (first, second)
+        ]
         minutes = " + ".join(f"{r['seconds'] / 60:.0f}" for r in (first, second) if r["seconds"])
         rows.append([second["run"].rsplit("-s", 1)[1], success[0], steps[0], success[1], steps[1],
                      f"{second['episodes']:,}", " ".join(confirmed).strip(), minutes])  # fmt: skip
@@ -173,7 +201,10 @@ def shares_table(runs: Runs, panels: dict[str, tuple]) -> str:
                     cells = [f"{r['success']:.3f} ({r['success_low']:.3f}-{r['success_high']:.3f})" if r else "-"
                              for r in (first, second)]  # fmt: skip
                     told = [f"{r['mean_steps']:.1f}" if r else "-" for r in (first, second)]
-                    more = [f"{first['confirmed_detections']:.2f}", f"{second['episodes']:,}" if second else "-"]
+                    more = [
+                        f"{first['confirmed_detections']:.2f}",
+                        f"{second['episodes']:,}" if second else "-",
+                    ]
                     rows.append([title, f"{first['episodes']:,}", name.rsplit("-s", 1)[1], cells[0], told[0], cells[1],
                                  told[1], *more])  # fmt: skip
     return table("model|demonstrations|seed|imitation|steps|after practice|steps|confirmed|episodes", rows)
@@ -187,7 +218,14 @@ def ablations_table(chosen: Callable[[str], bool]) -> str:
     cells = []
     for flags, seeds in rows.items():
         title = f"`{flags}`" if flags else "default"
-        cells.append([title, str(len(seeds)), spread(seeds, "stage2_success", 3), spread(seeds, "stage2_mean_steps", 1)])
+        cells.append(
+            [
+                title,
+                str(len(seeds)),
+                spread(seeds, "stage2_success", 3),
+                spread(seeds, "stage2_mean_steps", 1),
+            ]
+        )
     return table("flags|seeds|success after practice|steps", cells)
 
 
@@ -215,7 +253,12 @@ def fill(page: Path, tables: dict[str, str]) -> None:
     text = re.sub(r"^(\| `(\w+\.py)` \| )(\d+) \|", counted, page.read_text(), flags=re.M)
     for name in re.findall(r"<!-- collected: (.*?) -->", text):
         block = rf"(<!-- collected: {re.escape(name)} -->\n).*?(<!-- end -->)"
-        text = re.sub(block, lambda m, name=name: "\n".join(filter(None, (m[1].rstrip(), tables[name], m[2]))), text, flags=re.S)
+        text = re.sub(
+            block,
+            lambda m, name=name: "\n".join(filter(None, (m[1].rstrip(), tables[name], m[2]))),
+            text,
+            flags=re.S,
+        )
     page.write_text(text)
 
 
@@ -230,11 +273,22 @@ def learning(runs: Runs) -> plt.Figure:
         prefix, expert, remark = GROUPS[title]
         pairs = group(runs, prefix)
         for first, second in pairs:
-            rows = [{k: float(v) for k, v in row.items()} for row in read(OUT / "metrics" / f"{second['run']}.csv")]
+            rows = [
+                {k: float(v) for k, v in row.items()}
+                for row in read(OUT / "metrics" / f"{second['run']}.csv")
+            ]
             x = [row["env_steps"] / 1000 for row in rows]
             left.plot(x, [row["detected"] for row in rows], color=ORANGE, lw=0.8)
             left.plot(x, [row["true_at_end"] for row in rows], color=BLUE, lw=0.8)
-            left.plot([0, x[-1]], [first["success"], second["success"]], "s:", color=BLUE, ms=4, lw=0.6, clip_on=False)
+            left.plot(
+                [0, x[-1]],
+                [first["success"], second["success"]],
+                "s:",
+                color=BLUE,
+                ms=4,
+                lw=0.6,
+                clip_on=False,
+            )
             right.plot(x, [row["mean_steps"] for row in rows], color=BLUE, lw=0.8)
         left.set(ylim=(-0.03, 1.05), ylabel="share of episodes", title=f"{title}{remark} (n = {len(pairs)})")
         right.axhline(experts[expert], color="0.3", ls="--", lw=1)
@@ -245,12 +299,16 @@ def learning(runs: Runs) -> plt.Figure:
         ax.set_xlabel("environment steps [thousands]")
     names = {"detected": (ORANGE, "-", ""), "true at the end": (BLUE, "-", ""),
              "true success, evaluated before and after": (BLUE, ":", "s")}  # fmt: skip
-    lines = [plt.Line2D([], [], color=c, ls=ls, marker=m, ms=4, label=name) for name, (c, ls, m) in names.items()]
+    lines = [
+        plt.Line2D([], [], color=c, ls=ls, marker=m, ms=4, label=name) for name, (c, ls, m) in names.items()
+    ]
     fig.legend(handles=lines, loc="outside lower center", ncols=3)
     return fig
 
 
-def against_imitation(runs: Runs, panels: dict[str, tuple], steps: str, cap: int, expert: float) -> plt.Figure:
+def against_imitation(
+    runs: Runs, panels: dict[str, tuple], steps: str, cap: int, expert: float
+) -> plt.Figure:
     """Imitation alone and with practice, by episodes of both kinds: the paper's Figure 3, or Figure 8's right half."""
     how = {"layout": "constrained", "squeeze": False, "sharex": True}
     if len(panels) == 1:  # success and steps side by side
@@ -261,18 +319,29 @@ def against_imitation(runs: Runs, panels: dict[str, tuple], steps: str, cap: int
     for column, (title, prefixes) in zip(axes.T, panels.items(), strict=True):
         firsts, pairs = [], []
         for prefix in prefixes:
-            firsts += [run for name, run in runs.items() if re.fullmatch(re.escape(prefix) + r"-stage1-s\d+", name)]
+            firsts += [
+                run for name, run in runs.items() if re.fullmatch(re.escape(prefix) + r"-stage1-s\d+", name)
+            ]
             pairs += group(runs, f"{prefix}-stage2")
         by_size: dict[int, list[dict]] = {}
         for first in firsts:
             by_size.setdefault(first["episodes"], []).append(first)
         for ax, key in zip(column, ("success", "mean_steps"), strict=True):
             ax.plot(list(by_size), [mean(rows, key) for rows in by_size.values()], "--", color=BLUE, lw=1)
-            ax.plot([r["episodes"] for r in firsts], [r[key] for r in firsts], "o", color=BLUE, ms=5, label="imitation")
+            ax.plot(
+                [r["episodes"] for r in firsts],
+                [r[key] for r in firsts],
+                "o",
+                color=BLUE,
+                ms=5,
+                label="imitation",
+            )
             for k, (first, second) in enumerate(pairs):
                 x = [first["episodes"], first["episodes"] + second["episodes"]]
                 ax.plot(x, [first[key], second[key]], ":", color=ORANGE, lw=0.8)
-                ax.plot(x[1:], [second[key]], "s", color=ORANGE, ms=5, label="" if k else "imitation and practice")
+                ax.plot(
+                    x[1:], [second[key]], "s", color=ORANGE, ms=5, label="" if k else "imitation and practice"
+                )
             ax.set_xscale("log")
             ax.grid(alpha=0.3)
         counts = ", ".join(f"{len(rows)} at {n:,}" for n, rows in by_size.items())
@@ -282,7 +351,14 @@ def against_imitation(runs: Runs, panels: dict[str, tuple], steps: str, cap: int
         for ax in column[-1:] if len(panels) > 1 else column:
             ax.set_xlabel("episodes: demonstrations and practice")
         column[1].axhline(expert, color="0.3", ls="--", lw=1)
-        column[1].text(0.02, expert, "scripted expert", transform=column[1].get_yaxis_transform(), va="bottom", fontsize=8)
+        column[1].text(
+            0.02,
+            expert,
+            "scripted expert",
+            transform=column[1].get_yaxis_transform(),
+            va="bottom",
+            fontsize=8,
+        )
         ticks = sorted(by_size)
         column[1].set_xticks(ticks, [f"{n:,}" for n in ticks])
         column[1].minorticks_off()
@@ -295,9 +371,14 @@ def against_imitation(runs: Runs, panels: dict[str, tuple], steps: str, cap: int
 def main() -> None:
     (OUT / "metrics").mkdir(exist_ok=True)
     runs = collect()
-    tables = {"results": results_table(runs), "figure3": shares_table(runs, FIGURE3), "figure8": shares_table(runs, FIGURE8),
-              "ablations": ablations_table(lambda flags: True),
-              "five ablations": ablations_table(lambda flags: flags in ABLATIONS), "experts": experts_table()}  # fmt: skip
+    tables = {
+        "results": results_table(runs),
+        "figure3": shares_table(runs, FIGURE3),
+        "figure8": shares_table(runs, FIGURE8),
+        "ablations": ablations_table(lambda flags: True),
+        "five ablations": ablations_table(lambda flags: flags in ABLATIONS),
+        "experts": experts_table(),
+    }
     for title, (prefix, *_) in (GROUPS | MORE).items():
         tables[title] = seeds_table(runs, prefix)
     for name, (source, _) in PICTURES.items():
@@ -310,7 +391,9 @@ def main() -> None:
     experts = expert_steps()
     learning(runs).savefig(OUT / "learning.png")
     block2block = experts["tabletop family=block2block blocks=4"]
-    against_imitation(runs, FIGURE3, "steps (a failure counts 100)", 100, block2block).savefig(OUT / "figure3.png")
+    against_imitation(runs, FIGURE3, "steps (a failure counts 100)", 100, block2block).savefig(
+        OUT / "figure3.png"
+    )
     decisions = "decisions (a failure counts 40)"
     against_imitation(runs, FIGURE8, decisions, 40, experts["aloha"]).savefig(OUT / "figure8.png")
 

@@ -1,9 +1,9 @@
-"""Figure 2 on Aloha: d(o, g) over an episode in which the peg is dropped and grasped again, with frames of the marked moments.
+"""Figure 2 on Aloha: d(o, g) over an episode in which the peg is dropped and grasped again, with some of its frames.
 
     python results/figure2.py --run runs/aloha-stage1-s1     # writes results/aloha_steps_to_go.png and .csv
 
-The episode is a demonstrator's that the reward model has not been trained on, the first of eight in which both objects had
-left the table before the right arm let the peg go.
+The episode is a demonstrator's that the reward model has not been trained on: the first of eight in which both
+objects had left the table before the right arm let the peg go.
 """
 
 import csv
@@ -27,8 +27,12 @@ from tokens import StepsToGo  # noqa: E402
 @dataclass
 class Config:
     run: str = "runs/aloha-stage1-s0"  # folder of a Stage 1 run on aloha; its reward model judges
-    seed: Whole = 71 * 10**7  # of the episodes: apart from those of training (below 10^8 for seeds up to 99) and of evaluation
-    out: str = str(Path(__file__).with_name("aloha_steps_to_go"))  # the figure's and the table's name, without .png and .csv
+    seed: Whole = (
+        71 * 10**7
+    )  # of the episodes: apart from those of training (below 10^8 for seeds up to 99) and of evaluation
+    out: str = str(
+        Path(__file__).with_name("aloha_steps_to_go")
+    )  # the figure's and the table's name, without .png and .csv
 
 
 @torch.no_grad()
@@ -39,7 +43,11 @@ def main(cfg: Config) -> None:
         raise UserError(f"--run {cfg.run}: of {env.name}; name a Stage 1 run of --domain aloha")
     steps, everyone = StepsToGo(env.steps_cap, env.steps_bins), np.arange(8)
     obs, info = env.reset(seed=cfg.seed)
-    env.miss[:], env.bump[:], env.drops[:] = 0, 0, [False, True]  # every right arm drops the peg once, and that is all
+    env.miss[:], env.bump[:], env.drops[:] = (
+        0,
+        0,
+        [False, True],
+    )  # every right arm drops the peg once, and that is all
     d, held, height, truth, frames = [], [], [], [], []
     while True:
         seen = encode_observation(reward_model, obs, everyone)
@@ -62,7 +70,9 @@ def main(cfg: Config) -> None:
         if len(again):
             break
     else:
-        raise UserError(f"--seed {cfg.seed}: no episode in which the peg is dropped and inserted all the same; name another")
+        raise UserError(
+            f"--seed {cfg.seed}: no episode in which the peg is dropped and inserted all the same; name another"
+        )
     moments = {
         "start": 0,
         "both lifted": int(lifted[0]),
@@ -76,7 +86,9 @@ def main(cfg: Config) -> None:
         writer.writerow(["t", "d", "left_holds_socket", "right_holds_peg", "decisions_truly_left", "moment"])
         names = {t: name for name, t in moments.items()}
         for t in range(end + 1):
-            writer.writerow([t, f"{d[t, i]:.3f}", int(held[t, i, 0]), int(held[t, i, 1]), end - t, names.get(t, "")])
+            writer.writerow(
+                [t, f"{d[t, i]:.3f}", int(held[t, i, 0]), int(held[t, i, 1]), end - t, names.get(t, "")]
+            )
     layout = [list(moments), ["d"] * len(moments)]
     fig, axes = plt.subplot_mosaic(layout, figsize=(WIDTH, 4.4), height_ratios=[1, 1.7], layout="constrained")
     for name, t in moments.items():
