@@ -156,7 +156,7 @@ class Tuples:
             by_time = torch.zeros(r.truth.shape[0], r.truth.shape[1] - 1)
             by_time[r.row, r.t] = mine
             reward = torch.zeros_like(by_time)
-            reward[range(len(r.length)), r.length - 1] = r.truth[:, -1].float()  # 1 if the task was done, else 0
+            reward[range(len(r.length)), r.length - 1] = r.truth[:, -1].float()  # R: 1 if it was done
             advantages.append(gae(reward, by_time, r.length, cfg.gamma, cfg.gae_lambda)[r.row, r.t])
         self.advantage = torch.cat(advantages).to(self.tokens.device)  # (M,)
         self.returns = self.advantage + critic(self.kept)
@@ -262,8 +262,8 @@ def collect(policy: EFM, env: VectorEnv, cfg: Config, now: Progress, generator: 
     return episodes
 
 
-def clone(policy: EFM, demos: Demonstrations, found: Successes, cfg: Config, rng: np.random.Generator, actions) -> Tensor:
-    """-log p(a | o, l) of a batch, half of it demonstrations, half successes; all demonstrations where there are none."""
+def clone(policy: EFM, demos: Demonstrations, found: Successes, cfg: Config, rng: np.random.Generator, actions):
+    """-log p(a | o, l) of a batch: half demonstrations, half successes; demonstrations alone where there are none."""
     half = cfg.sl_batch // 2 if any(task["goals"] for task in found.tasks) else 0
     obs, action, goals, _ = demos.batch(rng.choice(demos.acted, cfg.sl_batch - half), ranks.device())
     loss = bc_loss(policy, obs, goals, actions.encode(action).to(ranks.device()), actions.ranges)
@@ -282,7 +282,7 @@ def main(cfg: Config) -> None:
     cfg.epochs = cfg.epochs or (4 if head_only else 1)
     cfg.lr = cfg.lr or (3e-4 if head_only else 1e-4)
     torch.manual_seed(cfg.seed)
-    policy = with_action_head(policy)  # π¹, π² := π⁰                                        [iRe-VLA Alg. 1, line 1]
+    policy = with_action_head(policy)  # π¹, π² := π⁰  [iRe-VLA Alg. 1, line 1]
     policy.language_model.sparse = False  # a critic's gradient through the trunk is dense
     critic, found, now = Critic(policy.cfg.width).to(ranks.device()), Successes(), Progress()
     actions = action_tokenizer(**tasks[0].action_tokens)
@@ -296,7 +296,7 @@ def main(cfg: Config) -> None:
     run.track(generator=generator, rng=rng, progress=now)
     run.start(policy=policy, reward=reward_model)
 
-    for now.task in range(now.task, len(tasks)):  # [iRe-VLA Alg. 1, line 2]
+    while now.task < len(tasks):  # [iRe-VLA Alg. 1, line 2]
         env, name = tasks[now.task], f"task{now.task + 1}"
         if now.phase == "new":
             critic.renew(cfg.seed + now.task)  # [iRe-VLA Alg. 1, line 4]
@@ -325,7 +325,7 @@ def main(cfg: Config) -> None:
                 reached += int(rollouts[-1].truth[:, -1].sum())
             found.add(rollouts, cfg.successes)  # [iRe-VLA Alg. 1, line 6]
             sl_optimizer.state.clear()
-            now.phase, now.update = "sl", 0  # π² := π¹: the same weights go on            [iRe-VLA Alg. 1, line 8]
+            now.phase, now.update = "sl", 0  # π² := π¹, the same weights  [iRe-VLA Alg. 1, line 8]
             run.checkpoint()
         learners(policy, cfg.consolidates)
         for update in run.steps(now.update, cfg.sl_updates, f"{name}: supervised"):

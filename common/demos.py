@@ -30,9 +30,7 @@ class Frames:
 
     @classmethod
     def join(cls, frames: list[bytes], shape: tuple[int, ...]) -> Frames:
-        return cls(
-            np.frombuffer(b"".join(frames), np.uint8), np.cumsum([0, *map(len, frames)]), np.array(shape)
-        )
+        return cls(np.frombuffer(b"".join(frames), np.uint8), np.cumsum([0, *map(len, frames)]), np.array(shape))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What a file keeps of them."""
@@ -133,18 +131,14 @@ def from_minari(dataset_id: str, domain: str, obs: str) -> dict[str, np.ndarray 
             continue
         text, part = e.observations["instruction"][0], recorded_part(env, e.observations)
         if any(len(rows) != len(e.actions) + 1 for rows in part.values()):
-            raise UserError(
-                f"{blame}: episode {e.id} has no observation after its last action; record it with one"
-            )
+            raise UserError(f"{blame}: episode {e.id} has no observation after its last action; record it with one")
         if unknown := set(text.replace(",", " , ").split()) - words:
             raise UserError(
                 f'{blame}: "{min(unknown)}" in episode {e.id} is no word of --domain {domain}; choose another'
             )
         numbers = [e.actions, *(rows for key, rows in part.items() if key != "frames")]
         if not all(np.isfinite(x).all() for x in numbers):
-            raise UserError(
-                f"{blame}: episode {e.id} has a number that is none (NaN or infinite); leave it out"
-            )
+            raise UserError(f"{blame}: episode {e.id} has a number that is none (NaN or infinite); leave it out")
         actions = np.concatenate([e.actions, np.zeros_like(e.actions[:1])])
         episodes.append((text, [deflate_row(part, t) for t in range(len(actions))], actions))
     if len(episodes) < 2:
@@ -226,14 +220,11 @@ class Demonstrations:
         self.acted = np.flatnonzero(self.steps.numpy() > 0)  # the final observation has no action
         self.ends = np.stack([start, start + length - 1], 1)  # (episodes, 2) rows in data, first and last
 
-    def batch(
-        self, rows: np.ndarray, device: torch.device
-    ) -> tuple[dict[str, Tensor], Tensor, list[str], Tensor]:
+    def batch(self, rows: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor, list[str], Tensor]:
         """(observation, action float (B, A), goals, steps to go long (B,)) of the given rows."""
         i = self.index[rows]
-        successive = (
-            "frames" in self.data and self.data["frames"].ndim == 4
-        )  # the frame before is a part of it
+        # then the frame before is a part of the observation
+        successive = "frames" in self.data and self.data["frames"].ndim == 4
         obs = self.observe(np.stack([self.previous[rows], i], 1) if successive else i, device)
         goals = self.instruction[self.episode[rows]].tolist()
         return obs, torch.from_numpy(self.data["action"][i]), goals, self.steps[rows]
@@ -242,9 +233,7 @@ class Demonstrations:
         """The states of all tuples, float (M, S d)."""
         return torch.from_numpy(self.data["state"][self.index])
 
-    def first_and_last(
-        self, episodes: np.ndarray, device: torch.device
-    ) -> tuple[dict[str, Tensor], list[str]]:
+    def first_and_last(self, episodes: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], list[str]]:
         """(the first and the last observation as one, goals) of the given episodes: what L_instruction is about."""
         return self.observe(self.ends[episodes], device), self.instruction[episodes].tolist()
 

@@ -30,9 +30,8 @@ from model import EFM
 # --- files --------------------------------------------------------------------------------------------------
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Write to a neighbour and rename: a reader, or a run killed here, sees the old file or the new one, never half."""
-    temporary = path.with_name(
-        f"{path.name}.{os.getpid()}.tmp"
-    )  # another process may be writing the same file
+    # with the process in its name: another may be writing the same file
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -59,14 +58,11 @@ def read_json(path: Path) -> dict:
 def load_state(path: Path) -> dict:
     """What `Run.checkpoint` wrote: tensors, numbers, texts, lists and dicts. Anything else is refused and has not run."""
     try:
-        state = torch.load(
-            path, weights_only=True, map_location="cpu"
-        )  # of sharded weights a GPU holds a part only
+        # on the CPU: of sharded weights a GPU holds a part only
+        state = torch.load(path, weights_only=True, map_location="cpu")
         return state | {key: state[key] for key in ("seconds", "metrics_bytes")}
     except Exception as e:  # a damaged file can raise nearly anything
-        raise UserError(
-            f"{path}: missing or damaged ({type(e).__name__}); delete the run and start it again"
-        ) from None
+        raise UserError(f"{path}: missing or damaged ({type(e).__name__}); delete the run and start it again") from None
 
 
 def require_writable(folder: Path) -> None:
@@ -76,11 +72,8 @@ def require_writable(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=there):
             pass
     except OSError as e:
-        reason = (
-            "a file is in the way"
-            if isinstance(e, NotADirectoryError)
-            else f"cannot be written ({e.strerror})"
-        )
+        blocked = isinstance(e, NotADirectoryError)
+        reason = "a file is in the way" if blocked else f"cannot be written ({e.strerror})"
         raise UserError(f"{folder}: {reason}; choose another folder with --out") from None
 
 
@@ -130,9 +123,8 @@ def saved(thing: Any) -> Any:
 def restore(thing: Any, state: Any) -> None:
     """The reverse of `saved`, in place."""
     if isinstance(thing, EFM):
-        thing.load_state_dict(
-            state, strict=not thing.lora_rank
-        )  # of a model with adapters they alone are kept
+        # of a model with adapters they alone are kept
+        thing.load_state_dict(state, strict=not thing.lora_rank)
     elif isinstance(thing, torch.optim.Optimizer):
         ranks.load_optimizer(thing, state)
     elif isinstance(thing, np.random.Generator):
@@ -196,9 +188,7 @@ class Run:
             self.tracked[name] = thing
             if self.resumed:
                 if name not in self.state:
-                    raise UserError(
-                        f"{self.folder}/resume.pt: has no {name}; it is of another version, start again"
-                    )
+                    raise UserError(f"{self.folder}/resume.pt: has no {name}; it is of another version, start again")
                 restore(thing, self.state.pop(name))  # at 3B tens of gigabytes
 
     def start(self, **models: EFM) -> None:
@@ -213,9 +203,8 @@ class Run:
             self.metrics = open(self.folder / "metrics.csv", "a+b")
             self.metrics.truncate(self.state["metrics_bytes"] if self.resumed else 0)
             self.metrics.seek(0, os.SEEK_END)
-            for thing in (
-                self.tracked.values()
-            ):  # the frozen weights below new adapters: once, the checkpoints name them
+            # the frozen weights below new adapters: once, the checkpoints name them
+            for thing in self.tracked.values():
                 if isinstance(thing, EFM) and thing.lora_rank and not thing.base.exists():
                     write_atomically(thing.base, lambda p, model=thing: save_base(model, p))
         if not self.resumed:
@@ -256,9 +245,7 @@ class Run:
             if ranks.rank():
                 continue
             if not all(bool(w.isfinite().all()) for w in weights.values()):
-                raise UserError(
-                    f"{self.folder}: weights of {name} are no numbers any more; start again, smaller --lr"
-                )
+                raise UserError(f"{self.folder}: weights of {name} are no numbers any more; start again, smaller --lr")
             path = self.folder / f"{name}.safetensors"
             write_atomically(path, lambda p, m=model, w=weights: save_model(m, p, w))
 

@@ -44,9 +44,7 @@ def load_checkpoint(path: Path, env: VectorEnv, beside: EFM | None = None) -> EF
     reads = env.size if model.cfg.resize else model.cfg.image_size
     words = model.tokenizer.tokenizer.encode(" ".join(env.instructions()), add_special_tokens=False).tokens
     if (reads, model.cfg.state_names) != needs or "<unk>" in words:
-        raise UserError(
-            f"{path}: this model is not for --domain {env.name} --obs {env.obs}; name another run"
-        )
+        raise UserError(f"{path}: this model is not for --domain {env.name} --obs {env.obs}; name another run")
     return model
 
 
@@ -68,14 +66,8 @@ def check_scale(cfg: ScaleFlags) -> None:
     options.check(cfg)
     ranks.choose_device(cfg.device)
     compiler = any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
-    must(
-        [
-            (
-                compiler or not cfg.compile,
-                "--compile: needs a C++ compiler, and none is here; install g++ or leave it out",
-            )
-        ]
-    )
+    if cfg.compile and not compiler:
+        raise UserError("--compile: needs a C++ compiler, and none is here; install g++ or leave it out")
 
 
 def open_run(cfg: Any, env: VectorEnv, stage: str, **more: Any) -> Run:
@@ -88,9 +80,7 @@ def run_settings(folder: Path) -> dict:
     """config.json of a Stage 1 or Stage 2 run; other folders are a UserError."""
     settings = read_json(folder / "config.json")
     if not {"domain", "obs", "seed"} <= settings.keys():
-        raise UserError(
-            f"{folder}/config.json: not the configuration of a Stage 1 or Stage 2 run; name another run"
-        )
+        raise UserError(f"{folder}/config.json: not the configuration of a Stage 1 or Stage 2 run; name another run")
     return settings
 
 
@@ -106,16 +96,11 @@ def load_run(folder: Path, num_envs: int, policy: str = "policy") -> tuple[Vecto
 def stage0(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     """The domain, the run, and a model from scratch for a Stage 0 configuration; no model if the run is done."""
     options.check(cfg)
-    must([(cfg.model in PRESETS, f"--model {cfg.model}: unknown; choose one of {', '.join(PRESETS)}")])
+    if cfg.model not in PRESETS:
+        raise UserError(f"--model {cfg.model}: unknown; choose one of {', '.join(PRESETS)}")
     env = make_env(cfg.domain, 1, obs="images")
-    must(
-        [
-            (
-                hasattr(env, "scenes"),
-                f"--domain {cfg.domain}: has no questions for Stage 0; choose pointmass or tabletop",
-            )
-        ]
-    )
+    if not hasattr(env, "scenes"):
+        raise UserError(f"--domain {cfg.domain}: has no questions for Stage 0; choose pointmass or tabletop")
     run = open_run(cfg, env, "stage0", obs="images")
     if run.done:
         return env, run, None
@@ -162,9 +147,7 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     cfg.init = str(init or "none")
     # adapters cannot make up for a random projection
     whole = not cfg.vit and (cfg.weights or init)
-    needs = (
-        f"--lora-rank {cfg.lora_rank}: needs a model pre-trained as a whole; name --weights or --init alone"
-    )
+    needs = f"--lora-rank {cfg.lora_rank}: needs a model pre-trained as a whole; name --weights or --init alone"
     must([(whole or not cfg.lora_rank, needs)])
     ranks.choose_threads(cfg, 0 if cfg.model in PRESETS and PRESETS[cfg.model].width < 512 else ranks.SMALL)
     run = open_run(cfg, env, "stage1")
@@ -185,17 +168,13 @@ def starting_run(cfg: Any, env: VectorEnv) -> Path | None:
     newest = newest_run(f"{cfg.domain}-images-stage0-s*") or newest_run(f"{cfg.domain}-stage0-s*")
     init = Path(cfg.init) if cfg.init else newest
     print(
-        f"starting from {init}"
-        if init
-        else "starting from scratch: no Stage 0 run here (python stage0.py makes one)"
+        f"starting from {init}" if init else "starting from scratch: no Stage 0 run here (python stage0.py makes one)"
     )
     if init and (init / "config.json").exists():
         domain = read_json(init / "config.json").get("domain", cfg.domain)
         before = make_env(domain, 1, obs=cfg.obs)
         if before.simultaneous != env.simultaneous:  # the second image means something else
-            raise UserError(
-                f"--init {init}: its second image is not that of --domain {cfg.domain}; name another run"
-            )
+            raise UserError(f"--init {init}: its second image is not that of --domain {cfg.domain}; name another run")
     return init
 
 
@@ -272,9 +251,7 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, Path]:
     reward_model = load_checkpoint(reward_folder / "reward.safetensors", env, policy)
     reward_model.requires_grad_(False)
     new_adapters = cfg.lora_rank > policy.lora_rank  # on weights that Stage 1 has trained
-    of_weights = (
-        "--keep-optimizer: the moments are of Stage 1's weights, not of --lora-rank's; leave one of them out"
-    )
+    of_weights = "--keep-optimizer: the moments are of Stage 1's weights, not of --lora-rank's; leave one of them out"
     must([
         (not cfg.lora_rank or policy.lora_rank in (0, cfg.lora_rank),
          f"--lora-rank {cfg.lora_rank}: {stage1} has adapters of rank {policy.lora_rank}; leave it out"),
@@ -285,9 +262,7 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, Path]:
     run = open_run(cfg, env, "stage2", obs=obs, model=settings.get("model"))
     if run.done:
         return env, run, None, None, stage1
-    if (
-        cfg.learns == "blocks"
-    ):  # the others' gradient is hardly more than noise, and AdamW steps as far along noise
+    if cfg.learns == "blocks":  # the others' gradient is hardly more than noise, and AdamW steps as far along noise
         for name, p in policy.named_parameters():
             p.requires_grad_(p.requires_grad and ".layers." in name)
     if new_adapters:
@@ -307,7 +282,8 @@ def baseline(cfg: Any, domains: tuple[str, ...], name: str) -> tuple[list, Run, 
     for env in made:
         require_alike(env, taught)
     policy = load_checkpoint(stage1 / "policy.safetensors", taught)
-    must([(not policy.lora_rank, f"--stage1 {stage1}: has LoRA adapters, which the baselines do not train; name another")])
+    if policy.lora_rank:
+        raise UserError(f"--stage1 {stage1}: has LoRA adapters, which the baselines do not train; name another")
     ranks.choose_threads(cfg, sum(p.numel() for p in policy.parameters()))
     run = open_run(cfg, made[0], name, obs=settings["obs"], domain=domains[0])
     if run.done:

@@ -169,9 +169,7 @@ def load_into(
                     tensor = torch.cat([tensor, rows.to(tensor)])
                 place = missing.pop(name)
                 if tensor.shape != place.shape:
-                    raise ValueError(
-                        f"{key} is {tuple(tensor.shape)}, not {tuple(place.shape)} as the sizes say"
-                    )
+                    raise ValueError(f"{key} is {tuple(tensor.shape)}, not {tuple(place.shape)} as the sizes say")
                 owner, _, leaf = name.rpartition(".")
                 value = nn.Parameter(tensor) if isinstance(place, nn.Parameter) else tensor
                 setattr(module.get_submodule(owner), leaf, value)
@@ -290,9 +288,7 @@ def require_values(config: dict, **allowed: tuple) -> None:
 def decoder_sizes(text: dict) -> dict[str, Any]:
     """The decoder's fields of EFMConfig, from Gemma's config.json or PaliGemma's text_config."""
     if text.get("model_type") == "gemma2":
-        raise ValueError(
-            "the decoder is Gemma 2, with more norms and capped logits; model.py has PaliGemma 1's"
-        )
+        raise ValueError("the decoder is Gemma 2, with more norms and capped logits; model.py has PaliGemma 1's")
     rope = text.get("rope_parameters")
     if not rope:
         rope = {"rope_theta": text.get("rope_theta", 10_000.0)} | (text.get("rope_scaling") or {})
@@ -318,9 +314,7 @@ def published(weights: str | Path, model_type: str) -> tuple[dict, tokenizers.To
     folder = Path(weights)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(weights)):
-            raise ValueError(
-                f"{weights}: neither a folder nor the id of a hub repository; name one of the two"
-            )
+            raise ValueError(f"{weights}: neither a folder nor the id of a hub repository; name one of the two")
         folder = Path(hub("snapshot_download", str(weights), allow_patterns=["*.safetensors", "*.json"]))
     way_out = f"name the folder of a {model_type} checkpoint as published on the hub"
     with as_value_error(folder / "config.json", way_out):
@@ -358,9 +352,7 @@ def load_paligemma(weights: str | Path, dtype: torch.dtype = torch.float32) -> E
     """
     config, words, files = published(weights, "paligemma")
     folder = files[0].parent
-    with as_value_error(
-        folder / "config.json", "name a PaliGemma 1 checkpoint, such as google/paligemma-3b-pt-224"
-    ):
+    with as_value_error(folder / "config.json", "name a PaliGemma 1 checkpoint, such as google/paligemma-3b-pt-224"):
         require_values(config, tie_word_embeddings=(True,))
         vision = config["vision_config"]
         require_values(
@@ -377,9 +369,7 @@ def load_paligemma(weights: str | Path, dtype: torch.dtype = torch.float32) -> E
         with torch.device("meta"):
             model = EFM(cfg, tokenizer)
     embeddings = "language_model.embed_tokens.weight"
-    load_into(
-        model, files, "download it again", dtype=dtype, our_name=without_wrappers, embeddings=embeddings
-    )
+    load_into(model, files, "download it again", dtype=dtype, our_name=without_wrappers, embeddings=embeddings)
     return model
 
 
@@ -515,9 +505,7 @@ def economise(model: EFM, checkpointing: bool, compiled: bool) -> None:
     Both block by block: few activations are at a block's edges, and one compilation serves all blocks.
     """
     if compiled:
-        torch._dynamo.config.recompile_limit = (
-            64  # with gradients or not, a cache or not, ...: a dozen kinds of call
-        )
+        torch._dynamo.config.recompile_limit = 64  # with gradients or not, a cache or not, ...: a dozen kinds of call
     for tower in filter(None, (model.language_model, getattr(model, "vision_tower", None))):
         for block in tower.layers:
             if compiled:  # for every batch size: the simulations whose episode goes on become fewer
