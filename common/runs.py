@@ -57,7 +57,7 @@ def read_json(path: Path) -> dict:
 
 
 def load_state(path: Path) -> dict:
-    """What `Run.checkpoint` wrote: tensors, numbers, texts, lists and dicts. Anything else is refused and has not run."""
+    """What `Run.checkpoint` wrote: tensors, numbers, texts, lists, dicts. Anything else is refused and has not run."""
     try:
         state = torch.load(
             path, weights_only=True, map_location="cpu"
@@ -71,17 +71,14 @@ def load_state(path: Path) -> dict:
 
 def require_writable(folder: Path) -> None:
     """Raise UserError unless a folder can be made here, or written to, before anything else is done."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     try:
+        there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         with tempfile.TemporaryDirectory(dir=there):
             pass
+    except NotADirectoryError:
+        raise UserError(f"{folder}: a file is in the way; choose another folder with --out") from None
     except OSError as e:
-        reason = (
-            "a file is in the way"
-            if isinstance(e, NotADirectoryError)
-            else f"cannot be written ({e.strerror})"
-        )
-        raise UserError(f"{folder}: {reason}; choose another folder with --out") from None
+        raise UserError(f"{folder}: cannot be written ({e.strerror}); choose another with --out") from None
 
 
 # --- folders ------------------------------------------------------------------------------------------------
