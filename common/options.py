@@ -16,6 +16,9 @@ class Within:
     least: float
     most: float = float("inf")
 
+    def hold(self, value: float) -> bool:
+        return self.least <= value <= self.most and value < float("inf")
+
     def complaint(self) -> str:
         if self.most == float("inf"):
             return f"must be at least {self.least:g}"
@@ -53,10 +56,11 @@ def check(cfg: Any) -> None:
     hints = typing.get_type_hints(type(cfg), include_extras=True)
     for field in fields(cfg):
         value = getattr(cfg, field.name)
+        if value is None:
+            continue
         for kind in (hints[field.name], *typing.get_args(hints[field.name])):
             for bounds in getattr(kind, "__metadata__", ()):
-                finite = value is None or abs(value) < float("inf")
-                if value is not None and not (finite and bounds.least <= value <= bounds.most):
+                if isinstance(bounds, Within) and not bounds.hold(value):
                     raise UserError(f"{flag(field.name)} {value}: {bounds.complaint()}")
 
 
