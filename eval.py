@@ -1,4 +1,4 @@
-"""Evaluation: true success with intervals, the detector's confusion table, videos, steps-to-go traces, figures.
+"""Evaluation: true success with intervals, the detector's confusion table, videos, traces of d, figures.
 
     python eval.py                                      # the newest run
     python eval.py --run runs/pointmass-stage2-s0 --episodes 1000
@@ -48,7 +48,7 @@ class Config:
 
 # --- pictures -----------------------------------------------------------------------------------------------
 def film(folder: Path, seed: int, s: float, greedy: bool, policy: str, temperature: float) -> None:
-    """Eight episodes to their true end: trajectories.png, episodes.gif and, of one of them, steps_to_go.png."""
+    """Eight episodes to their true end: trajectories.png, episodes.gif and, of one, steps_to_go.png."""
     env, actor, reward_model = load_run(folder, 8, policy)
     frames, tracks = [], []
 
@@ -76,8 +76,9 @@ def film(folder: Path, seed: int, s: float, greedy: bool, policy: str, temperatu
     pictures = [
         Image.fromarray(np.concatenate([frames[i, min(t, length[i])] for i in range(4)], 1)) for t in last
     ]
-    pictures[0].save(folder / "episodes.gif", save_all=True, append_images=pictures[1:], loop=0,
-                     duration=round(1000 / env.metadata["render_fps"]))  # fmt: skip
+    each = round(1000 / env.metadata["render_fps"])  # milliseconds
+    rest = pictures[1:]
+    pictures[0].save(folder / "episodes.gif", save_all=True, append_images=rest, loop=0, duration=each)
 
     reached = np.flatnonzero(r.truth[:, -1].numpy())
     i = int(reached[np.argmax(length[reached])]) if len(reached) else 0  # the longest successful episode
@@ -102,7 +103,7 @@ def film(folder: Path, seed: int, s: float, greedy: bool, policy: str, temperatu
 
 
 def curves(folder: Path) -> None:
-    """curves.png of a Stage 2 run: success, what the detector believed, episode length, returns and entropy."""
+    """curves.png of a Stage 2 run: true ends, what the detector believed, steps, returns and entropy."""
     with open(folder / "metrics.csv") as f:
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
     x = [r["env_steps"] for r in rows]

@@ -489,7 +489,7 @@ class EFM(nn.Module):
 
     # --- states in place of images ------------------------------------------------------------------------
     def add_state_inputs(self) -> None:
-        """Weights that read a state: a linear map for each quantity, and perhaps an MLP that reads them all."""
+        """Weights that read a state: a linear map for each quantity, perhaps an MLP that reads them all."""
         cfg = self.cfg
         S = len(cfg.state_names)
         weight = torch.randn(S, cfg.state_dim, cfg.width) / math.sqrt(cfg.state_dim)
