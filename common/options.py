@@ -1,4 +1,4 @@
-"""What a flag may be, said by its type, and the flags that both stages share."""
+"""What a flag may be, said by its type, and the flags that the stages share."""
 
 from __future__ import annotations
 
@@ -33,15 +33,21 @@ Share = Annotated[float, Within(0, 1)]
 
 
 @dataclass
-class ScaleFlags:
-    """Devices, precision, adapters, and where the run is kept: the same in Stages 1 and 2."""
+class DeviceFlags:
+    """Where it is computed: the same in all stages."""
+
+    device: Literal["cpu", "cuda", "mps"] | None = None  # None: a CUDA GPU where there is one, else the CPU
+    threads: Count | None = None  # of the CPU; None: one for a small model, PyTorch's choice for others
+
+
+@dataclass
+class ScaleFlags(DeviceFlags):
+    """Precision, adapters, and where the run is kept: the same in Stages 1 and 2."""
 
     lora_rank: Whole = 0  # train LoRA adapters of this rank; 0: no new adapters
     bf16: bool = False  # matrix products in bfloat16; weights, scores and d(o, g) stay in float32
     checkpointing: bool = False  # keep no activations inside the blocks: less memory, a third more time
     compile: bool = False  # torch.compile the blocks: minutes at first, faster after
-    device: Literal["cpu", "cuda", "mps"] | None = None  # None: a CUDA GPU where there is one, else the CPU
-    threads: Count | None = None  # of the CPU; None: one for a small model, PyTorch's choice for others
     eval_episodes: Count = 500  # rollouts of the final policy, for summary.json
     out: str | None = None  # the run's folder; None: runs/{domain}-{stage}-s{seed}
     resume: bool = False  # continue an interrupted run, exactly

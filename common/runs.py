@@ -69,16 +69,16 @@ def load_state(path: Path) -> dict:
         ) from None
 
 
-def require_writable(folder: Path) -> None:
+def require_writable(folder: Path, way_out: str = "choose another folder with --out") -> None:
     """Raise UserError unless a folder can be made here, or written to, before anything else is done."""
     try:
         there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         with tempfile.TemporaryDirectory(dir=there):
             pass
     except NotADirectoryError:
-        raise UserError(f"{folder}: a file is in the way; choose another folder with --out") from None
+        raise UserError(f"{folder}: a file is in the way; {way_out}") from None
     except OSError as e:
-        raise UserError(f"{folder}: cannot be written ({e.strerror}); choose another with --out") from None
+        raise UserError(f"{folder}: cannot be written ({e.strerror}); {way_out}") from None
 
 
 # --- folders ------------------------------------------------------------------------------------------------

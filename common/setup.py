@@ -63,6 +63,10 @@ def learning_rate(update: int, updates: int, peak: float) -> float:
     return peak * min(1.0, (update + 1) / 100) * (0.55 + 0.45 * math.cos(math.pi * update / updates))
 
 
+def is_nano(model: str) -> bool:
+    return model in PRESETS and PRESETS[model].width < 512
+
+
 def check_scale(cfg: ScaleFlags) -> None:
     """Rules about devices, which hold in both stages."""
     options.check(cfg)
@@ -106,16 +110,12 @@ def load_run(folder: Path, num_envs: int, policy: str = "policy") -> tuple[Vecto
 def stage0(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     """The domain, the run, and a model from scratch for a Stage 0 configuration; no model if the run is done."""
     options.check(cfg)
+    ranks.choose_device(cfg.device)
     must([(cfg.model in PRESETS, f"--model {cfg.model}: unknown; choose one of {', '.join(PRESETS)}")])
     env = make_env(cfg.domain, 1, obs="images")
-    must(
-        [
-            (
-                hasattr(env, "scenes"),
-                f"--domain {cfg.domain}: has no questions for Stage 0; choose pointmass or tabletop",
-            )
-        ]
-    )
+    without = f"--domain {cfg.domain}: has no questions for Stage 0; choose pointmass or tabletop"
+    must([(hasattr(env, "scenes"), without)])
+    ranks.choose_threads(cfg, 0 if is_nano(cfg.model) else ranks.SMALL)
     run = open_run(cfg, env, "stage0", obs="images")
     if run.done:
         return env, run, None
@@ -166,7 +166,7 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
         f"--lora-rank {cfg.lora_rank}: needs a model pre-trained as a whole; name --weights or --init alone"
     )
     must([(whole or not cfg.lora_rank, needs)])
-    ranks.choose_threads(cfg, 0 if cfg.model in PRESETS and PRESETS[cfg.model].width < 512 else ranks.SMALL)
+    ranks.choose_threads(cfg, 0 if is_nano(cfg.model) else ranks.SMALL)
     run = open_run(cfg, env, "stage1")
     if run.done:
         return env, run, None
