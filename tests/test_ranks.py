@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common import UserError, ranks
-from common.options import ScaleFlags
+from common.options import DeviceFlags
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
 def test_threads_are_the_flags_else_one_for_a_small_model_and_are_remembered():
     torch.set_num_threads(2)
     for flag, weights, expected in ((None, 10**5, 1), (3, 10**5, 3), (2, 10**9, 2), (None, 10**9, 2)):
-        cfg = ScaleFlags(threads=flag)
+        cfg = DeviceFlags(threads=flag)
         ranks.choose_threads(cfg, weights)
         assert cfg.threads == torch.get_num_threads() == expected
 
