@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError
-from common.options import ScaleFlags, flag
+from common.options import DeviceFlags, ScaleFlags, flag
 from common.weights import economise
 from model import EFM
 
@@ -40,7 +40,7 @@ def choose_device(name: str | None) -> None:
     chosen = torch.device(name) if name else None
 
 
-def choose_threads(cfg: ScaleFlags, weights: int) -> None:
+def choose_threads(cfg: DeviceFlags, weights: int) -> None:
     """Set the CPU's threads, and remember them in the configuration: another number gives other roundings."""
     if cfg.threads is None:
         cfg.threads = 1 if weights < SMALL else torch.get_num_threads()
