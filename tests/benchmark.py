@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import envs
-import model as models
-import stage2
+import rollout as rollouts
+from common.demos import record
+from common.weights import rename
 from envs.pointmass import draw
-from model import EFM, PRESETS, QUESTION_ACTION, EFMConfig, Tokenizer
-from stage1 import record
+from model import EFM, PRESETS, EFMConfig
 from tests.conftest import declare_torchvision_ops
+from tokens import QUESTION_ACTION, Tokenizer
 
 
 def rate(function, amount: int, seconds: float = 2.0) -> float:
@@ -66,7 +67,7 @@ def keep_memory() -> None:
     libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
 
 
-# --- a training step against transformers' -----------------------------------------------------------------------------
+# --- a training step against transformers' ----------------------------------------------------------------
 def clocks() -> tuple[float, float, float]:
     return time.process_time(), time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
 
@@ -79,7 +80,10 @@ def take_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[
             start = clocks()
             function()
             taken[name].append([b - a for a, b in zip(start, clocks(), strict=True)])
-    return {name: tuple(statistics.median(x) for x in zip(*times[1:], strict=True)) for name, times in taken.items()}
+    return {
+        name: tuple(statistics.median(x) for x in zip(*times[1:], strict=True))
+        for name, times in taken.items()
+    }
 
 
 def paligemma(cfg: EFMConfig, tokenizer: Tokenizer) -> tuple[EFM, nn.Module]:
@@ -98,7 +102,7 @@ def paligemma(cfg: EFMConfig, tokenizer: Tokenizer) -> tuple[EFM, nn.Module]:
     with torch.device("meta"):
         ours = EFM(cfg, tokenizer)
     for key, p in theirs.named_parameters():
-        owner, _, leaf = models.rename(key).rpartition(".")
+        owner, _, leaf = rename(key).rpartition(".")
         setattr(ours.get_submodule(owner), leaf, p)
     assert not any(p.is_meta for p in ours.parameters())
     return ours, theirs
@@ -135,10 +139,14 @@ def training(cfg: EFMConfig, B: int, rounds: int) -> None:
         return theirs(**batch, labels=batch["input_ids"].where(batch["token_type_ids"] == 1, -100)).loss
 
     def suffix_loss() -> Tensor:  # by hand: with `labels`, it computes the logits of the images, too
-        return F.cross_entropy(theirs(**batch, logits_to_keep=3).logits[:, :-1].flatten(0, 1), answer.flatten())
+        return F.cross_entropy(
+            theirs(**batch, logits_to_keep=3).logits[:, :-1].flatten(0, 1), answer.flatten()
+        )
 
     optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-9, fused=True) if cfg.width < 2048 else None
-    if optimizer is None:  # neither moments nor all gradients at once would fit: plain descent as soon as there is a gradient
+    if (
+        optimizer is None
+    ):  # neither moments nor all gradients at once would fit: plain descent as soon as there is a gradient
         for p in ours.parameters():
             p.register_post_accumulate_grad_hook(descend)
     seen: dict[str, float] = {}
@@ -156,21 +164,27 @@ def training(cfg: EFMConfig, B: int, rounds: int) -> None:
     side, how = (2048, "2,048 x 2,048")
     a = torch.randn(side, side)
     names = {"ours": loss, "transformers": their_loss, "transformers, logits of the suffix only": suffix_loss}
-    taken = take_turns({name: lambda name=name: step(name, names[name]) for name in names} | {how: lambda: a @ a}, rounds)
+    taken = take_turns(
+        {name: lambda name=name: step(name, names[name]) for name in names} | {how: lambda: a @ a}, rounds
+    )
     assert max(seen.values()) - min(seen.values()) < 1e-4 * seen["ours"], seen
     cpu, wall, user = taken["ours"]
     peak = 2 * side**3 / taken[how][0]
     rate = flops.get_total_flops() / cpu  # the CPU's fused attention is not counted
     size = sum(p.numel() for p in ours.parameters()) / 1e6
-    print(f"training step, {size:,.1f}M parameters, batch {B}, loss {seen['ours']:.5f}: {B / cpu:,.3g} samples/s")
+    print(
+        f"training step, {size:,.1f}M parameters, batch {B}, loss {seen['ours']:.5f}: {B / cpu:,.3g} samples/s"
+    )
     print(f"    {rate / 1e9:,.1f} GFLOP/s, {rate / peak:.0%} of the {peak / 1e9:,.0f} of {how} products; "
           f"{rate * cpu / user / peak:.0%} without the time in the kernel, which fresh memory costs")  # fmt: skip
     for name in list(names)[1:]:
         theirs_cpu, theirs_wall, _ = taken[name]
-        print(f"    {name}: {B / theirs_cpu:,.3g} samples/s, ours {theirs_cpu / cpu:.2f} times (wall {theirs_wall / wall:.2f})")
+        print(
+            f"    {name}: {B / theirs_cpu:,.3g} samples/s, ours {theirs_cpu / cpu:.2f} times (wall {theirs_wall / wall:.2f})"
+        )
 
 
-# --- Stage 2's rollout ------------------------------------------------------------------------------------------------
+# --- Stage 2's rollout ------------------------------------------------------------------------------------
 class Uncached(EFM):
     """`sample` by the book: for each token the whole sequence again."""
 
@@ -187,10 +201,13 @@ class Uncached(EFM):
         return tokens, torch.stack(entropies, 1)
 
 
-def look_again(model: EFM, obs: dict, rows: np.ndarray, before: dict | None, look=stage2.look) -> dict[str, Tensor]:
-    """`stage2.look` without features: each model's ViT sees both frames whenever the model is asked."""
+encode = rollouts.encode_observation
+
+
+def encode_nothing(model: EFM, obs: dict, rows: np.ndarray, before: dict | None = None) -> dict[str, Tensor]:
+    """`encode_observation` without features: each model's ViT sees both frames whenever the model is asked."""
     if "state" in obs:
-        return look(model, obs, rows, None)
+        return encode(model, obs, rows)
     return {key: torch.from_numpy(obs[key][rows]) for key in ("images", "joints") if key in obs}
 
 
@@ -198,22 +215,36 @@ def rollout(domain: str, obs: str, steps: int, rounds: int, n: int = 16) -> None
     """Stage 2's loop (policy, environment, d) on new models, policy and reward model equal, for `steps` steps."""
     env = envs.make_vec(domain, n, obs=obs)
     env.horizon = steps
-    sizes = {"image_size": env.size} if obs == "images" else {"state_names": env.state_names, "state_dim": env.state_dim}
-    cfg = replace(PRESETS[env.recipes[obs]["model"]], **sizes)
+    sizes = (
+        {"image_size": env.size}
+        if obs == "images"
+        else {"state_names": env.state_names, "state_dim": env.state_dim}
+    )
+    cfg = replace(PRESETS[env.stage1_defaults[obs]["model"]], **sizes)
     torch.manual_seed(0)
     model = EFM(cfg, Tokenizer.train([*env.instructions(), *env.state_names]))
     slow, tokens = Uncached(cfg, model.tokenizer), {}
     slow.load_state_dict(model.state_dict())
 
-    def run(name: str, model: EFM, look: Callable = stage2.look) -> None:
-        with mock.patch.object(stage2, "look", look):  # s = -1: no episode ends early
-            tokens[name] = stage2.rollout(model, model, env, 0, torch.Generator().manual_seed(0), s=-1.0)["tokens"]
+    def never(d: Tensor, truth: Tensor) -> Tensor:
+        return torch.zeros_like(truth)
 
-    taken = take_turns({"kept": lambda: run("kept", model), "again": lambda: run("again", slow, look_again)}, rounds)
+    def run(name: str, model: EFM, encode: Callable = encode) -> None:
+        with mock.patch.object(rollouts, "encode_observation", encode):
+            episodes = rollouts.rollout(model, model, env, 0, torch.Generator().manual_seed(0), never)
+        tokens[name] = episodes.tokens
+
+    taken = take_turns(
+        {"kept": lambda: run("kept", model), "again": lambda: run("again", slow, encode_nothing)}, rounds
+    )
     assert torch.equal(tokens["kept"], tokens["again"])
     (cpu, wall, _), (again, again_wall, _), acted = taken["kept"], taken["again"], len(tokens["kept"])
-    print(f"rollout, {domain}, obs={obs}, {tokens['kept'].shape[1]} tokens an action, {n} at once: {acted / cpu:,.0f} steps/s")
-    print(f"    nothing kept: {acted / again:,.0f} steps/s, ours {again / cpu:.2f} times (wall {again_wall / wall:.2f})")
+    print(
+        f"rollout, {domain}, obs={obs}, {tokens['kept'].shape[1]} tokens an action, {n} at once: {acted / cpu:,.0f} steps/s"
+    )
+    print(
+        f"    nothing kept: {acted / again:,.0f} steps/s, ours {again / cpu:.2f} times (wall {again_wall / wall:.2f})"
+    )
 
 
 def domains() -> None:
@@ -224,7 +255,9 @@ def domains() -> None:
         env = envs.make_vec("pointmass", n, obs=obs)
         env.reset(seed=0)
         action = env.action_space.sample()
-        print(f"pointmass steps, obs={obs}, {n} at once: {rate(lambda env=env, a=action: env.step(a), n):,.0f} /s")
+        print(
+            f"pointmass steps, obs={obs}, {n} at once: {rate(lambda env=env, a=action: env.step(a), n):,.0f} /s"
+        )
     n = 64
     for obs in ("state", "images"):  # images: two views of 64 x 64, of a picture of 128 x 128
         batch = envs.make_vec("tabletop", n, obs=obs)
@@ -233,14 +266,21 @@ def domains() -> None:
         for i, env in enumerate(singles):
             env.reset(seed=i)
         # pushes there and back, so that blocks are touched but stay on the table
-        actions = itertools.cycle(s * rng.uniform(-0.03, 0.03, (n, 2)).astype(np.float32) for s in (1, -1) for _ in range(50))
+        actions = itertools.cycle(
+            s * rng.uniform(-0.03, 0.03, (n, 2)).astype(np.float32) for s in (1, -1) for _ in range(50)
+        )
         together = rate(lambda batch=batch, a=actions: batch.step(next(a)), n)
-        loop = rate(lambda singles=singles, a=actions: [env.step(x) for env, x in zip(singles, next(a), strict=True)], n)
+        loop = rate(
+            lambda singles=singles, a=actions: [env.step(x) for env, x in zip(singles, next(a), strict=True)],
+            n,
+        )
         print(f"tabletop control steps, obs={obs}, 4 blocks, {n} at once: {together:,.0f} /s; "
               f"{n} single environments in a loop: {loop:,.0f} /s; {together / loop:.1f} times")  # fmt: skip
     start = time.perf_counter()
     record("tabletop", "images", 512, seed=0)
-    print(f"tabletop demonstrations with frames: {512 / (time.perf_counter() - start) * 60:,.0f} episodes a minute")
+    print(
+        f"tabletop demonstrations with frames: {512 / (time.perf_counter() - start) * 60:,.0f} episodes a minute"
+    )
     aloha()
 
 
