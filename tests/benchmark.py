@@ -3,11 +3,12 @@
     python -m tests.benchmark            # the domains
     python -m tests.benchmark training   # a step of the nano model and transformers' PaliGemma, two minutes
     python -m tests.benchmark slice      # for four layers of the 3B model: 12 GB of memory, eight minutes
-    python -m tests.benchmark rollout    # Stage 2's loop with and without features and keys kept, some minutes
+    python -m tests.benchmark rollout    # Stage 2's loop with and without features and keys kept, minutes
 
-What is compared runs in turns on one thread, and its clock is that thread's CPU time (medians), so that other processes
-on the machine weigh on both sides, and little. A line ends in the ratio by the clock on the wall. The slice keeps what
-memory it has freed (`keep_memory`), for both sides: else the kernel's handing it out anew takes half of the CPU time.
+What is compared runs in turns on one thread, and its clock is that thread's CPU time (medians), so that other
+processes on the machine weigh on both sides, and little. A line ends in the ratio by the clock on the wall.
+The slice keeps what memory it has freed (`keep_memory`), for both sides: else the kernel's handing it out
+anew takes half of the CPU time.
 """
 
 import ctypes
@@ -48,7 +49,7 @@ def rate(function, amount: int, seconds: float = 2.0) -> float:
 
 
 def aloha(seconds: float = 10.0) -> None:
-    """Decisions of 0.5 s, 16 at once, while the expert moves peg and socket; the expert's own time is not counted."""
+    """Decisions of 0.5 s, 16 at once, while the expert moves peg and socket; its time is not counted."""
     for obs in ("state", "images"):
         env, taken, decisions = envs.make_vec("aloha", 16, obs=obs), 0.0, 0
         while taken < seconds:
@@ -62,7 +63,7 @@ def aloha(seconds: float = 10.0) -> None:
 
 
 def keep_memory() -> None:
-    """glibc's malloc takes no tensor from, and gives none back to, the kernel by itself: MALLOC_MMAP_MAX_=0, no trimming."""
+    """glibc's malloc takes no tensor from the kernel and gives none back: MALLOC_MMAP_MAX_=0, no trimming."""
     libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
 
@@ -73,7 +74,7 @@ def clocks() -> tuple[float, float, float]:
 
 
 def take_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, ...]]:
-    """Median seconds (CPU, wall, CPU without the kernel's part), called A, B, A, B, ...; the first round is not counted."""
+    """Median seconds (CPU, wall, CPU without the kernel's part), called A, B, A, B, ...; not of the first."""
     taken: dict[str, list] = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
@@ -90,12 +91,26 @@ def paligemma(cfg: EFMConfig, tokenizer: Tokenizer) -> tuple[EFM, nn.Module]:
     """Ours and transformers' with the *same* parameters: one copy in memory, one gradient, one optimiser."""
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-    vision = {"model_type": "siglip_vision_model", "hidden_size": cfg.vit_width, "intermediate_size": cfg.vit_mlp_dim,
-              "num_hidden_layers": cfg.vit_depth, "num_attention_heads": cfg.vit_heads, "image_size": cfg.image_size,
-              "patch_size": cfg.patch_size, "vision_use_head": False}  # fmt: skip
-    text = {"model_type": "gemma", "hidden_size": cfg.width, "intermediate_size": cfg.mlp_dim, "num_hidden_layers": cfg.depth,
-            "num_attention_heads": cfg.heads, "num_key_value_heads": cfg.kv_heads, "head_dim": cfg.head_dim,
-            "vocab_size": cfg.vocab_size}  # fmt: skip
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": cfg.vit_width,
+        "intermediate_size": cfg.vit_mlp_dim,
+        "num_hidden_layers": cfg.vit_depth,
+        "num_attention_heads": cfg.vit_heads,
+        "image_size": cfg.image_size,
+        "patch_size": cfg.patch_size,
+        "vision_use_head": False,
+    }
+    text = {
+        "model_type": "gemma",
+        "hidden_size": cfg.width,
+        "intermediate_size": cfg.mlp_dim,
+        "num_hidden_layers": cfg.depth,
+        "num_attention_heads": cfg.heads,
+        "num_key_value_heads": cfg.kv_heads,
+        "head_dim": cfg.head_dim,
+        "vocab_size": cfg.vocab_size,
+    }
     theirs = PaliGemmaForConditionalGeneration(PaliGemmaConfig(
         vision_config=vision, text_config=text, projection_dim=cfg.width, hidden_size=cfg.width,
         image_token_index=cfg.vocab_size)).train()  # fmt: skip
@@ -114,7 +129,7 @@ def descend(p: nn.Parameter) -> None:
 
 
 def training(cfg: EFMConfig, B: int, rounds: int) -> None:
-    """Samples per second of one optimiser step on two frames and two action tokens, among the whole vocabulary."""
+    """Samples per second of one optimiser step on two frames and two action tokens of all words."""
     env = envs.make_vec("pointmass", 1)
     tokenizer = Tokenizer.train(env.instructions())
     cfg = replace(cfg, vocab_size=cfg.vocab_size or tokenizer.tokenizer.get_vocab_size())
@@ -126,10 +141,13 @@ def training(cfg: EFMConfig, B: int, rounds: int) -> None:
     ids, valid = tokenizer.prompts(prompts)
     pictures = valid.new_ones(B, 2 * (cfg.image_size // cfg.patch_size) ** 2)
     suffix = valid.new_ones(B, 2)
-    batch = {"input_ids": torch.cat([pictures * cfg.vocab_size, ids, answer], 1),
-             "attention_mask": torch.cat([pictures, valid, suffix], 1).long(),
-             "token_type_ids": torch.cat([0 * pictures, 0 * ids, suffix], 1),
-             "pixel_values": images.flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1, "use_cache": False}  # fmt: skip
+    batch = {
+        "input_ids": torch.cat([pictures * cfg.vocab_size, ids, answer], 1),
+        "attention_mask": torch.cat([pictures, valid, suffix], 1).long(),
+        "token_type_ids": torch.cat([0 * pictures, 0 * ids, suffix], 1),
+        "pixel_values": images.flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1,
+        "use_cache": False,
+    }
 
     def loss() -> Tensor:
         logits = ours.logits(ours.hidden({"images": images}, prompts, answer), None)  # (B, 2, vocabulary)
@@ -144,9 +162,7 @@ def training(cfg: EFMConfig, B: int, rounds: int) -> None:
         )
 
     optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-9, fused=True) if cfg.width < 2048 else None
-    if (
-        optimizer is None
-    ):  # neither moments nor all gradients at once would fit: plain descent as soon as there is a gradient
+    if optimizer is None:  # no room for moments or all gradients at once: descent as soon as there is one
         for p in ours.parameters():
             p.register_post_accumulate_grad_hook(descend)
     seen: dict[str, float] = {}
@@ -172,16 +188,14 @@ def training(cfg: EFMConfig, B: int, rounds: int) -> None:
     peak = 2 * side**3 / taken[how][0]
     rate = flops.get_total_flops() / cpu  # the CPU's fused attention is not counted
     size = sum(p.numel() for p in ours.parameters()) / 1e6
-    print(
-        f"training step, {size:,.1f}M parameters, batch {B}, loss {seen['ours']:.5f}: {B / cpu:,.3g} samples/s"
-    )
-    print(f"    {rate / 1e9:,.1f} GFLOP/s, {rate / peak:.0%} of the {peak / 1e9:,.0f} of {how} products; "
-          f"{rate * cpu / user / peak:.0%} without the time in the kernel, which fresh memory costs")  # fmt: skip
+    print(f"training step, {size:,.1f}M parameters, batch {B}, loss {seen['ours']:.5f}: {B / cpu:,.3g} /s")
+    bare = rate * cpu / user / peak
+    print(f"    {rate / 1e9:,.1f} GFLOP/s, {rate / peak:.0%} of the {peak / 1e9:,.0f} of {how} products")
+    print(f"    {bare:.0%} without the time in the kernel, which fresh memory costs")
     for name in list(names)[1:]:
         theirs_cpu, theirs_wall, _ = taken[name]
-        print(
-            f"    {name}: {B / theirs_cpu:,.3g} samples/s, ours {theirs_cpu / cpu:.2f} times (wall {theirs_wall / wall:.2f})"
-        )
+        ratio, on_the_wall = theirs_cpu / cpu, theirs_wall / wall
+        print(f"    {name}: {B / theirs_cpu:,.3g} samples/s, ours {ratio:.2f} times (wall {on_the_wall:.2f})")
 
 
 # --- Stage 2's rollout ------------------------------------------------------------------------------------
@@ -205,14 +219,14 @@ encode = rollouts.encode_observation
 
 
 def encode_nothing(model: EFM, obs: dict, rows: np.ndarray, before: dict | None = None) -> dict[str, Tensor]:
-    """`encode_observation` without features: each model's ViT sees both frames whenever the model is asked."""
+    """`encode_observation` without features: each model's ViT sees both frames whenever it is asked."""
     if "state" in obs:
         return encode(model, obs, rows)
     return {key: torch.from_numpy(obs[key][rows]) for key in ("images", "joints") if key in obs}
 
 
 def rollout(domain: str, obs: str, steps: int, rounds: int, n: int = 16) -> None:
-    """Stage 2's loop (policy, environment, d) on new models, policy and reward model equal, for `steps` steps."""
+    """Stage 2's loop (policy, environment, d) on new models, which are equal, of `steps` steps."""
     env = envs.make_vec(domain, n, obs=obs)
     env.horizon = steps
     sizes = (
@@ -239,12 +253,10 @@ def rollout(domain: str, obs: str, steps: int, rounds: int, n: int = 16) -> None
     )
     assert torch.equal(tokens["kept"], tokens["again"])
     (cpu, wall, _), (again, again_wall, _), acted = taken["kept"], taken["again"], len(tokens["kept"])
-    print(
-        f"rollout, {domain}, obs={obs}, {tokens['kept'].shape[1]} tokens an action, {n} at once: {acted / cpu:,.0f} steps/s"
-    )
-    print(
-        f"    nothing kept: {acted / again:,.0f} steps/s, ours {again / cpu:.2f} times (wall {again_wall / wall:.2f})"
-    )
+    L = tokens["kept"].shape[1]
+    print(f"rollout, {domain}, obs={obs}, {L} tokens an action, {n} at once: {acted / cpu:,.0f} steps/s")
+    ratio, on_the_wall = again / cpu, again_wall / wall
+    print(f"    nothing kept: {acted / again:,.0f} steps/s, ours {ratio:.2f} times (wall {on_the_wall:.2f})")
 
 
 def domains() -> None:
@@ -255,9 +267,8 @@ def domains() -> None:
         env = envs.make_vec("pointmass", n, obs=obs)
         env.reset(seed=0)
         action = env.action_space.sample()
-        print(
-            f"pointmass steps, obs={obs}, {n} at once: {rate(lambda env=env, a=action: env.step(a), n):,.0f} /s"
-        )
+        steps = rate(lambda env=env, a=action: env.step(a), n)
+        print(f"pointmass steps, obs={obs}, {n} at once: {steps:,.0f} /s")
     n = 64
     for obs in ("state", "images"):  # images: two views of 64 x 64, of a picture of 128 x 128
         batch = envs.make_vec("tabletop", n, obs=obs)
@@ -278,9 +289,8 @@ def domains() -> None:
               f"{n} single environments in a loop: {loop:,.0f} /s; {together / loop:.1f} times")  # fmt: skip
     start = time.perf_counter()
     record("tabletop", "images", 512, seed=0)
-    print(
-        f"tabletop demonstrations with frames: {512 / (time.perf_counter() - start) * 60:,.0f} episodes a minute"
-    )
+    minutes = (time.perf_counter() - start) / 60
+    print(f"tabletop demonstrations with frames: {512 / minutes:,.0f} episodes a minute")
     aloha()
 
 

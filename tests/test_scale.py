@@ -1,4 +1,4 @@
-"""LoRA, several processes, bfloat16, activation checkpointing, torch.compile: the same numbers at another price."""
+"""LoRA, several processes, bfloat16, checkpointed activations, torch.compile: the same numbers, cheaper."""
 
 from __future__ import annotations
 
@@ -51,9 +51,12 @@ def answers(model: EFM) -> list[Tensor]:
     """What the stages ask of a model: log p of an answer, d(o, g), features, a sample and its entropy."""
     obs, goals = see()
     with torch.no_grad():
-        return [model.log_prob(obs, goals, torch.tensor([[3, 4]] * 3), RANGES), model.steps_to_go(obs, goals, STEPS),
-                model.encode_images(obs["images"]),
-                *model.sample(obs, goals, RANGES, torch.Generator().manual_seed(0))]  # fmt: skip
+        return [
+            model.log_prob(obs, goals, torch.tensor([[3, 4]] * 3), RANGES),
+            model.steps_to_go(obs, goals, STEPS),
+            model.encode_images(obs["images"]),
+            *model.sample(obs, goals, RANGES, torch.Generator().manual_seed(0)),
+        ]
 
 
 def gradients(model: EFM) -> dict[str, Tensor]:
@@ -144,8 +147,12 @@ def test_an_adapter_is_merged_before_it_goes_to_the_hub(torchvision_ops, tmp_pat
     files.save_base(model, model.base)
     files.save_model(disturb(model, 1), tmp_path / "policy.safetensors")
     sent = []
-    monkeypatch.setattr(files, "hub", lambda call, repo, path_or_fileobj=None, **_: path_or_fileobj and sent.append(
-        files.load_model(Path(path_or_fileobj))))  # fmt: skip
+
+    def hub(call, repo, path_or_fileobj=None, **_):
+        if path_or_fileobj:
+            sent.append(files.load_model(Path(path_or_fileobj)))
+
+    monkeypatch.setattr(files, "hub", hub)
     files.push(tmp_path / "policy.safetensors", "me/robot")
     assert sent[0].lora_rank == 0
     torch.testing.assert_close(answers(sent[0])[0], answers(model)[0], atol=1e-4, rtol=1e-5)
@@ -172,7 +179,7 @@ TWO = {"iterations": 6, "updates": 2, "batch": 8, "num_envs": 4, "success_thresh
 
 @pytest.fixture(scope="module")
 def here(torchvision_ops, tmp_path_factory):
-    """The present folder: weights/ of a tiny PaliGemma, runs of both stages with adapters and without, short episodes."""
+    """The present folder: weights/ of a tiny PaliGemma, runs of both stages with adapters and without."""
     with tiny_presets(), pytest.MonkeyPatch.context() as m:
         m.chdir(tmp_path_factory.mktemp("here"))
         for obs in ("images", "state"):
@@ -263,7 +270,8 @@ def test_adapters_go_on_with_stage_1s_moments(here):
 
 
 @pytest.mark.parametrize(("script", "args", "culprit"), [
-    (stage1, "--lora-rank 4", "--lora-rank 4: needs a model pre-trained"), (stage1, "--lora-rank -1", "--lora-rank -1"),
+    (stage1, "--lora-rank 4", "--lora-rank 4: needs a model pre-trained"),
+    (stage1, "--lora-rank -1", "--lora-rank -1"),
     (stage1, "--lora_rank 4 --vit timm:vit_base_patch16_siglip_224", "--lora-rank 4"),
     (stage2, "--stage1 runs/lora1 --lora-rank 2", "--lora-rank 2: runs/lora1 has adapters of rank 4"),
     (stage2, "--stage1 runs/full1 --lora-rank 2 --keep-optimizer", "--keep-optimizer"),
@@ -286,14 +294,17 @@ STATES = {
     "eval_every": 2,
     "lr": 1e-1,
 }  # unequal shares
-RUNS = {"states-two": ("stage1", STATES, "states-one"), "sharded-two": ("stage1", ONE | {"weights": "weights"}, "full1"),
-        "adapters-two": ("stage1", ONE | {"weights": "weights", "lora_rank": 4}, "lora1")}  # fmt: skip
+RUNS = {
+    "states-two": ("stage1", STATES, "states-one"),
+    "sharded-two": ("stage1", ONE | {"weights": "weights"}, "full1"),
+    "adapters-two": ("stage1", ONE | {"weights": "weights", "lora_rank": 4}, "lora1"),
+}
 PRACTICE = ["states-one", "full1", "lora1"]  # by DDP, by FSDP2, of adapters
 
 
 @pytest.fixture(scope="module")
 def two_ranks(here) -> Path:
-    """Runs of two processes, and what a kill would have left of them; Stage 2's continue from one process's Stage 1."""
+    """Runs of two processes, and what a kill would leave of them; Stage 2's go on from one process's Stage 1."""
     run("stage1", **STATES, out="runs/states-one")
     jobs = [
         {"stage": stage, **settings, "out": f"runs/{name}", "cut": 2}
@@ -401,7 +412,7 @@ def test_shares_are_every_row_once(monkeypatch):
 
 # --- memory and speed -------------------------------------------------------------------------------------
 def traced(monkeypatch) -> list:
-    """The graphs that torch.compile will be given; they are run as they are, since to compile them takes a minute."""
+    """The graphs that torch.compile will be given; run as they are: to compile them takes a minute."""
     graphs = []
     torch._dynamo.reset()
     backend = lambda graph, _: graphs.append(graph) or graph  # noqa: E731

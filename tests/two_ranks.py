@@ -1,4 +1,4 @@
-"""What test_scale.py has torchrun start on two CPU processes: runs of the stages, and sharded weights against whole ones."""
+"""What test_scale.py has torchrun start on two CPU processes: both stages, and sharded weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def short(patch) -> None:
 
 
 def run(stage: str, out: str, cut: int = 0, **settings) -> None:
-    """A stage's main; "OUT-cut" is the run's folder as a kill after `cut` checkpoints would have left it (0: none)."""
+    """A stage's main; "OUT-cut" is its folder as a kill after `cut` checkpoints would leave it (0: none)."""
     checkpoint, calls = runs.Run.checkpoint, []
 
     def copies(self):
@@ -50,7 +50,7 @@ def run(stage: str, out: str, cut: int = 0, **settings) -> None:
 
 
 def sharded_is_whole() -> None:
-    """Two updates by FSDP2 on halves of a batch are those of one process on all of it; between them each rank rolls out."""
+    """Updates by FSDP2 on halves of a batch are one process's on all of it; each rank rolls out between."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(["move to the red goal"])
     model = EFM(EFMConfig(**SIZES | {"depth": 2}, image_size=32), tokenizer)
