@@ -38,13 +38,15 @@ class Config:
     run: str | None = None  # folder of a Stage 1 or Stage 2 run; None: the newest finished one
     episodes: Count = 500  # evaluation episodes
     seed: Whole = 0  # of the episodes and the sampled actions
-    success_threshold: Size | None = None  # s of the detector; None: the run's own, of a Stage 1 run the domain's
+    success_threshold: Size | None = (
+        None  # s of the detector; None: the run's own, of a Stage 1 run the domain's
+    )
     policy: str = "policy"  # which of the run's checkpoints acts; early_policy: the best at cloning, on Aloha
     temperature: Positive | None = None  # of the sampled actions; None: the domain's
     greedy: bool = False  # the most probable action instead of a sampled one
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- pictures -----------------------------------------------------------------------------------------------
 def film(folder: Path, seed: int, s: float, greedy: bool, policy: str, temperature: float) -> None:
     """Eight episodes to their true end: trajectories.png, episodes.gif and, of one of them, steps_to_go.png."""
     env, actor, reward_model = load_run(folder, 8, policy)
@@ -71,7 +73,9 @@ def film(folder: Path, seed: int, s: float, greedy: bool, policy: str, temperatu
     fig.savefig(folder / "trajectories.png", dpi=130, bbox_inches="tight")
 
     last = range(int(length[:4].max()) + 1)  # an episode that has ended stands still
-    pictures = [Image.fromarray(np.concatenate([frames[i, min(t, length[i])] for i in range(4)], 1)) for t in last]
+    pictures = [
+        Image.fromarray(np.concatenate([frames[i, min(t, length[i])] for i in range(4)], 1)) for t in last
+    ]
     pictures[0].save(folder / "episodes.gif", save_all=True, append_images=pictures[1:], loop=0,
                      duration=round(1000 / env.metadata["render_fps"]))  # fmt: skip
 

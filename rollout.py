@@ -1,4 +1,4 @@
-"""Rollouts: a policy acts in many simulations at once, the frozen reward model watches, and what came out is counted.
+"""Rollouts: a policy acts in many simulations at once, the frozen reward model watches; both are counted.
 
 No rule for success is here: `ends(d, truth)` is handed in, and says which episodes are over.
 """
@@ -6,9 +6,10 @@ No rule for success is here: `ends(d, truth)` is handed in, and says which episo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,8 @@ class Episodes:
     entropy: Tensor  # float (M,), of the whole action, in nats
     row: Tensor  # long (M,), the simulation
     t: Tensor  # long (M,), the time
-    d: Tensor  # float (n, T + 1), of every observation
+    last: dict[str, Tensor]  # (n, ...), each simulation's final observation
+    d: Tensor  # float (n, T + 1), of every observation; infinite without a reward model
     truth: Tensor  # bool (n, T + 1), true success of every observation
     length: np.ndarray  # int (n,), steps
 
@@ -47,8 +49,8 @@ def encode_observation(
 ) -> dict[str, Tensor]:
     """The model's input for the simulations `rows` of a domain's observation, images encoded.
 
-    Each frame passes through the ViT once: the previous frame's features come from `before`, the last step's input,
-    or None where there is none, at first and in a domain with two views of the same moment.
+    Each frame passes through the ViT once: the previous frame's features come from `before`, the last step's
+    input, or None where there is none, at first and in a domain with two views of the same moment.
     """
     device = model.language_model.embed_tokens.weight.device
     if "state" in obs:
@@ -68,7 +70,7 @@ def encode_observation(
 @torch.no_grad()
 def rollout(
     policy: EFM,
-    reward_model: EFM,
+    reward_model: EFM | None,
     env: VectorEnv,
     seed: int,
     generator: torch.Generator,
@@ -80,20 +82,26 @@ def rollout(
 ) -> Episodes:
     """One episode in each of the n simulations, until `ends` or the horizon.
 
-    ends: (d float (B,), truth bool (B,)) of the present observations -> bool (B,), the episodes that are over.
-    keep: whether to keep the tuples, which an evaluation does not need; without them obs is empty.
+    ends: (d float (B,), truth bool (B,)) of the present observations -> bool (B,): which episodes are over.
+    keep: whether to keep the observations, which an evaluation does not need.
     watch: called after the reset and after each step.
     """
     actions = action_tokenizer(**env.action_tokens)
     steps = StepsToGo(env.steps_cap, env.steps_bins)
+
+    def judge(encoded: dict[str, Tensor], goals: np.ndarray) -> Tensor:
+        if reward_model is None:
+            return torch.full((len(goals),), math.inf)
+        return reward_model.steps_to_go(encoded, goals.tolist(), steps).cpu()
+
     n, alive = env.num_envs, np.arange(env.num_envs)  # alive: the simulations whose episode goes on
     obs, info = env.reset(seed=seed)
     goals = np.array(obs["instruction"], dtype=object)
     policy_input = encode_observation(policy, obs, alive)
-    reward_input = encode_observation(reward_model, obs, alive)
-    d = [reward_model.steps_to_go(reward_input, goals.tolist(), steps).cpu()]
+    reward_input = encode_observation(reward_model, obs, alive) if reward_model else {}
+    d = [judge(reward_input, goals)]
     truth = [torch.from_numpy(info["is_success"].copy())]
-    length, tuples = np.zeros(n, int), []
+    length, tuples, ended = np.zeros(n, int), [], []
     watch()
     for t in range(env.horizon):
         prompts = [QUESTION_ACTION.format(g) for g in goals[alive]]
@@ -108,36 +116,43 @@ def rollout(
         if env.simultaneous:
             policy_input = reward_input = None  # no frame comes again
         policy_input = encode_observation(policy, obs, alive, policy_input)
-        reward_input = encode_observation(reward_model, obs, alive, reward_input)
-        d_now = reward_model.steps_to_go(reward_input, goals[alive].tolist(), steps).cpu()
+        reward_input = encode_observation(reward_model, obs, alive, reward_input) if reward_model else {}
+        d_now = judge(reward_input, goals[alive])
         truth_now = torch.from_numpy(info["is_success"][alive])
         d.append(d[-1].clone())
         truth.append(truth[-1].clone())
         d[-1][alive] = d_now
         truth[-1][alive] = truth_now
         length[alive] = t + 1
-        going = ~ends(d_now, truth_now)
-        alive = alive[going.numpy()]
+        over = ends(d_now, truth_now) | (t + 1 == env.horizon)
+        if keep:
+            ended.append((torch.from_numpy(alive)[over], {k: v[over] for k, v in policy_input.items()}))
+        alive = alive[~over.numpy()]
         if len(alive) == 0:
             break
-        policy_input = {k: v[going] for k, v in policy_input.items()}
-        reward_input = {k: v[going] for k, v in reward_input.items()}
+        policy_input = {k: v[~over] for k, v in policy_input.items()}
+        reward_input = {k: v[~over] for k, v in reward_input.items()}
     kept, tokens, texts, entropy, row, time = zip(*tuples, strict=True)
     obs = {k: torch.cat([o[k] for o in kept]) for k in kept[0]}
-    return Episodes(
-        obs, torch.cat(tokens), np.concatenate(texts), torch.cat(entropy), torch.cat(row), torch.cat(time),
-        torch.stack(d, 1), torch.stack(truth, 1), length,
-    )  # fmt: skip
+    last = {}
+    if keep:
+        order = torch.cat([rows for rows, _ in ended]).argsort()
+        last = {k: torch.cat([final[k] for _, final in ended])[order] for k in obs}
+    tokens, texts, entropy = torch.cat(tokens), np.concatenate(texts), torch.cat(entropy)
+    row, time, d, truth = torch.cat(row), torch.cat(time), torch.stack(d, 1), torch.stack(truth, 1)
+    return Episodes(obs, tokens, texts, entropy, row, time, last, d, truth, length)
 
 
-# --- counting ---------------------------------------------------------------------------------------------------------
+# --- counting -----------------------------------------------------------------------------------------------
 def metrics(rollouts: list[Episodes], returns: Tensor, threshold: float) -> dict[str, float]:
     """What Stage 2 logs of an iteration's episodes and of the returns of their tuples, over all ranks."""
     length = np.concatenate([r.length for r in rollouts])
     detected = np.concatenate([r.d[:, -1].numpy() <= threshold for r in rollouts])
     truth = np.concatenate([r.truth[:, -1].numpy() for r in rollouts])
     entropy = torch.cat([r.entropy for r in rollouts]).cpu()
-    length, detected, truth, entropy, returns = ranks.concat_ranks(length, detected, truth, entropy, returns.cpu())
+    length, detected, truth, entropy, returns = ranks.concat_ranks(
+        length, detected, truth, entropy, returns.cpu()
+    )
     return {
         "true_at_end": float(truth.mean()),
         "detected": float(detected.mean()),
@@ -151,7 +166,7 @@ def metrics(rollouts: list[Episodes], returns: Tensor, threshold: float) -> dict
 
 
 def confusion(detected: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Counts and rates of a detector, bool (n,) each: did it end the episode, and was the goal truly reached then?"""
+    """Counts and rates, bool (n,) each: did the detector end the episode, was the goal truly reached then?"""
     table = {
         "true_positives": int((detected & truth).sum()),
         "false_positives": int((detected & ~truth).sum()),
@@ -164,7 +179,7 @@ def confusion(detected: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def confirmed_detections(d: np.ndarray, truth: np.ndarray, threshold: float) -> list[bool]:
-    """Of each episode with a detection: does true success follow within `threshold` steps, which is what d <= s claims?
+    """Of each episode with a detection: does true success follow within s steps, which is what d <= s claims?
 
     d float, truth bool (n, T + 1), frozen at the end.
     """
@@ -175,40 +190,60 @@ def confirmed_detections(d: np.ndarray, truth: np.ndarray, threshold: float) -> 
     return confirmed
 
 
-def evaluate(
-    folder: Path, episodes: int, seed: int, threshold: float, temperature: float | None = None,
-    greedy: bool = False, policy: str = "policy",
-) -> dict[str, float]:
-    """Roll out a run's policy twice: to the true end, for success; and as in Stage 2, for the detector's confusion.
-
-    threshold: the detector's s; temperature: None: the domain's; policy: which of the run's checkpoints acts.
-    """
-    env, actor, reward_model = load_run(folder, min(CHUNK, episodes), policy)
-    temperature = env.temperature if temperature is None else temperature
-    success, length, detected, truth, confirmed = [], [], [], [], []
+def chunks(env: VectorEnv, episodes: int, seed: int) -> Iterator[tuple[VectorEnv, int, torch.Generator]]:
+    """(the domain with at most CHUNK simulations, the seed of their episodes, a generator), part by part."""
     for first in range(0, episodes, CHUNK):
-        if episodes - first < env.num_envs:
-            env = make_env(env.name, episodes - first, obs=env.obs)
-        generator = torch.Generator().manual_seed(10**6 * first + seed)
-        here = 5 * 10**8 + seed * 10**6 + first
-        how = {"temperature": temperature, "greedy": greedy, "keep": False}
-        r = rollout(actor, reward_model, env, here, generator, lambda d, truth: truth, **how)
-        success.append(r.truth[:, -1].numpy())
-        length.append(r.length)
-        r = rollout(actor, reward_model, env, here + 5 * 10**5, generator, lambda d, truth: d <= threshold, **how)
+        part = make_env(env.name, min(CHUNK, episodes - first), obs=env.obs)
+        yield part, seed + first, torch.Generator().manual_seed(10**6 * first + seed)
+
+
+def true_success(policy: EFM, env: VectorEnv, episodes: int, seed: int, **how: Any) -> dict[str, float]:
+    """Success, with its 95 % interval, and steps of episodes that end in true success or at the horizon."""
+    reached, steps = 0, 0
+    for part, first, generator in chunks(env, episodes, seed):
+        r = rollout(policy, None, part, first, generator, lambda d, truth: truth, keep=False, **how)
+        reached += int(r.truth[:, -1].sum())
+        steps += int(r.length.sum())
+    low, high = wilson(reached, episodes)
+    success = {"success": reached / episodes, "success_low": low, "success_high": high}
+    return success | {"mean_steps": steps / episodes, "eval_episodes": episodes}
+
+
+def detector_confusion(
+    policy: EFM, reward_model: EFM, env: VectorEnv, episodes: int, seed: int, threshold: float, **how: Any
+) -> dict[str, float]:
+    """The detector's counts over episodes that it ends itself, as in practice."""
+    detected, truth, confirmed = [], [], []
+    for part, first, generator in chunks(env, episodes, seed):
+        r = rollout(
+            policy, reward_model, part, first, generator, lambda d, _: d <= threshold, keep=False, **how
+        )
         detected.append(r.d[:, -1].numpy() <= threshold)
         truth.append(r.truth[:, -1].numpy())
         confirmed += confirmed_detections(r.d.numpy(), r.truth.numpy(), threshold)
-    reached = int(np.concatenate(success).sum())
-    low, high = wilson(reached, episodes)
-    return {
-        "temperature": temperature,
-        "success_threshold": threshold,
-        "success": reached / episodes,
-        "success_low": low,
-        "success_high": high,
-        "mean_steps": float(np.concatenate(length).mean()),
-        "eval_episodes": episodes,
-        **confusion(np.concatenate(detected), np.concatenate(truth)),
-        "confirmed_detections": float(np.mean(confirmed)) if confirmed else 0.0,
-    }
+    table = confusion(np.concatenate(detected), np.concatenate(truth))
+    return table | {"confirmed_detections": float(np.mean(confirmed)) if confirmed else 0.0}
+
+
+def evaluate(
+    folder: Path,
+    episodes: int,
+    seed: int,
+    threshold: float,
+    temperature: float | None = None,
+    greedy: bool = False,
+    policy: str = "policy",
+) -> dict[str, float]:
+    """A run's true success, and its detector's confusion in practice.
+
+    threshold: the detector's s; temperature: None: the domain's; policy: which of the run's checkpoints acts.
+    """
+    env, actor, reward_model = load_run(folder, 1, policy)
+    temperature = env.temperature if temperature is None else temperature
+    how = {"temperature": temperature, "greedy": greedy}
+    seed = 5 * 10**8 + seed * 10**6  # not those of demonstrations or of practice
+    summary = {"temperature": temperature, "success_threshold": threshold}
+    summary |= true_success(actor, env, episodes, seed, **how)
+    return summary | detector_confusion(
+        actor, reward_model, env, episodes, seed + 5 * 10**5, threshold, **how
+    )

@@ -1,20 +1,20 @@
-"""Stage 0, optional: pre-training on pictures and questions, the stand-in for web-scale pre-training at laptop size.
+"""Stage 0, optional: pre-training on pictures and questions, a laptop's stand-in for web-scale pre-training.
 
-The paper starts from PaLI, which has seen the web; a nano model starts from nothing and, from pixels alone, needs far
-more demonstrations to find out what "red" refers to (results/README.md has the numbers). Here it answers questions over
-random scenes of a domain, in number tokens as PaliGemma does for detection:
+The paper starts from PaLI, which has seen the web. A nano model starts from nothing. From pixels alone it
+needs far more demonstrations to find out what "red" refers to. Here it answers questions over random scenes
+of a domain, in number tokens, as PaliGemma does for detection:
 
     where is the red goal                   ->  <loc0042> <loc0060>      x and y in 64 bins
     from the point where is the red goal    ->  <loc0038> <loc0016>
     where was the point                     ->  <loc0024> <loc0032>      its wake, seen from it: its velocity
     near the tool where is the red moon     ->  <loc0011> <loc0047>      in the second view
 
-Where a domain tells what every patch shows (the tabletop: its blocks are small and many), each thing's name has to
-find its patch as well, in every scene: image and words in one space, as SigLIP has them before PaLI starts. With the
-questions alone only the tool was found in 1,600 updates, with this everything in as many (results/README.md).
+Where a domain tells what every patch shows (the tabletop: its blocks are small and many), each thing's name
+has to find its patch as well, in every scene: image and words in one space, as SigLIP has them before PaLI
+starts. With the questions alone only the tool was found in 1,600 updates, with this everything (docs/lab.md).
 
-No action, no goal to reach and no steps to go is in it. `stage1.py --obs images` starts from the newest Stage 0 run of
-its domain (the paper's PaLI variant); `--init none` is its Scratch variant.
+No action, no goal to reach and no steps to go is in it. `stage1.py --obs images` starts from the newest Stage
+0 run of its domain (the paper's PaLI variant); `--init none` is its Scratch variant.
 
     python stage0.py                      # pointmass, 8 minutes on one busy CPU core
     python stage0.py --domain tabletop    # 30 minutes
@@ -56,7 +56,7 @@ ANSWER = UniformBins(64, 0.0, 1.0, 2)  # x and y as shares of the frame, finer t
 
 
 def answer_loss(model: EFM, features: Tensor, questions: list[str], answers: Tensor) -> Tensor:
-    """-log p(answer | images, question), averaged; features float (B, 2, N, Dv), answers float (B, 2) in [0, 1]."""
+    """-log p(answer | images, question), averaged; features float (B, 2, N, Dv), answers (B, 2) in [0, 1]."""
     tokens = ANSWER.encode(answers).to(features.device)  # (B, 2)
     return -model.log_prob({"features": features}, questions, tokens, ANSWER.ranges).mean()
 
@@ -64,7 +64,7 @@ def answer_loss(model: EFM, features: Tensor, questions: list[str], answers: Ten
 def pointing_loss(model: EFM, features: Tensor, things: tuple[str, ...], places: Tensor) -> Tensor:
     """-log p(patch | thing), averaged over the things in view: which patch of an image shows the red moon.
 
-    features float (B, 2, N, Dv) of `encode_images`; places float (B, 2, things, 2), shares of each image, right and down.
+    features float (B, 2, N, Dv) of `encode_images`; places (B, 2, things, 2), shares right and down.
     A patch's score is its embedding times the mean of the name's, as they enter the transformer.
     """
     names = []
@@ -72,7 +72,8 @@ def pointing_loss(model: EFM, features: Tensor, things: tuple[str, ...], places:
         ids = model.tokenizer.tokenizer.encode(thing, add_special_tokens=False).ids
         names.append(model.language_model.embed(torch.tensor(ids, device=features.device)).mean(0))
     names = torch.stack(names)  # (things, D)
-    scores = names @ model.multi_modal_projector(features).transpose(2, 3) / model.cfg.width**0.5  # (B, 2, things, N)
+    patches = model.multi_modal_projector(features)  # (B, 2, N, D)
+    scores = names @ patches.transpose(2, 3) / model.cfg.width**0.5  # (B, 2, things, N)
     side = model.cfg.image_size // model.cfg.patch_size
     cell = (places * (model.cfg.image_size / model.cfg.patch_size)).floor().long()  # column, row
     # the ViT leaves out what is less than a patch at the right and the bottom
@@ -105,7 +106,8 @@ def main(cfg: Config) -> None:
         features = model.encode_images(torch.from_numpy(images).to(device))
         each = {"loss": answer_loss(model, features, questions, torch.from_numpy(answers))}
         if places is not None:
-            each["pointing"] = pointing_loss(model, features, env.state_names, torch.from_numpy(places).to(device))
+            places = torch.from_numpy(places).to(device)
+            each["pointing"] = pointing_loss(model, features, env.state_names, places)
         return each
 
     held_out = env.scenes(np.random.default_rng(10**6), 1024)

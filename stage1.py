@@ -5,13 +5,13 @@ One model learns two questions about (observation, goal) pairs from demonstratio
     L_BC          = -E log p(a_t           | o_t, "What robot action to {g}")
     L_steps_to_go = -E log p(length(τ) - t | o_t, "How many steps to {g}")
 
-where the domain asks for it (the paper: LanguageTable) a third about the first and the last observation of an episode,
+where the domain asks for it (the paper: LanguageTable) one more, about an episode's two ends,
 
     L_instruction = -E log p(g | o_first, o_last, "What instruction was performed")
 
-and two checkpoints are kept: the best at cloning on held-out episodes becomes Stage 2's policy, the best at steps to
-go its reward model and success detector. They need not be the same moment of training. On Aloha the last one,
-over-fitted, is the policy, and the best at cloning is kept beside it.
+and two checkpoints are kept: the best at cloning on held-out episodes becomes Stage 2's policy, the best at
+steps to go its reward model and success detector. They need not be the same moment of training. On Aloha the
+last one, over-fitted, is the policy, and the best at cloning is kept beside it.
 
     python stage1.py                          # pointmass from states, 3 minutes on two CPU cores
     python stage1.py --obs images --seed 1    # the same from 32 x 32 frames
@@ -46,44 +46,44 @@ class Config(ScaleFlags):
     obs: str | None = None  # state or images
     model: str | None = None  # a preset of model.PRESETS or, with --weights, paligemma
     weights: str | None = None  # folder or hub id of PaliGemma, or, with --vit, of Gemma
-    vit: str | None = None  # timm:NAME, a vision tower of its own: the paper's Uni-PaLI; without --weights: no decoder
+    vit: str | None = None  # timm:NAME, a vision tower of its own: the paper's Uni-PaLI
     init: str | None = None  # a run to start from; None: for images the newest Stage 0; "none": scratch
     seed: Whole = 0  # weights, demonstrations, batches
     episodes: int | None = None  # demonstrations to record with the domain's demonstrator
-    data_fraction: float = 1.0  # share of the demonstrations to learn from; smaller shares are parts of larger ones
+    data_fraction: float = 1.0  # of the demonstrations to learn from; a smaller one is a part of a larger
     dataset: str | None = None  # or the id of a Minari dataset with the domain's spaces
     updates: Count | None = None  # optimiser steps
     batch: int | None = None  # samples per update, split evenly over the objectives
     lr: Positive | None = None  # AdamW: a warm-up of 100 updates, then a cosine down to a tenth
-    policy: Literal["best", "last"] | None = None  # which becomes the policy: the best at cloning, or the last
+    policy: Literal["best", "last"] | None = None  # the policy: the best at cloning, or the last
     eval_every: Count = 500  # updates between two looks at the held-out episodes
 
 
-# --- the objectives of Section 3.1 ------------------------------------------------------------------------------------
-def bc_loss(model: EFM, obs: dict[str, Tensor], goals: list[str], tokens: Tensor, ranges: list) -> Tensor:
-    """-log p(a | o, Question_action(g)), summed over the action's tokens long (B, L), averaged over the batch."""
+# --- the objectives of Section 3.1 --------------------------------------------------------------------------
+def bc_loss(model: EFM, obs: dict, goals: list[str], tokens: Tensor, ranges: list) -> Tensor:
+    """-log p(a | o, Question_action(g)), summed over the action's tokens (B, L), averaged over the batch."""
     prompts = [QUESTION_ACTION.format(g) for g in goals]
     return -model.log_prob(obs, prompts, tokens, ranges).mean()  # [L_BC]
 
 
-def steps_to_go_loss(model: EFM, obs: dict[str, Tensor], goals: list[str], tokens: Tensor, ranges: list) -> Tensor:
+def steps_to_go_loss(model: EFM, obs: dict, goals: list[str], tokens: Tensor, ranges: list) -> Tensor:
     """-log p(length(τ) - t | o, Question_steps_to_go(g)), averaged over the batch; tokens long (B, 1)."""
     prompts = [QUESTION_STEPS.format(g) for g in goals]
     return -model.log_prob(obs, prompts, tokens, ranges).mean()  # [L_steps_to_go]
 
 
-def instruction_loss(model: EFM, obs: dict[str, Tensor], goals: list[str]) -> Tensor:
+def instruction_loss(model: EFM, obs: dict, goals: list[str]) -> Tensor:
     """-log p(g | o_first, o_last, Question_instruction), summed over g's tokens, averaged over the batch."""
     return -model.text_log_prob(obs, [QUESTION_INSTRUCTION] * len(goals), goals).mean()  # [L_instruction]
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 @dataclass
 class Progress:
     """What a run continues from, beside the weights."""
 
     update: int = 0
-    instruction_on: bool = False  # until its answers on held-out episodes get no better: few are soon learnt by heart
+    instruction_on: bool = False  # until it gets no better on held-out episodes: few are soon learnt by heart
     best: dict[str, float] = field(default_factory=dict)  # the least loss on held-out episodes, by objective
 
     def better(self, held_out: dict[str, float]) -> set[str]:
@@ -111,15 +111,17 @@ def main(cfg: Config) -> None:
     if model.cfg.state_mlp and not run.resumed:
         model.fit_standardiser(train.states())
 
-    def losses(model: EFM, data: demos.Demonstrations, bc: np.ndarray, to_go: np.ndarray, asked: np.ndarray) -> dict:
-        """Rows of data for cloning and for steps to go, episodes for instructions; of each this rank's share."""
+    def losses(model: EFM, data: demos.Demonstrations, bc: np.ndarray, to_go: np.ndarray, asked: np.ndarray):
+        """Of rows for cloning and for steps to go, of episodes for instructions: this rank's share of each."""
         each = {}
         rows, weight = ranks.local_rows(bc)
         obs, action, goals, _ = data.batch(rows, device)
-        each["bc"] = weight * bc_loss(model, obs, goals, actions.encode(action).to(device), actions.ranges)
+        tokens = actions.encode(action).to(device)
+        each["bc"] = weight * bc_loss(model, obs, goals, tokens, actions.ranges)
         rows, weight = ranks.local_rows(to_go)
         obs, _, goals, left = data.batch(rows, device)
-        each["steps_to_go"] = weight * steps_to_go_loss(model, obs, goals, steps.encode(left).to(device), steps.ranges)
+        tokens = steps.encode(left).to(device)
+        each["steps_to_go"] = weight * steps_to_go_loss(model, obs, goals, tokens, steps.ranges)
         if len(asked):
             episodes, weight = ranks.local_rows(asked)
             each["instruction"] = weight * instruction_loss(model, *data.first_and_last(episodes, device))
@@ -151,7 +153,7 @@ def main(cfg: Config) -> None:
         row |= {f"valid_{name}": value for name, value in held.items()} | {"seconds": run.seconds()}
         run.log(update + 1, row)
         if not all(map(math.isfinite, held.values())):
-            raise UserError(f"--lr {cfg.lr}: the held-out losses are no numbers any more; start again with a smaller one")
+            raise UserError(f"--lr {cfg.lr}: the held-out losses are no numbers any more; take a smaller one")
         now.update = update + 1
         better = now.better(held)
         if "bc" in better:

@@ -5,14 +5,14 @@ The frozen Stage 1 model says how many steps are left, d(o, g), and that is all 
     r(o_t, a_t, o_t+1, g) = d(o_t, g) - d(o_t+1, g)      reward, Eq. 2
     success(o, g)         = 1[d(o, g) <= s]              ends an episode
 
-REINFORCE on Monte Carlo returns improves the policy. The domain's ground truth is logged, and learnt from only where
-`--success-bonus` says so: on Aloha, as in the paper.
+REINFORCE on Monte Carlo returns improves the policy. The domain's ground truth is logged, and learnt from
+only where `--success-bonus` says so: on Aloha, as in the paper.
 
-    python stage2.py                                    # continues the newest Stage 1 run, 2 minutes on two CPU cores
+    python stage2.py                                    # from the newest Stage 1 run, 2 minutes on two cores
     python stage2.py --stage1 runs/pointmass-stage1-s1  # a given one
     python stage2.py --success ground-truth --gamma 0   # an ablation
     python stage2.py --domain tabletop,look=real        # practice where the demonstrations were not: Real2Sim
-    torchrun --nproc_per_node 2 stage2.py               # two processes, half of the simulations and batches each
+    torchrun --nproc_per_node 2 stage2.py               # two processes, half of the simulations each
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from tokens import QUESTION_ACTION, action_tokenizer
 class Config(ScaleFlags):
     """None means: what the domain takes (`stage2_defaults`), else what is said behind it."""
 
-    stage1: str | None = None  # the run whose policy practises and whose d rewards; None: the newest Stage 1 run
+    stage1: str | None = None  # whose policy practises and whose d rewards; None: the newest Stage 1 run
     reward_run: str | None = None  # another Stage 1 run whose reward model judges (Figure 4's ablation)
-    domain: str | None = None  # practise in another domain with the same observations, as in Real2Sim; None: Stage 1's
+    domain: str | None = None  # practise in another domain, as in Real2Sim; None: Stage 1's
     seed: Whole | None = None  # rollouts and batches; None: Stage 1's
     gamma: Share | None = None  # discount of the Monte Carlo returns; 0.9
     c: Positive = 0.05  # scale of the REINFORCE loss
@@ -56,12 +56,12 @@ class Config(ScaleFlags):
     learns: Literal["all", "blocks"] | None = None  # all weights, or the transformer's blocks alone; all
     keep_optimizer: bool = False  # go on with Stage 1's last AdamW moments, as the authors' notebook does
     num_envs: Count | None = None  # simulations that practise at once; 16
-    operator: bool = False  # practise without resets, but for an operator's: the paper's protocol on real robots
+    operator: bool = False  # practise without resets, but for an operator's: as on the paper's robots
     iterations: Count | None = None  # of Algorithm 1's loop, at most
-    patience: Count = 100  # stop after so many iterations without a better policy, as far as the model can see
+    patience: Count = 100  # stop after so many iterations without a better policy
 
 
-# --- the equations ----------------------------------------------------------------------------------------------------
+# --- the equations ------------------------------------------------------------------------------------------
 def rewards(d: Tensor) -> Tensor:
     """r_t = d(o_t, g) - d(o_t+1, g): float (n, T + 1) -> (n, T), the last step included."""
     return d[:, :-1] - d[:, 1:]  # [Eq. 2]
@@ -76,7 +76,7 @@ def monte_carlo_returns(reward: Tensor, gamma: float) -> Tensor:
 
 
 def practice_returns(episodes: Episodes, cfg: Config) -> Tensor:
-    """The Monte Carlo returns of practice episodes, float (n, T): of Eq. 2's rewards, cut off and with a bonus on Aloha."""
+    """R of practice episodes, float (n, T), from Eq. 2's rewards; on Aloha cut off and with a bonus."""
     reward = rewards(episodes.d)
     if cfg.clip_reward:  # a leap of d is its error more often than the policy's merit
         reward = reward.clamp(-cfg.clip_reward, cfg.clip_reward)
@@ -86,7 +86,7 @@ def practice_returns(episodes: Episodes, cfg: Config) -> Tensor:
 
 
 def reinforce_loss(log_prob: Tensor, returns: Tensor, c: float) -> Tensor:
-    """-c · R_t · log p(a_t | o_t, Question_action(g)), averaged over the batch; log_prob, returns float (B,)."""
+    """-c · R_t · log p(a_t | o_t, Question_action(g)), averaged; log_prob, returns float (B,)."""
     return -(c * returns * log_prob).mean()  # [Alg. 1, line 7]
 
 
@@ -95,7 +95,7 @@ def detect_success(d: Tensor, s: float) -> Tensor:
     return d <= s
 
 
-# --- Algorithm 1 ------------------------------------------------------------------------------------------------------
+# --- Algorithm 1 --------------------------------------------------------------------------------------------
 class Buffer:
     """The tuples (o, a, g, R) of one iteration."""
 
@@ -114,7 +114,7 @@ class Buffer:
         return torch.cat([returns for _, _, _, returns in self.placed])
 
     def batches(self, n: int, size: int, generator: torch.Generator) -> Iterator[tuple]:
-        """(obs, prompts, tokens, returns) of n tuples, drawn without replacement, `size` at a time; the rest is dropped."""
+        """(obs, prompts, tokens, returns) of n tuples, `size` at a time, none twice; the rest is dropped."""
         obs, tokens, goals, returns = zip(*self.placed, strict=True)
         obs = {k: torch.cat([o[k] for o in obs]) for k in obs[0]}
         tokens, goals, returns = torch.cat(tokens), np.concatenate(goals), torch.cat(returns)
@@ -136,7 +136,7 @@ class Progress:
     best_at: int = 5  # iteration
 
     def better(self, mean_steps: float) -> bool:
-        """Whether this is the best policy so far, by all that the model itself can see: how soon it believes to be there."""
+        """Whether this is the best policy so far, by what the model sees: how soon it believes to arrive."""
         self.recent = [*self.recent, mean_steps][-5:]
         score = float(np.mean(self.recent))
         if len(self.recent) < 5 or score >= 0.99 * self.best:
@@ -153,8 +153,10 @@ def main(cfg: Config) -> None:
     learnt = [name for name, p in policy.named_parameters() if p.requires_grad]
     if policy.cfg.image_size:  # frozen, as it is fed its features; AdamW skips it
         policy.vision_tower.requires_grad_(False)
-    wrapped = ranks.scale(policy, cfg, shard=run.config["model"] == "paligemma" and not cfg.lora_rank, judge=reward_model)
-    optimizer = torch.optim.AdamW([policy.get_parameter(name) for name in learnt], lr=cfg.lr, weight_decay=0.0)
+    shard = run.config["model"] == "paligemma" and not cfg.lora_rank
+    wrapped = ranks.scale(policy, cfg, shard, judge=reward_model)
+    trainable = [policy.get_parameter(name) for name in learnt]
+    optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=0.0)
     if cfg.keep_optimizer:
         setup.load_moments(optimizer, stage1)
     generator = torch.Generator().manual_seed(cfg.seed)
@@ -177,7 +179,8 @@ def main(cfg: Config) -> None:
         while min(ranks.all_gather(len(buffer))) < n:
             seed = 10**9 * (cfg.seed + 1) + now.episodes + ranks.rank() * env.num_envs
             with ranks.unsharded(policy, reward_model), ranks.autocast(cfg.bf16):
-                episodes = rollout(policy, reward_model, env, seed, generator, ends, cfg.temperature)  # [Alg. 1, line 2]
+                how = (generator, ends, cfg.temperature)
+                episodes = rollout(policy, reward_model, env, seed, *how)  # [Alg. 1, line 2]
             if cfg.operator:
                 env.steps += episodes.length
             buffer.place(episodes, practice_returns(episodes, cfg))  # [Alg. 1, line 5]
@@ -201,7 +204,7 @@ def main(cfg: Config) -> None:
             row |= {"interventions": env.interventions, "robot_hours": hours}
         run.log(iteration + 1, row, tell=iteration % 10 == 9)
         if not all(map(math.isfinite, row.values())):
-            raise UserError(f"--lr {cfg.lr}: the policy's numbers are none any more; start again with a smaller one")
+            raise UserError(f"--lr {cfg.lr}: the policy's numbers are none any more; take a smaller one")
         better = now.better(row["mean_steps"])
         now.iteration = iteration + 1
         if better:

@@ -9,16 +9,19 @@ from torch import Tensor
 N_LOC = 1024  # number tokens in PaliGemma's vocabulary
 QUESTION_ACTION = "What robot action to {}"  # Question_action(g), Section 3.1
 QUESTION_STEPS = "How many steps to {}"  # Question_steps_to_go(g), Section 3.1
-QUESTION_INSTRUCTION = "What instruction was performed"  # of the first and last observation; Section 3.1 gives no wording
+# asked of the first and the last observation; Section 3.1 gives no wording
+QUESTION_INSTRUCTION = "What instruction was performed"
 
 
-# --- numbers as tokens (Appendix A) ---------------------------------------------------------------------------------
+# --- numbers as tokens (Appendix A) -----------------------------------------------------------------------
 class UniformBins:
-    """Each action dimension in `bins` equal bins over [low, high], one token each (Aloha: 256 bins, Appendix A.2)."""
+    """Each dimension in `bins` equal bins over [low, high], one token each (Aloha: 256, Appendix A.2)."""
 
     def __init__(self, bins: int, low: float | list[float], high: float | list[float], dims: int):
-        self.bins, self.dims = bins, dims
-        self.low, self.high = (torch.as_tensor(x, dtype=torch.float32).expand(dims) for x in (low, high))
+        self.bins = bins
+        self.dims = dims
+        self.low = torch.as_tensor(low, dtype=torch.float32).expand(dims)
+        self.high = torch.as_tensor(high, dtype=torch.float32).expand(dims)
         self.ranges = [(0, bins)] * dims  # number tokens allowed at each position: [first, last + 1)
 
     def encode(self, action: Tensor) -> Tensor:
@@ -37,13 +40,15 @@ class SignMagnitude:
     PLUS = 11  # the sign tokens follow the eleven magnitudes: 11 is +, 12 is -
 
     def __init__(self, limit: float, dims: int):
-        self.limit, self.dims = limit, dims
+        self.limit = limit
+        self.dims = dims
         self.ranges = [(self.PLUS, self.PLUS + 2), (0, 11)] * dims
 
     def encode(self, action: Tensor) -> Tensor:
         """float (..., dims) in [-limit, limit] -> long (..., 2 dims)."""
         magnitude = (action.abs() / self.limit * 10).round().clamp(max=10).long()
-        sign = self.PLUS + ((action < 0) & (magnitude > 0)).long()
+        negative = (action < 0) & (magnitude > 0)
+        sign = self.PLUS + negative.long()
         return torch.stack([sign, magnitude], -1).flatten(-2)
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -58,7 +63,7 @@ def action_tokenizer(kind: str, **settings) -> UniformBins | SignMagnitude:
 
 
 class StepsToGo:
-    """Steps to go, capped at `cap`, in `bins` equal bins, one token; a bin's value is its left edge, so d can be 0."""
+    """Steps to go up to `cap` in `bins` equal bins, one token; a bin's value is its left edge: d can be 0."""
 
     def __init__(self, cap: int, bins: int):
         self.width = cap / bins
@@ -70,48 +75,62 @@ class StepsToGo:
         return (steps / self.width).long().clamp(max=len(self.edges) - 1)[..., None]
 
 
-# --- words as tokens ------------------------------------------------------------------------------------------------
+# --- words as tokens --------------------------------------------------------------------------------------
 class Tokenizer:
-    """Prompts to ids, by a `tokenizers` tokenizer that has <pad>, <bos>, <eos> and the number tokens in order."""
+    """Texts to ids, by a `tokenizers` tokenizer that has <pad>, <bos>, <eos> and the number tokens in order.
+
+    Raises ValueError if it lacks one of these.
+    """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
-        self.tokenizer, self._ids = tokenizer, {}
-        self.pad, self.bos, self.eos, self.loc = (tokenizer.token_to_id(t) for t in ("<pad>", "<bos>", "<eos>", "<loc0000>"))
-        if None in (self.pad, self.bos, self.eos, self.loc) or tokenizer.token_to_id("<loc1023>") != self.loc + N_LOC - 1:
-            raise ValueError("the tokenizer lacks <pad>, <bos>, <eos> or the number tokens <loc0000> ... <loc1023>")
+        self.tokenizer = tokenizer
+        self.pad = tokenizer.token_to_id("<pad>")
+        self.bos = tokenizer.token_to_id("<bos>")
+        self.eos = tokenizer.token_to_id("<eos>")
+        self.loc = tokenizer.token_to_id("<loc0000>")  # the first number token
+        self.known = {}  # prompt -> ids: the same few are asked again and again
+        complete = None not in (self.pad, self.bos, self.eos, self.loc)
+        if not complete or tokenizer.token_to_id("<loc1023>") != self.loc + N_LOC - 1:
+            raise ValueError("the tokenizer lacks <pad>, <bos>, <eos> or the number tokens from <loc0000> on")
 
     @classmethod
     def train(cls, texts: list[str] | tuple[str, ...]) -> Tokenizer:
         """A word-level tokenizer on a domain's instructions: the vocabulary of the nano models."""
         tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
-        split = tokenizers.pre_tokenizers.Split
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-            [split(tokenizers.Regex("[\n,]"), "isolated"), split(" ", "removed")]
-        )
+        marks = tokenizers.pre_tokenizers.Split(tokenizers.Regex("[\n,]"), "isolated")
+        spaces = tokenizers.pre_tokenizers.Split(" ", "removed")
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([marks, spaces])
         # the two questions are one token each: short prompts, fast nano models
         questions = [q.removesuffix(" {}") for q in (QUESTION_ACTION, QUESTION_STEPS)]
-        special = ["<pad>", "<bos>", "<eos>", "<unk>", *questions] + [f"<loc{i:04d}>" for i in range(N_LOC)]
+        numbers = [f"<loc{i:04d}>" for i in range(N_LOC)]
+        special = ["<pad>", "<bos>", "<eos>", "<unk>", *questions, *numbers]
         trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=special, vocab_size=10**6)
-        tokenizer.train_from_iterator([t + "\n" for t in texts], trainer)
+        tokenizer.train_from_iterator([text + "\n" for text in texts], trainer)
         return cls(tokenizer)
 
-    def prompts(self, texts: list[str] | tuple[str, ...]) -> tuple[Tensor, Tensor]:
-        """Padded on the left, so that the last token is every prompt's newline: ids long (B, T), valid bool (B, T)."""
-        for text in set(texts) - self._ids.keys():
-            self._ids[text] = [self.bos] + self.tokenizer.encode(text + "\n", add_special_tokens=False).ids
-        ids = [self._ids[t] for t in texts]
-        longest = max(map(len, ids))
-        ids = torch.tensor([[self.pad] * (longest - len(i)) + i for i in ids])
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def prompts(self, texts: list[str], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """ids long (B, T), valid bool (B, T): padded on the left, so that a prompt's newline comes last."""
+        rows = []
+        for text in texts:
+            if text not in self.known:
+                self.known[text] = [self.bos, *self.encode(text + "\n")]
+            rows.append(self.known[text])
+        longest = max(map(len, rows))
+        ids = torch.tensor([[self.pad] * (longest - len(row)) + row for row in rows], device=device)
         return ids, ids != self.pad
 
-    def answers(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Ended by <eos>, padded on the right, where no earlier token sees it: ids long (B, L), valid bool (B, L)."""
-        ids = [self.tokenizer.encode(t, add_special_tokens=False).ids + [self.eos] for t in texts]
-        longest = max(map(len, ids))
-        ids = torch.tensor([i + [self.pad] * (longest - len(i)) for i in ids])
+    def answers(self, texts: list[str], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """ids long (B, L), valid bool (B, L): ended by <eos>, then padded, where no earlier token sees it."""
+        rows = [[*self.encode(text), self.eos] for text in texts]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [self.pad] * (longest - len(row)) for row in rows], device=device)
         return ids, ids != self.pad
 
     def text(self, ids: list[int]) -> str:
         """An answer's ids up to <eos> -> its text."""
-        ids = ids[: ids.index(self.eos)] if self.eos in ids else ids
+        if self.eos in ids:
+            ids = ids[: ids.index(self.eos)]
         return self.tokenizer.decode(ids, skip_special_tokens=False).replace(" ,", ",")

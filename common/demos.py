@@ -30,7 +30,9 @@ class Frames:
 
     @classmethod
     def join(cls, frames: list[bytes], shape: tuple[int, ...]) -> Frames:
-        return cls(np.frombuffer(b"".join(frames), np.uint8), np.cumsum([0, *map(len, frames)]), np.array(shape))
+        return cls(
+            np.frombuffer(b"".join(frames), np.uint8), np.cumsum([0, *map(len, frames)]), np.array(shape)
+        )
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What a file keeps of them."""
@@ -44,7 +46,7 @@ class Frames:
         return np.frombuffer(inflated, np.uint8).reshape(*rows.shape, *self.shape[1:])
 
 
-# --- recording --------------------------------------------------------------------------------------------------------
+# --- recording ----------------------------------------------------------------------------------------------
 def recorded_part(env: VectorEnv, obs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What a demonstration keeps of an observation: the previous frame is kept already, as the step before's."""
     if env.obs == "state":
@@ -119,7 +121,10 @@ def from_minari(dataset_id: str, domain: str, obs: str) -> dict[str, np.ndarray 
     except Exception as e:  # Minari raises many kinds here
         raise UserError(f"{blame}: cannot be loaded ({e}); `minari list local` shows what is there") from None
     env = envs.make_vec(domain, 1, obs=obs)
-    if (env.single_observation_space, env.single_action_space) != (dataset.observation_space, dataset.action_space):
+    if (env.single_observation_space, env.single_action_space) != (
+        dataset.observation_space,
+        dataset.action_space,
+    ):
         raise UserError(f"{blame}: its spaces are not those of --domain {domain} --obs {obs}; choose another")
     words = set(" ".join(env.instructions()).replace(",", " , ").split())
     episodes, part = [], {}
@@ -128,20 +133,28 @@ def from_minari(dataset_id: str, domain: str, obs: str) -> dict[str, np.ndarray 
             continue
         text, part = e.observations["instruction"][0], recorded_part(env, e.observations)
         if any(len(rows) != len(e.actions) + 1 for rows in part.values()):
-            raise UserError(f"{blame}: episode {e.id} has no observation after its last action; record it with one")
+            raise UserError(
+                f"{blame}: episode {e.id} has no observation after its last action; record it with one"
+            )
         if unknown := set(text.replace(",", " , ").split()) - words:
-            raise UserError(f'{blame}: "{min(unknown)}" in episode {e.id} is no word of --domain {domain}; choose another')
+            raise UserError(
+                f'{blame}: "{min(unknown)}" in episode {e.id} is no word of --domain {domain}; choose another'
+            )
         numbers = [e.actions, *(rows for key, rows in part.items() if key != "frames")]
         if not all(np.isfinite(x).all() for x in numbers):
-            raise UserError(f"{blame}: episode {e.id} has a number that is none (NaN or infinite); leave it out")
+            raise UserError(
+                f"{blame}: episode {e.id} has a number that is none (NaN or infinite); leave it out"
+            )
         actions = np.concatenate([e.actions, np.zeros_like(e.actions[:1])])
         episodes.append((text, [deflate_row(part, t) for t in range(len(actions))], actions))
     if len(episodes) < 2:
-        raise UserError(f"{blame}: {len(episodes)} of its episodes end in success, at least 2 are needed; record others")
+        raise UserError(
+            f"{blame}: {len(episodes)} of its episodes end in success, at least 2 are needed; record others"
+        )
     return pack(episodes, part)
 
 
-# --- caching ----------------------------------------------------------------------------------------------------------
+# --- caching ------------------------------------------------------------------------------------------------
 def load_demonstrations(cfg: Any) -> dict[str, np.ndarray | Frames]:
     """The domain's demonstrations of a Stage 1 configuration, recorded once and cached under data/."""
     if cfg.dataset:
@@ -175,7 +188,7 @@ def write_npz(arrays: dict[str, np.ndarray]) -> Callable[[Path], None]:
     return write
 
 
-# --- batches ----------------------------------------------------------------------------------------------------------
+# --- batches ------------------------------------------------------------------------------------------------
 def split(episodes: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Which episodes are held out, a tenth, and which are used at all: bool (episodes,) each, nested in `fraction`.
 
@@ -213,10 +226,14 @@ class Demonstrations:
         self.acted = np.flatnonzero(self.steps.numpy() > 0)  # the final observation has no action
         self.ends = np.stack([start, start + length - 1], 1)  # (episodes, 2) rows in data, first and last
 
-    def batch(self, rows: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor, list[str], Tensor]:
+    def batch(
+        self, rows: np.ndarray, device: torch.device
+    ) -> tuple[dict[str, Tensor], Tensor, list[str], Tensor]:
         """(observation, action float (B, A), goals, steps to go long (B,)) of the given rows."""
         i = self.index[rows]
-        successive = "frames" in self.data and self.data["frames"].ndim == 4  # the frame before is a part of it
+        successive = (
+            "frames" in self.data and self.data["frames"].ndim == 4
+        )  # the frame before is a part of it
         obs = self.observe(np.stack([self.previous[rows], i], 1) if successive else i, device)
         goals = self.instruction[self.episode[rows]].tolist()
         return obs, torch.from_numpy(self.data["action"][i]), goals, self.steps[rows]
@@ -225,7 +242,9 @@ class Demonstrations:
         """The states of all tuples, float (M, S d)."""
         return torch.from_numpy(self.data["state"][self.index])
 
-    def first_and_last(self, episodes: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], list[str]]:
+    def first_and_last(
+        self, episodes: np.ndarray, device: torch.device
+    ) -> tuple[dict[str, Tensor], list[str]]:
         """(the first and the last observation as one, goals) of the given episodes: what L_instruction is about."""
         return self.observe(self.ends[episodes], device), self.instruction[episodes].tolist()
 

@@ -27,10 +27,12 @@ from common.weights import save_base, save_model, trainable_state
 from model import EFM
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Write to a neighbour and rename: a reader, or a run killed here, sees the old file or the new one, never half."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may be writing the same file
+    temporary = path.with_name(
+        f"{path.name}.{os.getpid()}.tmp"
+    )  # another process may be writing the same file
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -57,10 +59,14 @@ def read_json(path: Path) -> dict:
 def load_state(path: Path) -> dict:
     """What `Run.checkpoint` wrote: tensors, numbers, texts, lists and dicts. Anything else is refused and has not run."""
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")  # of sharded weights a GPU holds a part only
+        state = torch.load(
+            path, weights_only=True, map_location="cpu"
+        )  # of sharded weights a GPU holds a part only
         return state | {key: state[key] for key in ("seconds", "metrics_bytes")}
     except Exception as e:  # a damaged file can raise nearly anything
-        raise UserError(f"{path}: missing or damaged ({type(e).__name__}); delete the run and start it again") from None
+        raise UserError(
+            f"{path}: missing or damaged ({type(e).__name__}); delete the run and start it again"
+        ) from None
 
 
 def require_writable(folder: Path) -> None:
@@ -70,11 +76,15 @@ def require_writable(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=there):
             pass
     except OSError as e:
-        reason = "a file is in the way" if isinstance(e, NotADirectoryError) else f"cannot be written ({e.strerror})"
+        reason = (
+            "a file is in the way"
+            if isinstance(e, NotADirectoryError)
+            else f"cannot be written ({e.strerror})"
+        )
         raise UserError(f"{folder}: {reason}; choose another folder with --out") from None
 
 
-# --- folders ----------------------------------------------------------------------------------------------------------
+# --- folders ------------------------------------------------------------------------------------------------
 def run_folder(domain: str, obs: str, default_obs: str, stage: str, seed: int) -> Path:
     """runs/{domain}-{stage}-s{seed}; a run that is not on the domain's default observations says so in its name."""
     kind = "" if obs == default_obs else f"-{obs}"
@@ -103,7 +113,7 @@ def describe(row: dict) -> str:
     return "\n".join(f"{k:20} {v:.4g}" if isinstance(v, float) else f"{k:20} {v}" for k, v in row.items())
 
 
-# --- what a run continues from ----------------------------------------------------------------------------------------
+# --- what a run continues from ------------------------------------------------------------------------------
 def saved(thing: Any) -> Any:
     """The state of something that `Run.track` was given, as tensors, numbers, texts, lists and dicts."""
     if isinstance(thing, EFM):
@@ -120,7 +130,9 @@ def saved(thing: Any) -> Any:
 def restore(thing: Any, state: Any) -> None:
     """The reverse of `saved`, in place."""
     if isinstance(thing, EFM):
-        thing.load_state_dict(state, strict=not thing.lora_rank)  # of a model with adapters they alone are kept
+        thing.load_state_dict(
+            state, strict=not thing.lora_rank
+        )  # of a model with adapters they alone are kept
     elif isinstance(thing, torch.optim.Optimizer):
         ranks.load_optimizer(thing, state)
     elif isinstance(thing, np.random.Generator):
@@ -184,7 +196,9 @@ class Run:
             self.tracked[name] = thing
             if self.resumed:
                 if name not in self.state:
-                    raise UserError(f"{self.folder}/resume.pt: has no {name}; it is of another version, start again")
+                    raise UserError(
+                        f"{self.folder}/resume.pt: has no {name}; it is of another version, start again"
+                    )
                 restore(thing, self.state.pop(name))  # at 3B tens of gigabytes
 
     def start(self, **models: EFM) -> None:
@@ -199,7 +213,9 @@ class Run:
             self.metrics = open(self.folder / "metrics.csv", "a+b")
             self.metrics.truncate(self.state["metrics_bytes"] if self.resumed else 0)
             self.metrics.seek(0, os.SEEK_END)
-            for thing in self.tracked.values():  # the frozen weights below new adapters: once, the checkpoints name them
+            for thing in (
+                self.tracked.values()
+            ):  # the frozen weights below new adapters: once, the checkpoints name them
                 if isinstance(thing, EFM) and thing.lora_rank and not thing.base.exists():
                     write_atomically(thing.base, lambda p, model=thing: save_base(model, p))
         if not self.resumed:
@@ -240,7 +256,9 @@ class Run:
             if ranks.rank():
                 continue
             if not all(bool(w.isfinite().all()) for w in weights.values()):
-                raise UserError(f"{self.folder}: weights of {name} are no numbers any more; start again, smaller --lr")
+                raise UserError(
+                    f"{self.folder}: weights of {name} are no numbers any more; start again, smaller --lr"
+                )
             path = self.folder / f"{name}.safetensors"
             write_atomically(path, lambda p, m=model, w=weights: save_model(m, p, w))
 

@@ -9,10 +9,10 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from envs.operator import Operator
 from gymnasium.vector import VectorEnv
 
 import envs
@@ -20,11 +20,12 @@ from common import UserError, demos, options, ranks
 from common.options import ScaleFlags, must
 from common.runs import Run, load_state, newest_run, read_json, run_folder
 from common.weights import add_lora, load_model, load_paligemma, load_unimodal, merge_lora
+from envs.operator import Operator
 from model import EFM, PRESETS, EFMConfig
 from tokens import QUESTION_INSTRUCTION, Tokenizer
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------
+# --- parts --------------------------------------------------------------------------------------------------
 def make_env(domain: str, num_envs: int, **kwargs: Any) -> VectorEnv:
     """`envs.make_vec`; an unknown domain or kind of observation is a UserError."""
     try:
@@ -43,7 +44,9 @@ def load_checkpoint(path: Path, env: VectorEnv, beside: EFM | None = None) -> EF
     reads = env.size if model.cfg.resize else model.cfg.image_size
     words = model.tokenizer.tokenizer.encode(" ".join(env.instructions()), add_special_tokens=False).tokens
     if (reads, model.cfg.state_names) != needs or "<unk>" in words:
-        raise UserError(f"{path}: this model is not for --domain {env.name} --obs {env.obs}; name another run")
+        raise UserError(
+            f"{path}: this model is not for --domain {env.name} --obs {env.obs}; name another run"
+        )
     return model
 
 
@@ -65,7 +68,14 @@ def check_scale(cfg: ScaleFlags) -> None:
     options.check(cfg)
     ranks.choose_device(cfg.device)
     compiler = any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
-    must([(compiler or not cfg.compile, "--compile: needs a C++ compiler, and none is here; install g++ or leave it out")])
+    must(
+        [
+            (
+                compiler or not cfg.compile,
+                "--compile: needs a C++ compiler, and none is here; install g++ or leave it out",
+            )
+        ]
+    )
 
 
 def open_run(cfg: Any, env: VectorEnv, stage: str, **more: Any) -> Run:
@@ -78,7 +88,9 @@ def run_settings(folder: Path) -> dict:
     """config.json of a Stage 1 or Stage 2 run; other folders are a UserError."""
     settings = read_json(folder / "config.json")
     if not {"domain", "obs", "seed"} <= settings.keys():
-        raise UserError(f"{folder}/config.json: not the configuration of a Stage 1 or Stage 2 run; name another run")
+        raise UserError(
+            f"{folder}/config.json: not the configuration of a Stage 1 or Stage 2 run; name another run"
+        )
     return settings
 
 
@@ -90,13 +102,20 @@ def load_run(folder: Path, num_envs: int, policy: str = "policy") -> tuple[Vecto
     return env, acting, load_checkpoint(folder / "reward.safetensors", env, acting)
 
 
-# --- Stage 0 ----------------------------------------------------------------------------------------------------------
+# --- Stage 0 ------------------------------------------------------------------------------------------------
 def stage0(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     """The domain, the run, and a model from scratch for a Stage 0 configuration; no model if the run is done."""
     options.check(cfg)
     must([(cfg.model in PRESETS, f"--model {cfg.model}: unknown; choose one of {', '.join(PRESETS)}")])
     env = make_env(cfg.domain, 1, obs="images")
-    must([(hasattr(env, "scenes"), f"--domain {cfg.domain}: has no questions for Stage 0; choose pointmass or tabletop")])
+    must(
+        [
+            (
+                hasattr(env, "scenes"),
+                f"--domain {cfg.domain}: has no questions for Stage 0; choose pointmass or tabletop",
+            )
+        ]
+    )
     run = open_run(cfg, env, "stage0", obs="images")
     if run.done:
         return env, run, None
@@ -109,7 +128,7 @@ def stage0(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     return env, run, model
 
 
-# --- Stage 1 ----------------------------------------------------------------------------------------------------------
+# --- Stage 1 ------------------------------------------------------------------------------------------------
 def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     """The domain, the run, and the model that a Stage 1 configuration starts from; no model if the run is done.
 
@@ -143,7 +162,9 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     cfg.init = str(init or "none")
     # adapters cannot make up for a random projection
     whole = not cfg.vit and (cfg.weights or init)
-    needs = f"--lora-rank {cfg.lora_rank}: needs a model pre-trained as a whole; name --weights or --init alone"
+    needs = (
+        f"--lora-rank {cfg.lora_rank}: needs a model pre-trained as a whole; name --weights or --init alone"
+    )
     must([(whole or not cfg.lora_rank, needs)])
     ranks.choose_threads(cfg, 0 if cfg.model in PRESETS and PRESETS[cfg.model].width < 512 else ranks.SMALL)
     run = open_run(cfg, env, "stage1")
@@ -163,12 +184,18 @@ def starting_run(cfg: Any, env: VectorEnv) -> Path | None:
         return None
     newest = newest_run(f"{cfg.domain}-images-stage0-s*") or newest_run(f"{cfg.domain}-stage0-s*")
     init = Path(cfg.init) if cfg.init else newest
-    print(f"starting from {init}" if init else "starting from scratch: no Stage 0 run here (python stage0.py makes one)")
+    print(
+        f"starting from {init}"
+        if init
+        else "starting from scratch: no Stage 0 run here (python stage0.py makes one)"
+    )
     if init and (init / "config.json").exists():
         domain = read_json(init / "config.json").get("domain", cfg.domain)
         before = make_env(domain, 1, obs=cfg.obs)
         if before.simultaneous != env.simultaneous:  # the second image means something else
-            raise UserError(f"--init {init}: its second image is not that of --domain {cfg.domain}; name another run")
+            raise UserError(
+                f"--init {init}: its second image is not that of --domain {cfg.domain}; name another run"
+            )
     return init
 
 
@@ -195,10 +222,21 @@ def initial_model(cfg: Any, env: VectorEnv, init: Path | None) -> EFM:
     return EFM(sizes, tokenizer).to(ranks.device())
 
 
-# --- Stage 2 ----------------------------------------------------------------------------------------------------------
+# --- Stage 2 ------------------------------------------------------------------------------------------------
 # what a domain that says nothing else in `stage2_defaults` takes
 USUAL = {"gamma": 0.9, "temperature": 1.0, "clip_reward": 0.0, "success_bonus": 0.0, "batch": 64, "learns": "all",
          "num_envs": 16}  # fmt: skip
+
+
+def stage1_run(cfg: Any) -> tuple[Path, dict]:
+    """The run that --stage1 names, or the newest Stage 1 run, and its configuration; its seed is the default."""
+    folder = Path(cfg.stage1) if cfg.stage1 else newest_run("*-stage1-s*")
+    if folder is None:
+        raise UserError("runs/: no finished Stage 1 run; run `python stage1.py` first or name a run with --stage1")
+    settings = run_settings(folder)
+    options.fill(cfg, {"seed": settings["seed"]})
+    cfg.stage1 = str(folder)
+    return folder, settings
 
 
 def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, Path]:
@@ -207,12 +245,9 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, Path]:
     No models if the run is done. Fields of the configuration that are None get the domain's defaults. Raises UserError.
     """
     check_scale(cfg)
-    stage1 = Path(cfg.stage1) if cfg.stage1 else newest_run("*-stage1-s*")
-    if stage1 is None:
-        raise UserError("runs/: no finished Stage 1 run; run `python stage1.py` first or name a run with --stage1")
-    settings = run_settings(stage1)
-    options.fill(cfg, {"seed": settings["seed"], "domain": settings["domain"]})
-    cfg.stage1, obs = str(stage1), settings["obs"]
+    stage1, settings = stage1_run(cfg)
+    options.fill(cfg, {"domain": settings["domain"]})
+    obs = settings["obs"]
     env = make_env(cfg.domain, 1, obs=obs)
     options.fill(cfg, USUAL | {"success_threshold": env.success_threshold} | env.stage2_defaults[obs])
     ranks.require_divisible(cfg, "batch", "num_envs")
@@ -237,7 +272,9 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, Path]:
     reward_model = load_checkpoint(reward_folder / "reward.safetensors", env, policy)
     reward_model.requires_grad_(False)
     new_adapters = cfg.lora_rank > policy.lora_rank  # on weights that Stage 1 has trained
-    of_weights = "--keep-optimizer: the moments are of Stage 1's weights, not of --lora-rank's; leave one of them out"
+    of_weights = (
+        "--keep-optimizer: the moments are of Stage 1's weights, not of --lora-rank's; leave one of them out"
+    )
     must([
         (not cfg.lora_rank or policy.lora_rank in (0, cfg.lora_rank),
          f"--lora-rank {cfg.lora_rank}: {stage1} has adapters of rank {policy.lora_rank}; leave it out"),
@@ -248,7 +285,9 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, Path]:
     run = open_run(cfg, env, "stage2", obs=obs, model=settings.get("model"))
     if run.done:
         return env, run, None, None, stage1
-    if cfg.learns == "blocks":  # the others' gradient is hardly more than noise, and AdamW steps as far along noise
+    if (
+        cfg.learns == "blocks"
+    ):  # the others' gradient is hardly more than noise, and AdamW steps as far along noise
         for name, p in policy.named_parameters():
             p.requires_grad_(p.requires_grad and ".layers." in name)
     if new_adapters:
@@ -256,6 +295,26 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, Path]:
         policy = adapt(policy, cfg.lora_rank, stage1 / "policy.safetensors")
     run.track(policy=policy)
     return env, run, policy, reward_model, stage1
+
+
+def baseline(cfg: Any, domains: tuple[str, ...], name: str) -> tuple[list, Run, EFM | None, EFM | None, Any]:
+    """For a neighbour's method: its domains, cfg.num_envs simulations each, the run, Stage 1's policy and reward model
+    and its demonstrations; no models if the run is done. Raises UserError."""
+    check_scale(cfg)
+    stage1, settings = stage1_run(cfg)
+    made = [make_env(domain, cfg.num_envs, obs=settings["obs"]) for domain in domains]
+    taught = make_env(settings["domain"], 1, obs=settings["obs"])
+    for env in made:
+        require_alike(env, taught)
+    policy = load_checkpoint(stage1 / "policy.safetensors", taught)
+    must([(not policy.lora_rank, f"--stage1 {stage1}: has LoRA adapters, which the baselines do not train; name another")])
+    ranks.choose_threads(cfg, sum(p.numel() for p in policy.parameters()))
+    run = open_run(cfg, made[0], name, obs=settings["obs"], domain=domains[0])
+    if run.done:
+        return made, run, None, None, None
+    reward_model = load_checkpoint(stage1 / "reward.safetensors", taught).requires_grad_(False)
+    train, _ = demos.load(SimpleNamespace(**settings), taught)
+    return made, run, policy, reward_model, train
 
 
 def require_alike(env: VectorEnv, taught: VectorEnv) -> None:

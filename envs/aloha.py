@@ -41,11 +41,9 @@ from typing import Any
 import gymnasium as gym
 import mujoco
 import numpy as np
-from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import batch_space
 from mujoco.batch import Batch
 
-from envs import MujocoVectorEnv, SingleView, require_size, reseed
+from envs import MujocoDomain, SingleView
 
 SIDES = ("left", "right")  # the left arm takes the socket, the right one the peg
 START = np.array([0, -0.96, 1.16, 0, -0.3, 0])  # [rad]
@@ -242,72 +240,61 @@ def ranges() -> tuple[np.ndarray, np.ndarray]:
     return np.tile(low, (1, 2)).ravel().astype(np.float32), np.tile(high, (1, 2)).ravel().astype(np.float32)
 
 
-class AlohaInsertionVectorEnv(MujocoVectorEnv):
+class AlohaInsertionVectorEnv(MujocoDomain):
     """N tables with two arms each. See the module's docstring for spaces, success and episode end."""
 
-    name, default_obs = "aloha", "state"
+    name = "aloha"
     horizon = 40  # decisions: 20 s, the time limit of ACT's environments
-    steps_cap, steps_bins = 40, 40  # steps to go count decisions, as in the paper
     low, high = ranges()
     action_tokens = {"kind": "uniform", "bins": 256, "low": low.tolist(), "high": high.tolist(), "dims": 14 * CHUNK}
-    state_names = ("left arm", "right arm", "socket", "peg", "socket in left gripper", "peg in right gripper", "peg in socket")
+    state_names = ("left arm", "right arm", "socket", "peg",
+                   "socket in left gripper", "peg in right gripper", "peg in socket")  # fmt: skip
     state_dim = 7
+    steps_cap, steps_bins = 40, 40  # steps to go count decisions, as in the paper
     success_threshold = 0.25
     temperature = 0.5  # the demonstrators' noise is in the policy too: drawn from at 1 it drops more; practice broadens it
-    simultaneous = True  # both images are of now
-    predicts_instruction = False  # the paper asks it on LanguageTable only
-    recipes = {"state": {"model": "nano-arms", "episodes": 5000, "updates": 14_000, "batch": 32, "lr": 4e-3, "policy": "last"},
-               # runs, has not been trained
-               "images": {"model": "nano-vision", "episodes": 2000, "updates": 24_000, "policy": "last"}}  # fmt: skip
+    text_length, letters = 60, "abcdefghijklmnopqrstuvwxyz "
+    stage1_defaults = {
+        "state": {"model": "nano-arms", "episodes": 5000, "updates": 14_000, "batch": 32, "lr": 4e-3, "policy": "last"},
+        # runs, has not been trained
+        "images": {"model": "nano-vision", "episodes": 2000, "updates": 24_000, "policy": "last"},
+    }
     # success_bonus: the paper adds "a small constant", because the cameras do not see the insertion
-    practice = dict.fromkeys(recipes, {"gamma": 0.5, "temperature": 0.7, "clip_reward": 1.0, "success_bonus": 1.0, "batch": 72,
-                                       "learns": "blocks", "num_envs": 64, "iterations": 36})  # fmt: skip
-    metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 2}
+    stage2_defaults = dict.fromkeys(stage1_defaults, {
+        "gamma": 0.5, "temperature": 0.7, "clip_reward": 1.0, "success_bonus": 1.0,
+        "batch": 72, "learns": "blocks", "num_envs": 64, "iterations": 36})  # fmt: skip
+    metadata = MujocoDomain.metadata | {"render_fps": 2}
+    STATE_FIELDS = (*MujocoDomain.STATE_FIELDS, "command", "touch", "stage", "miss", "drops", "bump")
+    OF_THIS_PROCESS = (*MujocoDomain.OF_THIS_PROCESS, "xpos", "xquat", "sensed", "arms", "arm_xpos", "arm_xquat")
 
     def __init__(self, num_envs: int = 1, obs: str = "state", size: int = 128, render_mode: str | None = None):
-        if obs not in ("state", "images"):
-            raise ValueError(f"--obs {obs}: choose state or images")
-        require_size(size)
-        self.num_envs, self.obs, self.size, self.render_mode = num_envs, obs, size, render_mode
-        n, unbounded = num_envs, {"low": -np.inf, "high": np.inf, "dtype": np.float32}
-        self.single_action_space = gym.spaces.Box(self.low, self.high, dtype=np.float32)
-        spaces: dict[str, gym.Space] = {"instruction": gym.spaces.Text(60, charset=frozenset("abcdefghijklmnopqrstuvwxyz "))}
-        if obs == "state":
-            spaces["state"] = gym.spaces.Box(shape=(7 * len(self.state_names),), **unbounded)
-        else:
-            spaces["images"] = gym.spaces.Box(0, 255, (2, size, size, 3), np.uint8)
-            spaces["joints"] = gym.spaces.Box(shape=(14,), **unbounded)
-        self.single_observation_space = gym.spaces.Dict(spaces)
-        self.action_space = batch_space(self.single_action_space, n)
-        self.observation_space = batch_space(self.single_observation_space, n)
-        self.model = mujoco.MjModel.from_xml_string(scene())
-        self.sim = Batch(self.model, n)
-        self.xpos, self.xquat, self.sensed = (self.sim.bind(k) for k in ("xpos", "xquat", "sensordata"))
+        super().__init__(num_envs, obs, size, render_mode, scene())
+        n = num_envs
         self.gripper_ids = [self.model.body(f"{side}/gripper").id for side in SIDES]
         self.command = np.zeros((n, 16))  # the servos' targets at the end of the last decision
         self.touch = np.zeros((n, 8), bool)  # what touched what in the last 0.1 s, pairs as in `scene`
-        self.stage, self.t, self.texts = np.zeros(n, int), np.zeros(n, int), [""] * n
-        self.drawn: mujoco.MjData | None = None
-        self.renderers: dict[tuple[int, int], mujoco.Renderer] = {}
-        self.rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(n)]
-        self.frames = np.zeros((n, 2, size, size, 3), np.uint8)
-        # for the expert: 2 N arms alone, left and right in turn, whose kinematics it inverts
-        self.arms: Batch | None = None
+        self.stage = np.zeros(n, int)
         # the demonstrator's habits: where each hand aims amiss [m], drops to come, where the peg will be off the socket [m]
         self.miss, self.drops, self.bump = np.zeros((n, 2, 3)), np.zeros((n, 2), bool), np.zeros((n, 3))
 
-    # --- Gymnasium ----------------------------------------------------------------------------------------------------
-    def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        """Reset all simulations, or those of options["reset_mask"] (bool (N,)). Simulation i gets seed + i."""
-        mask = reseed(self, seed, options)
-        rows = np.flatnonzero(mask)
-        if len(rows):
-            self._place(rows)
-        self._draw(rows)
-        return self._observe(), self._info()
+    def _spaces(self) -> dict[str, gym.Space]:
+        spaces = super()._spaces()
+        if self.obs == "images":
+            spaces["joints"] = gym.spaces.Box(-np.inf, np.inf, (14,), np.float32)
+        return spaces
 
-    def step(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
-        """One decision of every simulation; actions float (N, 70), clipped to the action space."""
+    def _simulate(self) -> None:
+        super()._simulate()
+        self.xpos, self.xquat, self.sensed = (self.sim.bind(k) for k in ("xpos", "xquat", "sensordata"))
+        # for the expert: 2 N arms alone, left and right in turn, whose kinematics it inverts
+        self.arms: Batch | None = None
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        self.sim.forward(stage=mujoco.mjtStage.mjSTAGE_POS.value)  # where the hands are
+
+    def _move(self, actions: np.ndarray) -> None:
+        """One decision of every simulation."""
         after = self.targets(actions).reshape(self.num_envs, CHUNK, 2, 7)
         finger = CLOSED + after[..., 6:] * (OPEN - CLOSED)
         after = np.concatenate([after[..., :6], finger, -finger], -1).reshape(self.num_envs, CHUNK, 16)
@@ -321,11 +308,6 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
         self.command = after[:, -1]
         self.touch = (sensed[:, -steps:] > 0).any(1)  # rigid things that press together part for single steps
         self.stage = np.where((sensed[:, :, -1] > 0).any(1), 4, stages(self.touch))
-        self.t += 1
-        self._draw(np.arange(self.num_envs))
-        info = self._info()
-        success = info["is_success"]
-        return self._observe(), success.astype(float), success.copy(), self.t >= self.horizon, info
 
     def targets(self, actions: np.ndarray) -> np.ndarray:
         """Actions (N, 70), clipped to the action space -> absolute targets, float (N, 5, 14) [rad; gripper 0 to 1]."""
@@ -385,32 +367,37 @@ class AlohaInsertionVectorEnv(MujocoVectorEnv):
         self.command[rows] = start
         self.sim.forward(rows)
         self.touch[rows] = self.sensed[rows] > 0
-        self.stage[rows], self.t[rows] = stages(self.touch[rows]), 0
+        self.stage[rows] = stages(self.touch[rows])
+
+    def _success(self) -> np.ndarray:
+        return self.stage == 4
 
     def _info(self) -> dict[str, np.ndarray]:
-        return {"is_success": self.stage == 4, "stage": self.stage.copy()}
+        return super()._info() | {"stage": self.stage.copy()}
 
     def _observe(self) -> dict[str, Any]:
-        seen: dict[str, Any] = {"instruction": tuple(self.texts)}
+        seen = super()._observe()
         if self.obs == "images":
-            joints = self.joints.reshape(self.num_envs, 14).astype(np.float32)
-            return seen | {"images": self.frames.copy(), "joints": joints}
+            seen["joints"] = self.joints.reshape(self.num_envs, 14).astype(np.float32)
+        return seen
+
+    def _state(self) -> np.ndarray:
         (obj, quat), (hand, hand_quat) = self.objects, self.hands
         still = np.array([1.0, 0, 0, 0])
         parts = [self.joints, seen_from(obj, quat, np.array([0, 0.5, 0]), still),
                  # the right arm sees the peg turned half round: its quaternions then stay away from w = 0
                  seen_from(obj, multiply(quat, TURNS), hand, hand_quat),
                  seen_from(obj[:, 1:], quat[:, 1:], obj[:, :1], quat[:, :1])]  # fmt: skip
-        return seen | {"state": np.concatenate(parts, 1).reshape(self.num_envs, -1).astype(np.float32)}
+        return np.concatenate(parts, 1).reshape(self.num_envs, -1).astype(np.float32)
 
-    def _draw(self, rows: np.ndarray) -> None:
-        if self.obs == "images":
-            gap = self.size // 16
-            height = (self.size - gap) // 2
-            for i in rows:
-                for k, name in enumerate(CAMERAS):  # the rest of a frame stays black
-                    top = k % 2 * (self.size - height)
-                    self.frames[i, k // 2, top : top + height] = self._picture(i, name, height, self.size)
+    def _views(self, rows: np.ndarray) -> np.ndarray:
+        views = np.zeros((len(rows), 2, self.size, self.size, 3), np.uint8)
+        height = (self.size - self.size // 16) // 2  # the gap between two cameras stays black
+        for view, i in zip(views, rows, strict=True):
+            for k, name in enumerate(CAMERAS):
+                top = k % 2 * (self.size - height)
+                view[k // 2, top : top + height] = self._picture(i, name, height, self.size)
+        return views
 
     def _picture(self, i: int, name: str, height: int, width: int) -> np.ndarray:
         """uint8 (height, width, 3) of simulation i, by one of the cameras."""

@@ -1,4 +1,7 @@
-"""Who looks after the stations while a policy practises without resets ("Online Self-Improvement", on real robots)."""
+"""Who looks after the stations while a policy practises without resets.
+
+As in the paper's appendix "Real-world Language Table experimentation procedure": one person for all robots.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ from envs.domain import Domain
 class Operator(VectorWrapper):
     """A domain whose `reset` is *ask again, or set up anew*; everything else is the domain's.
 
-    An episode begins where the one before it ended, with a new instruction. A station is set up anew when something
-    has fallen, when nothing is left to ask, and when it is due: so many seconds after its last reset, drawn anew each
-    time. Whoever steps the stations adds up how long each has practised:
+    An episode begins where the one before it ended, with a new instruction. A station is set up anew when
+    something has fallen, when nothing is left to ask, and when it is due: so many seconds after its last reset,
+    drawn anew each time. Whoever steps the stations adds up how long each has practised:
 
         env = Operator(env, seed=0)
         episodes = rollout(policy, reward_model, env, ...)
@@ -25,16 +28,20 @@ class Operator(VectorWrapper):
     """
 
     def __init__(self, env: Domain, seed: int, every: tuple[float, float] = (180.0, 300.0)):
-        """every: the least and the greatest time between a station's resets [s]. Raises ValueError where `env` cannot ask."""
+        """every: the least and the greatest time between a station's resets [s].
+
+        Raises ValueError where the domain cannot go on without a reset.
+        """
         super().__init__(env)
         if not hasattr(env, "ask"):
-            raise ValueError(f"--operator: {env.name} cannot go on without a reset; practise on tabletop or bananatable")
+            way_out = "practise on tabletop or bananatable"
+            raise ValueError(f"--operator: {env.name} cannot go on without a reset; {way_out}")
         self.rng, self.every = np.random.default_rng(seed), every
         self.interventions = -env.num_envs  # setting the stations up is none
         self.steps = np.full(env.num_envs, 10**9)  # since the station's last reset: at first all are overdue
         self.due = self._draw_due(env.num_envs)  # at so many steps
 
-    def __getattr__(self, name: str) -> Any:  # what the domain says of itself: horizon, obs, action_tokens, ...
+    def __getattr__(self, name: str) -> Any:  # what the domain says of itself: horizon, obs, ...
         if name == "env" or name.startswith("_"):
             raise AttributeError(f"{type(self).__name__} has no {name}")
         return getattr(self.env, name)
@@ -43,9 +50,9 @@ class Operator(VectorWrapper):
         return self.rng.uniform(*self.every, n) * self.env.metadata["render_fps"]
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        """Observation and info that the next episode of every station begins with; the seed is for what is set up anew."""
+        """What the next episode of every station begins with; the seed is for what is set up anew."""
         if options:
-            raise ValueError(f"options {list(options)}: the operator decides what is set up anew; leave them out")
+            raise ValueError(f"options {list(options)}: the operator decides what is set up anew")
         needs = self.env.fallen.any(1) | (self.steps > self.due)
         self.interventions += int(needs.sum())
         self.steps[needs] = 0

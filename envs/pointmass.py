@@ -27,16 +27,12 @@ Version history
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 
 import pointmass
-from envs import SingleView, require_size, reseed
+from envs import Domain, SingleView
 
 COLOURS = ("red", "green", "blue")
 VERBS, NOUNS = ("move", "go", "drive", "steer"), ("goal", "target", "spot")
@@ -90,52 +86,35 @@ def draw(pos: np.ndarray, wake: np.ndarray, goals: np.ndarray, size: int, zoom: 
     return frames.permute(0, 2, 3, 1).contiguous().numpy()
 
 
-class PointmassVectorEnv(VectorEnv):
+class PointmassVectorEnv(Domain):
     """N pointmasses at once. See the module's docstring for spaces, success and episode end."""
 
-    name, default_obs = "pointmass", "state"
-    recipes = {"state": {"model": "nano", "episodes": 5000, "updates": 9000, "policy": "best"},
-               "images": {"model": "nano-vision", "episodes": 6000, "updates": 18_000, "policy": "best"}}  # fmt: skip
-    practice = {"state": {"iterations": 200}, "images": {"iterations": 300}}
+    name = "pointmass"
     horizon = pointmass.HORIZON
-    steps_cap, steps_bins = 140, 140  # a bin is a step: near the goal, where the detector decides, d is sharp
+    low, high = np.full(2, -ACTION_LIMIT), np.full(2, ACTION_LIMIT)
     action_tokens = {"kind": "uniform", "bins": 21, "low": -ACTION_LIMIT, "high": ACTION_LIMIT, "dims": 2}
     state_names, state_dim = ("position", "velocity", *COLOURS), 2
-    success_threshold, temperature = 3.0, 1.0
-    simultaneous = True
-    predicts_instruction = False  # the paper asks it on LanguageTable only
-    metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 10}
+    steps_cap, steps_bins = 140, 140  # a bin is a step: near the goal, where the detector decides, d is sharp
+    success_threshold = 3.0
+    text_length, letters = 40, "abcdefghijklmnopqrstuvwxyz "
+    stage1_defaults = {
+        "state": {"model": "nano", "episodes": 5000, "updates": 9000, "policy": "best"},
+        "images": {"model": "nano-vision", "episodes": 6000, "updates": 18_000, "policy": "best"},
+    }
+    stage2_defaults = {"state": {"iterations": 200}, "images": {"iterations": 300}}
+    STATE_FIELDS = ("pos", "vel", "goals", "colour", "waypoints", "waypoint")
     instructions, questions = staticmethod(instructions), staticmethod(questions)
 
     def __init__(self, num_envs: int = 1, obs: str = "state", size: int = 32, render_mode: str | None = None):
-        if obs not in ("state", "images"):
-            raise ValueError(f"--obs {obs}: choose state or images")
-        require_size(size)
-        self.num_envs, self.obs, self.size, self.render_mode = num_envs, obs, size, render_mode
-        limit = np.float32(ACTION_LIMIT)
-        self.single_action_space = gym.spaces.Box(-limit, limit, (2,), np.float32)
-        charset = frozenset("abcdefghijklmnopqrstuvwxyz ")
-        spaces = {"instruction": gym.spaces.Text(40, charset=charset)}
-        if obs == "state":
-            spaces["state"] = gym.spaces.Box(-np.inf, np.inf, (10,), np.float32)
-        else:
-            spaces["images"] = gym.spaces.Box(0, 255, (2, size, size, 3), np.uint8)
-        self.single_observation_space = gym.spaces.Dict(spaces)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(num_envs)]
+        super().__init__(num_envs, obs, size, render_mode)
         self.pos, self.vel = np.zeros((num_envs, 2)), np.zeros((num_envs, 2))
-        self.goals = np.zeros((num_envs, 3, 2))
+        self.goals, self.colour = np.zeros((num_envs, 3, 2)), np.zeros(num_envs, int)
+        # the demonstrator's way: five places to pass by, and the one that is next
         self.waypoints = np.zeros((num_envs, pointmass.N_WAYPOINTS, 2))
-        self.colour, self.waypoint = np.zeros(num_envs, int), np.zeros(num_envs, int)
-        self.t = np.zeros(num_envs, int)
-        self.texts = [""] * num_envs
-        self.frames = np.zeros((num_envs, 2, size, size, 3), np.uint8)
+        self.waypoint = np.zeros(num_envs, int)
 
-    def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        """Reset all simulations, or those of options["reset_mask"] (bool (N,)). Simulation i gets seed + i."""
-        mask = reseed(self, seed, options)
-        for i in np.flatnonzero(mask):
+    def _place(self, rows: np.ndarray) -> None:
+        for i in rows:
             rng = self.rngs[i]
             while True:
                 pos = rng.uniform(-pointmass.START, pointmass.START, 2)
@@ -147,23 +126,14 @@ class PointmassVectorEnv(VectorEnv):
             self.colour[i] = rng.integers(3)
             self.texts[i] = instruction(self.colour[i], rng)
             self.waypoints[i] = rng.uniform(-pointmass.GOAL, pointmass.GOAL, (pointmass.N_WAYPOINTS, 2))
-        self.t[mask], self.waypoint[mask] = 0, 0
-        self._draw(mask)
-        return self._observe(), {"is_success": self._success()}
+        self.waypoint[rows] = 0
 
-    def step(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
-        """One step of every simulation; actions float (N, 2), clipped to the action space."""
-        actions = np.clip(np.asarray(actions, float), -ACTION_LIMIT, ACTION_LIMIT)
+    def _move(self, actions: np.ndarray) -> None:
         pos, vel = pointmass.step(self.pos, self.vel, actions)
         self.vel = np.where(np.abs(pos) > WALL, 0.0, vel)
         self.pos = np.clip(pos, -WALL, WALL)
-        target = self._target()
-        passed = np.linalg.norm(self.pos - target, axis=1) < pointmass.GOAL_RADIUS
+        passed = np.linalg.norm(self.pos - self._target(), axis=1) < pointmass.GOAL_RADIUS
         self.waypoint = np.minimum(self.waypoint + passed, pointmass.N_WAYPOINTS)
-        self.t += 1
-        self._draw(np.ones(self.num_envs, bool))
-        success = self._success()
-        return self._observe(), success.astype(float), success.copy(), self.t >= self.horizon, {"is_success": success}
 
     def demonstrate(self) -> np.ndarray:
         """The demonstrator's actions, float (N, 2): the PD expert by way of five random waypoints, then the goal."""
@@ -181,7 +151,7 @@ class PointmassVectorEnv(VectorEnv):
         """
         pos, goals = rng.uniform(-WALL, WALL, (n, 2)), rng.uniform(-pointmass.GOAL, pointmass.GOAL, (n, 3, 2))
         wake = pos - np.clip(rng.normal(0, 0.06 * WAKE, (n, 2)), -WALL / ZOOM, WALL / ZOOM)
-        images = self._views(pos, wake, goals)
+        images = self._pictures(pos, wake, goals)
         asked, names = rng.integers(8, size=n), rng.integers(len(NOUNS), size=n)
         every = np.concatenate([goals, (goals - pos[:, None]) / 2, pos[:, None], ZOOM * (wake - pos)[:, None]], 1)  # (n, 8, 2)
         places = every[np.arange(n), asked]  # (n, 2)
@@ -208,23 +178,16 @@ class PointmassVectorEnv(VectorEnv):
     def _wake(self) -> np.ndarray:
         return self.pos - WAKE * 10 * self.vel  # ten substeps a step
 
-    def _views(self, pos: np.ndarray, wake: np.ndarray, goals: np.ndarray) -> np.ndarray:
+    def _pictures(self, pos: np.ndarray, wake: np.ndarray, goals: np.ndarray) -> np.ndarray:
         """uint8 (N, 2, size, size, 3): the table, and what is around the point."""
         return np.stack([draw(pos, wake, goals, self.size, zoom) for zoom in (1, ZOOM)], 1)
 
-    def _draw(self, mask: np.ndarray) -> None:
-        if self.obs == "images":
-            self.frames = self.frames.copy()  # observations handed out before stay as they were
-            self.frames[mask] = self._views(self.pos[mask], self._wake()[mask], self.goals[mask])
+    def _views(self, rows: np.ndarray) -> np.ndarray:
+        return self._pictures(self.pos[rows], self._wake()[rows], self.goals[rows])
 
-    def _observe(self) -> dict[str, Any]:
-        obs: dict[str, Any] = {"instruction": tuple(self.texts)}
-        if self.obs == "images":
-            obs["images"] = self.frames
-        else:
-            quantities = [self.pos[:, None], self.vel[:, None] * 100, self.goals - self.pos[:, None]]
-            obs["state"] = np.concatenate(quantities, 1).reshape(self.num_envs, 10).astype(np.float32)
-        return obs
+    def _state(self) -> np.ndarray:
+        quantities = [self.pos[:, None], self.vel[:, None] * 100, self.goals - self.pos[:, None]]
+        return np.concatenate(quantities, 1).reshape(self.num_envs, 10).astype(np.float32)
 
 
 class PointmassEnv(SingleView):

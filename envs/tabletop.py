@@ -29,6 +29,9 @@ Arguments
     family   block2block | block2absolutelocation | block2relativelocation | block2block_relative_location |
              separate_blocks | mixed (a family drawn at each reset)
     blocks   4 | 8: LanguageTable's BLOCK_4, BLOCK_8
+    pairs    of block2block with 4 blocks, which may be asked to move to which: prior | forward | second | backward |
+             unseen | practice | both (PAIRS); all of them where it is left out. `env.pairs` has a name for each
+             simulation, which may be changed before `ask` or `reset`
     obs      "state" | "images"; size, the frame's pixels (64)
     history  0 | 1: of obs="images", the previous frame in place of the second view
     look     "sim" | "real": a second domain for sim-to-real at our scale. "real" has duller colours, a browner board,
@@ -41,18 +44,13 @@ Version history
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
-import gymnasium as gym
 import mujoco
 import numpy as np
-from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import batch_space
-from mujoco.batch import Batch
 
-from envs import MujocoVectorEnv, SingleView, require_size, reseed
+from envs import MujocoDomain, SingleView
 from envs import tabletop_language as language
 from envs.tabletop_language import Meaning
 
@@ -69,6 +67,17 @@ FOCAL = 0.803  # of the frame's width, vertically and horizontally
 SUBSTEPS = 24  # of 1/240 s
 DISTANCES = {"near": 0.15, "far": 0.25}  # [m], of block2relativelocation
 JITTER = np.array([[0.01], [np.pi / 180]])  # of the camera of look="real": [m] and [rad]
+# which block to which one, of red moon 0, blue cube 1, green star 2, yellow pentagon 3, and how often
+PRIOR = dict.fromkeys([(0, 1), (1, 2), (2, 3), (3, 0), (1, 3), (2, 0), (3, 1)], 1 / 7)
+PAIRS = {
+    "prior": PRIOR,  # every block moves and is moved to
+    "forward": {(0, 3): 1.0},
+    "second": {(2, 1): 1.0},
+    "backward": {(0, 2): 1.0},  # undoes forward
+    "unseen": {(1, 0): 0.5, (3, 2): 0.5},
+    "practice": {pair: 0.98 * share for pair, share in PRIOR.items()} | {(0, 3): 0.01, (0, 2): 0.01},
+    "both": {(0, 3): 0.5, (0, 2): 0.5},
+}
 _ARC = np.linspace(-0.75, 0.75, 6)
 BANANA = 0.1 * np.stack([np.cos(_ARC), np.sin(_ARC)], 1) - [0.0885, 0]  # its spine, 14 cm between the ends [m], (6, 2)
 
@@ -197,13 +206,13 @@ def foveate(picture: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray
     first = corner(at, s)
     rows = picture[::2].astype(np.uint16) + picture[1::2]
     whole = (rows[:, ::2] + rows[:, 1::2]) // 4
-    around = np.full((4 * s, 4 * s, 3), 128, np.uint8)
-    around[s : 3 * s, s : 3 * s] = picture
+    padded = np.full((4 * s, 4 * s, 3), 128, np.uint8)
+    padded[s : 3 * s, s : 3 * s] = picture
     x, y = first + s
-    return np.stack([whole.astype(np.uint8), around[y : y + s, x : x + s]]), first / (2 * s)
+    return np.stack([whole.astype(np.uint8), padded[y : y + s, x : x + s]]), first / (2 * s)
 
 
-def beside(direction: str) -> np.ndarray:
+def offset_beside(direction: str) -> np.ndarray:
     """From a block to the place beside it in a direction, float (2,) [m]: 8 cm along an axis, 4 cm along both."""
     return np.multiply(language.DIRECTIONS[direction], 0.08 if len(direction.split()) == 1 else 0.04 * 2**0.5)
 
@@ -250,7 +259,7 @@ class Tasks:
                 self.radius[i] = 0.10
             case "block2block_relative_location":
                 direction, other = meaning.target
-                self.weights[i, other], self.offset[i] = 1, beside(direction)
+                self.weights[i, other], self.offset[i] = 1, offset_beside(direction)
                 self.radius[i], self.drift[i] = 0.04, 0.05
             case "separate_blocks":
                 self.weights[i, list(meaning.target)], self.away[i], self.radius[i] = 1 / len(meaning.target), 0.10, 0.025
@@ -272,7 +281,7 @@ class Tasks:
         return near & (moved <= self.drift)
 
 
-def around(start: np.ndarray, goal: np.ndarray, obstacles: np.ndarray, radius: np.ndarray) -> np.ndarray:
+def detour(start: np.ndarray, goal: np.ndarray, obstacles: np.ndarray, radius: np.ndarray) -> np.ndarray:
     """The next point of a way from start to goal past round obstacles, all float (N, 2); (N, K, 2) and (N, K) [m].
 
     The nearest obstacle in the way is passed on the side on which it lies less; a start inside one leaves it first.
@@ -291,85 +300,78 @@ def around(start: np.ndarray, goal: np.ndarray, obstacles: np.ndarray, radius: n
     return np.where(blocking.any(1)[:, None], corner, goal)
 
 
-class TabletopVectorEnv(MujocoVectorEnv):
+class TabletopVectorEnv(MujocoDomain):
     """N tables at once. See the module's docstring for spaces, success and episode end."""
 
-    name, default_obs = "tabletop", "state"
-    recipes = {"state": {"model": "nano-deep", "episodes": 20_000, "updates": 12_000, "policy": "best"},
-               "images": {"model": "nano-vision", "episodes": 8000, "updates": 12_000, "policy": "best"}}  # fmt: skip
-    practice = {"state": {"iterations": 150}, "images": {"iterations": 300}}
-    # [m] between the tool and a thing's middle: at the start, when passing, before a push
-    clearance, girth, reach = 0.06, 0.045, 0.05
-    steps_cap, steps_bins = 100, 50
-    success_threshold, temperature = 3.0, 1.0
-    predicts_instruction = True
+    name = "tabletop"
+    low, high = np.full(2, -ACTION_LIMIT), np.full(2, ACTION_LIMIT)
     action_tokens = {"kind": "sign-magnitude", "limit": STRIDE, "dims": 2}
     state_dim = 4
-    metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 10}
+    steps_cap, steps_bins = 100, 50
+    success_threshold = 3.0
+    predicts_instruction = True
+    stage1_defaults = {
+        "state": {"model": "nano-deep", "episodes": 20_000, "updates": 12_000, "policy": "best"},
+        "images": {"model": "nano-vision", "episodes": 8000, "updates": 12_000, "policy": "best"},
+    }
+    stage2_defaults = {"state": {"iterations": 150}, "images": {"iterations": 300}}
+    # [m] between the tool and a thing's middle: at the start, when passing, before a push
+    clearance, girth, reach = 0.06, 0.045, 0.05
+    STATE_FIELDS = (*MujocoDomain.STATE_FIELDS, "friction", "camera", "target", "tasks", "meanings", "fallen", "pairs",
+                    "speed", "wobble", "pause", "pass_by")  # fmt: skip
+    OF_THIS_PROCESS = (*MujocoDomain.OF_THIS_PROCESS, "friction")
 
-    def __init__(self, num_envs: int = 1, family: str = "block2block", blocks: int = 4, obs: str = "state", size: int = 64,
-                 look: str = "sim", history: bool = False, render_mode: str | None = None):  # fmt: skip
+    def __init__(self, num_envs: int = 1, family: str = "block2block", blocks: int = 4, obs: str = "state",
+                 size: int = 64, look: str = "sim", history: bool = False, pairs: str = "",
+                 render_mode: str | None = None):  # fmt: skip
         if family not in (*language.FAMILIES, "mixed"):
             raise ValueError(f"family {family}: choose one of {', '.join(language.FAMILIES)} or mixed")
         if blocks not in language.BLOCK_SETS:
             raise ValueError(f"blocks {blocks}: choose 4 or 8")
+        require_pairs(pairs)
+        if pairs and (family, blocks) != ("block2block", 4):
+            raise ValueError(f"pairs {pairs}: for family block2block with 4 blocks only; leave it out")
         self.families = language.FAMILIES if family == "mixed" else (family,)
         self.things = language.BLOCK_SETS[blocks]
         self.horizon = 100 if blocks == 4 else 200
+        self.pairs = [pairs] * num_envs  # which task a simulation may be asked, a name in PAIRS; for the caller to change
         self._build(num_envs, obs, size, look, history, render_mode)
 
-    def _build(self, num_envs: int, obs: str, size: int, look: str, history: bool, render_mode: str | None) -> None:
-        for flag, value, known in (("obs", obs, ("state", "images")), ("look", look, ("sim", "real"))):
-            if value not in known:
-                raise ValueError(f"--{flag} {value}: choose {' or '.join(known)}")
+    def _build(self, n: int, obs: str, size: int, look: str, history: bool, render_mode: str | None) -> None:
+        if look not in ("sim", "real"):
+            raise ValueError(f"look {look}: choose sim or real")
         if history not in (0, 1):
             raise ValueError(f"history {history}: choose 0 or 1")
-        require_size(size)
-        self.num_envs, self.obs, self.size, self.look, self.render_mode = num_envs, obs, size, look, render_mode
+        self.look = look
         self.simultaneous = obs == "state" or not history  # both images are of now; states always are
-        n, B = num_envs, len(self.things)
         self.state_names = ("tool", *self.things)
-        self.single_action_space = gym.spaces.Box(-ACTION_LIMIT, ACTION_LIMIT, (2,), np.float32)
-        spaces: dict[str, gym.Space] = {"instruction": gym.spaces.Text(200, charset=frozenset("abcdefghijklmnopqrstuvwxyz ,"))}
-        if obs == "state":
-            spaces["state"] = gym.spaces.Box(-np.inf, np.inf, (4 + 4 * B,), np.float32)
-        else:
-            spaces["images"] = gym.spaces.Box(0, 255, (2, size, size, 3), np.uint8)
-        self.single_observation_space = gym.spaces.Dict(spaces)
-        self.action_space = batch_space(self.single_action_space, n)
-        self.observation_space = batch_space(self.single_observation_space, n)
-        self.model = mujoco.MjModel.from_xml_string(scene(self.things, look))
-        self.sim = Batch(self.model, n)
-        self.friction = self.sim.expand("dof_frictionloss") if look == "real" else None
-        self.drawn: mujoco.MjData | None = None
-        self.renderers: dict[tuple[int, int], mujoco.Renderer] = {}
-        self.rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(n)]
-        self.target, self.t, self.texts = np.zeros((n, 2)), np.zeros(n, int), [""] * n
+        super().__init__(n, obs, size, render_mode, scene(self.things, look))
+        B = len(self.things)
+        self.target = np.zeros((n, 2))
         self.camera = np.zeros((n, 2, 3))  # what "real" adds to the camera's position [m] and orientation [rad]
         self.tasks, self.fallen = Tasks.empty(n, B), np.zeros((n, B), bool)
         self.meanings: list[Meaning | None] = [None] * n
-        self.frames = np.zeros((n, 2, size, size, 3), np.uint8)
-        # the demonstrator's habits: its speed [m/step], wobble now [m/step], steps of pause left, a place to pass by first
-        self.speed, self.wobble, self.pause, self.detour = np.zeros(n), np.zeros((n, 2)), np.zeros(n, int), np.zeros((n, 2))
+        # the demonstrator's habits: speed [m/step], wobble now [m/step], steps of pause left, a place to pass by first [m]
+        self.speed, self.wobble, self.pause = np.zeros(n), np.zeros((n, 2)), np.zeros(n, int)
+        self.pass_by = np.zeros((n, 2))
+
+    def _simulate(self) -> None:
+        super()._simulate()
+        self.friction = self.sim.expand("dof_frictionloss") if self.look == "real" else None
 
     # --- Gymnasium ----------------------------------------------------------------------------------------------------
-    def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        """Reset all simulations, or those of options["reset_mask"] (bool (N,)). Simulation i gets seed + i."""
-        mask = reseed(self, seed, options)
-        pending = np.flatnonzero(mask)
-        asked = {i: self._family(i) for i in pending}  # once: else the rare ones, like separate_blocks, get rarer
-        while len(pending):  # until every simulation has an instruction
-            self._place(pending)
-            pending = pending[[not self._ask(i, asked[i]) for i in pending]]
-        self.t[mask] = 0
-        self._draw(mask, first=True)
-        return self._observe(), self._info()
+    def _place(self, rows: np.ndarray) -> None:
+        asked = {i: self._family(i) for i in rows}  # once: else the rare ones, like separate_blocks, get rarer
+        while len(rows):  # until every simulation has an instruction
+            self._scatter(rows)
+            rows = rows[[not self._ask(i, asked[i]) for i in rows]]
 
     def ask(self, mask: np.ndarray) -> tuple[dict, dict]:
         """A new instruction where `mask` (bool (N,)) says so and everything stays where it is: practice without resets.
 
         Where nothing can be asked of the present scene, all is placed anew (`anew` says where). Returns what `reset` does.
         """
+        mask = self._require_mask(mask)
         # a draw may be fulfilled already, so there are twenty
         stuck = np.array([m and not any(self._ask(i, self._family(i)) for _ in range(20)) for i, m in enumerate(mask)])
         self.anew = stuck
@@ -380,18 +382,11 @@ class TabletopVectorEnv(MujocoVectorEnv):
             self.frames[mask, 0] = self.frames[mask, 1]  # an episode's first frame is its own predecessor
         return self._observe(), self._info()
 
-    def step(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
-        """One step of every simulation; actions float (N, 2) [m], clipped to the action space."""
-        actions = np.clip(np.asarray(actions, float), -ACTION_LIMIT, ACTION_LIMIT)
+    def _move(self, actions: np.ndarray) -> None:
         self.target = np.clip(self.target + actions, LOW, HIGH)
         self.sim.ctrl = self.target
         self.sim.step(nstep=SUBSTEPS)
         self._drop(np.arange(self.num_envs))
-        self.t += 1
-        self._draw(np.ones(self.num_envs, bool))
-        info = self._info()
-        success = info["is_success"]
-        return self._observe(), success.astype(float), success.copy(), self.t >= self.horizon, info
 
     def render(self) -> tuple[np.ndarray, ...]:
         return tuple(self._render(i, 180, 320) for i in range(self.num_envs))
@@ -431,7 +426,7 @@ class TabletopVectorEnv(MujocoVectorEnv):
                 if gap.min() > 0.03:
                     break
             yaw, camera = rng.uniform(0, 2 * np.pi, B), rng.uniform(-1, 1, (2, 3)) * JITTER * (self.look == "real")
-            views, first = self._views(np.r_[np.c_[at[:-1], yaw].ravel(), at[-1]], camera)
+            views, first = self._foveated(np.r_[np.c_[at[:-1], yaw].ravel(), at[-1]], camera)
             seen = pixels(np.c_[at, np.zeros(B + 1)], camera)
             close = 2 * (seen - first)
             places[i] = np.roll(seen, 1, 0), np.roll(close, 1, 0)  # the tool is the first
@@ -439,7 +434,7 @@ class TabletopVectorEnv(MujocoVectorEnv):
             places[i, 1, hidden] = -1  # beyond the picture's edge the second view is grey
             if not self.simultaneous:
                 before = at[-1] + rng.uniform(-0.02, 0.02, 2)
-                then, _ = self._views(np.r_[np.c_[at[:-1], yaw].ravel(), before], camera)
+                then, _ = self._foveated(np.r_[np.c_[at[:-1], yaw].ravel(), before], camera)
                 views, places[i, 1] = np.stack([then[0], views[0]]), places[i, 0]
                 places[i, 0, 0] = pixels(np.r_[before, 0], camera)
             images.append(views)
@@ -456,21 +451,12 @@ class TabletopVectorEnv(MujocoVectorEnv):
             answers[i] = (seen[k], (seen[k] - seen[-1]) / 2 + 0.5, close[k])[way]
         return np.array(images), texts, np.clip(answers, 0, 1), places
 
-    # --- practice without resets --------------------------------------------------------------------------------------
-    KEPT = ("target", "t", "texts", "camera", "tasks", "fallen", "meanings", "frames", "speed", "wobble", "pause", "detour",
-            "rngs")  # fmt: skip
-
-    def get_state(self) -> dict[str, Any]:
-        """All that `set_state` needs to go on exactly from here."""
-        return copy.deepcopy({k: getattr(self, k) for k in self.KEPT} | {"sim": self.sim.state, "friction": self.friction})
-
     def set_state(self, state: dict[str, Any]) -> None:
-        state = copy.deepcopy(state)
-        self.sim.state[:] = state.pop("sim")
-        friction = state.pop("friction")
-        if friction is not None:
-            self.friction[:] = friction
-        vars(self).update(state)
+        super().set_state(state)
+        for i, kept in enumerate(self.meanings):  # lists by now
+            if kept is not None:
+                family, block, target = kept
+                self.meanings[i] = Meaning(family, block, tuple(target) if isinstance(target, list) else target)
 
     # --- the scene ----------------------------------------------------------------------------------------------------
     @property
@@ -486,7 +472,7 @@ class TabletopVectorEnv(MujocoVectorEnv):
     def tool(self) -> np.ndarray:
         return self.sim.qpos[:, -2:]  # (N, 2) [m]
 
-    def _place(self, rows: np.ndarray) -> None:
+    def _scatter(self, rows: np.ndarray) -> None:
         """Tool and blocks of the simulations `rows` at random, then 200 settling steps of 1/240 s."""
         low, high = LOW + INSET, HIGH - INSET
         self.sim.reset(rows, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
@@ -508,7 +494,7 @@ class TabletopVectorEnv(MujocoVectorEnv):
                 self.friction[i] = self.model.dof_frictionloss * rng.uniform(0.7, 1.3)
                 self.camera[i] = rng.uniform(-1, 1, (2, 3)) * JITTER
             self.speed[i], self.wobble[i], self.pause[i] = STRIDE * rng.uniform(0.3, 0.9), 0, 0
-            self.detour[i] = rng.uniform(low, high) if rng.uniform() < 0.25 else np.nan
+            self.pass_by[i] = rng.uniform(low, high) if rng.uniform() < 0.25 else np.nan
         self.sim.ctrl = self.target
         self.sim.step(rows, nstep=200)
         self.sim.qvel[rows] = 0
@@ -529,7 +515,7 @@ class TabletopVectorEnv(MujocoVectorEnv):
     def _ask(self, i: int, family: str) -> bool:
         """Draw an instruction for simulation i; False, and all as before, if its scene has none or already fulfils it."""
         rng, pos, trial = self.rngs[i], self.pos[i], Tasks.empty(1, len(self.things))
-        meaning = propose(family, pos, ~self.fallen[i], self.things, rng)
+        meaning = propose(family, pos, ~self.fallen[i], self.things, rng, self.pairs[i])
         if meaning is None:
             return False
         trial.assign(0, meaning, pos)
@@ -542,33 +528,25 @@ class TabletopVectorEnv(MujocoVectorEnv):
     def _say(self, meaning: Meaning, rng: np.random.Generator) -> str:
         return language.sample(meaning, len(self.things), rng)
 
-    def _info(self) -> dict[str, np.ndarray]:
+    def _success(self) -> np.ndarray:
         part = self.tasks.weights > 0  # in the rule: where a fallen block lies must not fulfil it either
         part[np.arange(self.num_envs), self.tasks.block] = True
-        return {"is_success": self.tasks.solved(self.pos) & ~(part & self.fallen).any(1), "fallen": self.fallen.any(1)}
+        return self.tasks.solved(self.pos) & ~(part & self.fallen).any(1)
 
-    def _observe(self) -> dict[str, Any]:
-        if self.obs == "images":
-            seen = {"images": self.frames.copy()}
-        else:
-            tool = np.concatenate([self.tool - CENTRE, self.target - self.tool], 1)[:, None] * 10
-            blocks = np.concatenate(
-                [(self.pos - self.tool[:, None]) * 10, np.cos(self.yaw)[..., None], np.sin(self.yaw)[..., None]], 2
-            )
-            seen = {"state": np.concatenate([tool, blocks], 1).reshape(self.num_envs, -1).astype(np.float32)}
-        return {"instruction": tuple(self.texts)} | seen
+    def _info(self) -> dict[str, np.ndarray]:
+        return super()._info() | {"fallen": self.fallen.any(1)}
 
-    def _draw(self, mask: np.ndarray, first: bool = False) -> None:
-        if self.obs == "images":
-            for i in np.flatnonzero(mask):
-                views, _ = self._views(self.sim.qpos[i], self.camera[i])
-                if not self.simultaneous:
-                    views[1] = views[0]
-                    if not first:
-                        views[0] = self.frames[i, 1]
-                self.frames[i] = views
+    def _state(self) -> np.ndarray:
+        tool = np.concatenate([self.tool - CENTRE, self.target - self.tool], 1)[:, None] * 10
+        blocks = np.concatenate(
+            [(self.pos - self.tool[:, None]) * 10, np.cos(self.yaw)[..., None], np.sin(self.yaw)[..., None]], 2
+        )
+        return np.concatenate([tool, blocks], 1).reshape(self.num_envs, -1).astype(np.float32)
 
-    def _views(self, qpos: np.ndarray, camera: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _views(self, rows: np.ndarray) -> np.ndarray:
+        return np.array([self._foveated(self.sim.qpos[i], self.camera[i])[0] for i in rows])
+
+    def _foveated(self, qpos: np.ndarray, camera: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What `foveate` makes of a scene: the table, and what is around the tool."""
         return foveate(self._picture(qpos, camera, 2 * self.size, 2 * self.size), pixels(np.r_[qpos[-2:], 0], camera))
 
@@ -590,10 +568,10 @@ class TabletopVectorEnv(MujocoVectorEnv):
     def demonstrate(self) -> np.ndarray:
         """People's way, actions float (N, 2) [m]: each at a pace of its own, unsteady, with pauses, a quarter by a detour."""
         action = self._push(self.speed)
-        to_detour = self.detour - self.target
-        far = np.linalg.norm(to_detour, axis=1)
-        self.detour[far < 0.03] = np.nan
-        action = np.where((far > 0.03)[:, None], self._free(self.detour, self.speed), action)
+        to_there = self.pass_by - self.target
+        far = np.linalg.norm(to_there, axis=1)
+        self.pass_by[far < 0.03] = np.nan
+        action = np.where((far > 0.03)[:, None], self._free(self.pass_by, self.speed), action)
         for i, rng in enumerate(self.rngs):
             self.wobble[i] = 0.8 * self.wobble[i] + 0.15 * self.speed[i] * rng.normal(size=2)
             if self.pause[i] == 0 and rng.uniform() < 0.02:
@@ -604,7 +582,7 @@ class TabletopVectorEnv(MujocoVectorEnv):
 
     def _free(self, to: np.ndarray, speed: np.ndarray) -> np.ndarray:
         """Actions (N, 2) that move the tool towards `to` without touching a block where there is a way."""
-        way = around(self.target, np.clip(to, LOW, HIGH), self.pos, np.full(self.pos.shape[:2], self.girth)) - self.target
+        way = detour(self.target, np.clip(to, LOW, HIGH), self.pos, np.full(self.pos.shape[:2], self.girth)) - self.target
         return way * np.minimum(1, speed / np.maximum(np.linalg.norm(way, axis=1), 1e-9))[:, None]
 
     def _push(self, speed: np.ndarray) -> np.ndarray:
@@ -616,7 +594,7 @@ class TabletopVectorEnv(MujocoVectorEnv):
         clear = np.full(self.pos.shape[:2], 0.055)
         clear[rows, tasks.block] = 0
         clear[(tasks.weights > 0) & ~tasks.offset.any(1)[:, None]] = 0
-        way = around(p, goal, self.pos, clear) - p
+        way = detour(p, goal, self.pos, clear) - p
         left = np.linalg.norm(way, axis=1)
         u = way / np.maximum(left, 1e-9)[:, None]
         side = np.stack([-u[:, 1], u[:, 0]], 1)
@@ -628,10 +606,26 @@ class TabletopVectorEnv(MujocoVectorEnv):
         return np.where(behind[:, None], push, self._free(p - self.reach * u, speed))
 
 
-def propose(family: str, pos: np.ndarray, there: np.ndarray, things: tuple[str, ...], rng: np.random.Generator) -> Meaning | None:
+def require_pairs(pairs: str) -> None:
+    if pairs and pairs not in PAIRS:
+        raise ValueError(f"pairs {pairs}: choose one of {', '.join(PAIRS)}")
+
+
+def draw_pair(pairs: str, there: np.ndarray, rng: np.random.Generator) -> tuple[int, int] | None:
+    """One of PAIRS[pairs], as likely as it says there, among those whose blocks, bool (4,), are there; None without any."""
+    require_pairs(pairs)
+    left = {(a, b): share for (a, b), share in PAIRS[pairs].items() if there[a] and there[b]}
+    if not left:
+        return None
+    share = np.array(list(left.values()))
+    return list(left)[rng.choice(len(left), p=share / share.sum())]
+
+
+def propose(family: str, pos: np.ndarray, there: np.ndarray, things: tuple[str, ...], rng: np.random.Generator,
+            pairs: str = "") -> Meaning | None:  # fmt: skip
     """A task of the family for blocks at pos float (B, 2), as LanguageTable draws it; None where it finds none.
 
-    there bool (B,): which blocks have not fallen.
+    there bool (B,): which blocks have not fallen. pairs: which of them block2block may ask, a name in PAIRS or "".
     """
     low, high = LOW + INSET, HIGH - INSET
     blocks = np.flatnonzero(there)
@@ -641,7 +635,10 @@ def propose(family: str, pos: np.ndarray, there: np.ndarray, things: tuple[str, 
     match family:
         case "block2block":
             for _ in range(11):
-                a, b = rng.choice(blocks, 2, replace=False)
+                pair = draw_pair(pairs, there, rng) if pairs else rng.choice(blocks, 2, replace=False)
+                if pair is None:
+                    return None
+                a, b = pair
                 if np.linalg.norm(pos[a] - pos[b]) >= 0.06:
                     return Meaning(family, int(a), int(b))
         case "block2absolutelocation":
@@ -655,7 +652,7 @@ def propose(family: str, pos: np.ndarray, there: np.ndarray, things: tuple[str, 
                         return Meaning(family, int(a), (direction, distance))
                 else:
                     a, b = rng.choice(blocks, 2, replace=False)
-                    if inside(pos[b] + beside(direction)):
+                    if inside(pos[b] + offset_beside(direction)):
                         return Meaning(family, int(a), (direction, int(b)))
         case "separate_blocks":
             gap = np.linalg.norm(pos[blocks, None] - pos[None, blocks], axis=2)
@@ -684,6 +681,7 @@ class BananaTableVectorEnv(TabletopVectorEnv):
 
     def __init__(self, num_envs: int = 1, obs: str = "state", size: int = 64, look: str = "sim", history: bool = False,
                  render_mode: str | None = None):  # fmt: skip
+        self.pairs = [""] * num_envs
         self._build(num_envs, obs, size, look, history, render_mode)
 
     def instructions(self) -> list[str]:
