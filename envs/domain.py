@@ -17,7 +17,6 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-
 BASE_FIELDS = ("t", "texts", "frames", "rngs")  # what every domain's state has
 
 
@@ -172,9 +171,9 @@ class Domain(VectorEnv):
         actions = np.asarray(actions, float)
         if actions.shape != self.action_space.shape:
             raise ValueError(f"actions of shape {actions.shape}: {self.name} takes {self.action_space.shape}")
-        nan = np.isnan(actions).any(1)
+        nan = np.isnan(actions)
         if nan.any():
-            raise ValueError(f"NaN in the actions of simulations {np.flatnonzero(nan).tolist()}")
+            raise ValueError(f"NaN in the actions of simulations {np.flatnonzero(nan.any(1)).tolist()}")
         self._move(np.clip(actions, self.low, self.high))
         self.t += 1
         self._draw(np.arange(self.num_envs), first=False)

@@ -140,7 +140,7 @@ def test_partial_reset_leaves_the_others_untouched(name, obs):
     assert np.array_equal(after[obs][~mask], before[obs][~mask]) and not np.isclose(after[obs][mask], before[obs][mask]).all()
     assert [t for t, m in zip(after["instruction"], mask, strict=True) if not m] == \
         [t for t, m in zip(before["instruction"], mask, strict=True) if not m]  # fmt: skip
-    assert env.t[mask].tolist() == [0, 0] and env.t[~mask].tolist() == [5] * 4 and not info["is_success"].any()
+    assert env.t[mask].tolist() == [0, 0] and env.t[~mask].tolist() == [5] * 4 and not info["is_success"][mask].any()
     for _ in range(5):
         a = actions(rng, name=name)
         ours, theirs = env.step(a), untouched.step(a)
@@ -222,7 +222,17 @@ def test_wrong_actions_are_refused_and_nothing_has_moved(name):
     before, right = env.get_state(), actions(np.random.default_rng(0), 4, name)
     nan = right.copy()
     nan[2, -1] = np.nan
-    wrong = [0.03, right[0], right[:, :1], right[:1], right[:3], right[None], right.ravel(), np.zeros((4, 0))]
+    wrong = [
+        0.03,
+        right[0],
+        right[:, 1:],
+        np.c_[right, right],
+        right[:1],
+        right[:3],
+        right[None],
+        right.ravel(),
+        np.zeros((4, 0)),
+    ]
     for action in wrong:
         with pytest.raises(ValueError, match=r"actions of shape .* takes \(4, "):
             env.step(action)
@@ -286,14 +296,15 @@ def test_states_and_copies_go_on_exactly(name, obs):
     assert same(alone.step(alone.action_space.low), twin.step(alone.action_space.low))
 
 
+@every_mode
 @every_domain
-def test_a_thread_of_its_own_draws_the_same(name):
-    env, frames = domain(2, "images", name), []
+def test_a_thread_of_its_own_draws_the_same(name, obs):
+    env, frames = domain(2, obs, name), []
     env.reset(seed=0)
     here = env.render()
-    thread = threading.Thread(target=lambda: frames.append((env.render(), env.reset(seed=1)[0]["images"])))
+    thread = threading.Thread(target=lambda: frames.append((env.render(), env.reset(seed=1)[0])))
     thread.start(), thread.join()
-    assert same(frames[0], (here, env.reset(seed=1)[0]["images"]))
+    assert same(frames[0], (here, env.reset(seed=1)[0]))
 
 
 CONTRACT = [check for check_name, check in list(globals().items()) if check_name.startswith("test_")]  # all of the above
@@ -365,6 +376,50 @@ def test_what_stands_behind_the_comma_is_blamed_on_the_domain(name, given, told)
         envs.make_vec(text, 1, obs="state")
     with pytest.raises(ValueError, match="^--obs pixels: choose state or images$"):
         envs.make_vec(f"{name},size=32", 1, obs="pixels")
+
+
+# --- docs/domains.md --------------------------------------------------------------------------------------------------
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "domains.md").read_text()
+BLOCKS = [block.split("```")[0] for block in PAGE.split("```python\n")[1:]]
+
+
+def test_the_first_snippet_runs(capsys):
+    exec(BLOCKS[0], {})
+    told = capsys.readouterr().out.splitlines()
+    assert "(4, 36)" in told[0] and told[1].count("False") + told[1].count("True") == 4
+    assert len(BLOCKS[0].splitlines()) <= 12
+
+
+def test_the_page_names_all_that_a_domain_must_have():
+    tables = " ".join(line for line in PAGE.splitlines() if line.startswith("| `"))
+    required = [k for k in envs.Domain.__annotations__ if not hasattr(envs.Domain, k)]
+    required += [k for k, v in vars(envs.Domain).items() if getattr(v, "__isabstractmethod__", False)]
+    assert len(required) == 18
+    assert all(f"`{k}" in tables for k in required)
+
+
+@pytest.fixture
+def corridor(tmp_path, monkeypatch):
+    """The page's own domain, registered as the page says."""
+    (code,) = (block for block in BLOCKS if block.startswith("# envs/corridor.py"))
+    assert len(code.splitlines()) <= 150
+    (tmp_path / "corridor.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    (call,) = (block for block in BLOCKS if block.startswith("envs.register"))
+    exec(call.replace("envs.corridor:", "corridor:"), {"envs": envs})
+    yield "corridor"
+    gym.registry.pop(envs.DOMAINS.pop("corridor"))
+    sys.modules.pop("corridor")
+
+
+def test_the_pages_domain_keeps_the_contract(corridor):
+    (check,) = (block for block in BLOCKS if "contract(" in block)
+    exec(check, {})
+    env = domain(100, name=corridor)
+    env.reset(seed=0)
+    for _ in range(20):
+        last = env.step(env.expert())[2]
+    assert last.all()
 
 
 # --- beside others' code: what docs/domains.md says -------------------------------------------------------------------
