@@ -255,17 +255,19 @@ class AlohaInsertionVectorEnv(MujocoDomain):
     temperature = 0.5  # the demonstrators' noise is in the policy too: drawn from at 1 it drops more; practice broadens it
     text_length, letters = 60, "abcdefghijklmnopqrstuvwxyz "
     stage1_defaults = {
-        "state": {"model": "nano-arms", "episodes": 5000, "updates": 14_000, "batch": 32, "lr": 4e-3, "policy": "last"},
+        "state": {"model": "nano-arms", "episodes": 5000, "updates": 14_000, "batch": 32, "lr": 4e-3,
+                  "policy": "last"},
         # runs, has not been trained
         "images": {"model": "nano-vision", "episodes": 2000, "updates": 24_000, "policy": "last"},
-    }
+    }  # fmt: skip
     # success_bonus: the paper adds "a small constant", because the cameras do not see the insertion
     stage2_defaults = dict.fromkeys(stage1_defaults, {
         "gamma": 0.5, "temperature": 0.7, "clip_reward": 1.0, "success_bonus": 1.0,
         "batch": 72, "learns": "blocks", "num_envs": 64, "iterations": 36})  # fmt: skip
     metadata = MujocoDomain.metadata | {"render_fps": 2}
     STATE_FIELDS = (*MujocoDomain.STATE_FIELDS, "command", "touch", "stage", "miss", "drops", "bump")
-    OF_THIS_PROCESS = (*MujocoDomain.OF_THIS_PROCESS, "xpos", "xquat", "sensed", "arms", "arm_xpos", "arm_xquat")
+    OF_THIS_PROCESS = (*MujocoDomain.OF_THIS_PROCESS, "xpos", "xquat", "sensed",
+                       "arms", "arm_xpos", "arm_xquat")  # fmt: skip
 
     def __init__(self, num_envs: int = 1, obs: str = "state", size: int = 128, render_mode: str | None = None):
         super().__init__(num_envs, obs, size, render_mode, scene())

@@ -145,8 +145,8 @@ class Domain(VectorEnv):
     def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
         """Reset all simulations, or those of options["reset_mask"], bool (N,).
 
-        Simulation i gets seed + i, or seed[i]. Raises ValueError for a mask or a list of seeds of another shape;
-        nothing has changed then.
+        Simulation i gets seed + i, or seed[i]. Raises ValueError for a mask or a list of seeds of another
+        shape; nothing has changed then.
         """
         mask = self._require_mask((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
         if seed is not None:
@@ -204,7 +204,7 @@ class Domain(VectorEnv):
         return {k: plain(getattr(self, k)) for k in (*BASE_FIELDS, *self.STATE_FIELDS)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `get_state` gave. Raises ValueError where that is another domain's or of another N."""
+        """Go on from what `get_state` gave. Raises ValueError for a state of another domain or N."""
         if state.keys() != {*BASE_FIELDS, *self.STATE_FIELDS}:
             raise ValueError(f"a state with {', '.join(state)}: not one of {self.name}")
         for k, kept in state.items():
@@ -312,7 +312,7 @@ class MujocoDomain(Domain):
                 renderers[height, width] = mujoco.Renderer(self.model, height, width)
             except Exception as e:  # each GL backend raises its own kind
                 gl = os.environ.get("MUJOCO_GL")
-                way_out = "install EGL or OSMesa (Debian: libegl1, libosmesa6) and set MUJOCO_GL to egl or osmesa"
+                way_out = "install EGL or OSMesa (Debian: libegl1, libosmesa6), set MUJOCO_GL to egl or osmesa"
                 if not gl and not os.environ.get("DISPLAY"):  # else `envs` has set it
                     way_out = "mujoco came first: import envs before it, or set MUJOCO_GL=egl"
                 raise CannotRender(

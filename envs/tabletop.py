@@ -29,9 +29,9 @@ Arguments
     family   block2block | block2absolutelocation | block2relativelocation | block2block_relative_location |
              separate_blocks | mixed (a family drawn at each reset)
     blocks   4 | 8: LanguageTable's BLOCK_4, BLOCK_8
-    pairs    of block2block with 4 blocks, which may be asked to move to which: prior | forward | second | backward |
-             unseen | practice | both (PAIRS); all of them where it is left out. `env.pairs` has a name for each
-             simulation, which may be changed before `ask` or `reset`
+    pairs    of block2block with 4 blocks, which may be asked to move to which: prior | forward | second |
+             backward | unseen | practice | both (PAIRS); any to any where it is left out. `env.pairs` has a
+             name for each simulation, which may be changed before `ask` or `reset`
     obs      "state" | "images"; size, the frame's pixels (64)
     history  0 | 1: of obs="images", the previous frame in place of the second view
     look     "sim" | "real": a second domain for sim-to-real at our scale. "real" has duller colours, a browner board,
@@ -317,8 +317,8 @@ class TabletopVectorEnv(MujocoDomain):
     stage2_defaults = {"state": {"iterations": 150}, "images": {"iterations": 300}}
     # [m] between the tool and a thing's middle: at the start, when passing, before a push
     clearance, girth, reach = 0.06, 0.045, 0.05
-    STATE_FIELDS = (*MujocoDomain.STATE_FIELDS, "friction", "camera", "target", "tasks", "meanings", "fallen", "pairs",
-                    "speed", "wobble", "pause", "pass_by")  # fmt: skip
+    STATE_FIELDS = (*MujocoDomain.STATE_FIELDS, "friction", "camera", "target", "tasks", "meanings", "fallen",
+                    "pairs", "speed", "wobble", "pause", "pass_by")  # fmt: skip
     OF_THIS_PROCESS = (*MujocoDomain.OF_THIS_PROCESS, "friction")
 
     def __init__(self, num_envs: int = 1, family: str = "block2block", blocks: int = 4, obs: str = "state",
@@ -334,7 +334,7 @@ class TabletopVectorEnv(MujocoDomain):
         self.families = language.FAMILIES if family == "mixed" else (family,)
         self.things = language.BLOCK_SETS[blocks]
         self.horizon = 100 if blocks == 4 else 200
-        self.pairs = [pairs] * num_envs  # which task a simulation may be asked, a name in PAIRS; for the caller to change
+        self.pairs = [pairs] * num_envs  # which tasks a simulation may be asked; for the caller to change
         self._build(num_envs, obs, size, look, history, render_mode)
 
     def _build(self, n: int, obs: str, size: int, look: str, history: bool, render_mode: str | None) -> None:
@@ -351,7 +351,7 @@ class TabletopVectorEnv(MujocoDomain):
         self.camera = np.zeros((n, 2, 3))  # what "real" adds to the camera's position [m] and orientation [rad]
         self.tasks, self.fallen = Tasks.empty(n, B), np.zeros((n, B), bool)
         self.meanings: list[Meaning | None] = [None] * n
-        # the demonstrator's habits: speed [m/step], wobble now [m/step], steps of pause left, a place to pass by first [m]
+        # the demonstrator's habits: speed, wobble now [m/step], steps of pause left, where to pass by first [m]
         self.speed, self.wobble, self.pause = np.zeros(n), np.zeros((n, 2)), np.zeros(n, int)
         self.pass_by = np.zeros((n, 2))
 
@@ -361,7 +361,7 @@ class TabletopVectorEnv(MujocoDomain):
 
     # --- Gymnasium ----------------------------------------------------------------------------------------------------
     def _place(self, rows: np.ndarray) -> None:
-        asked = {i: self._family(i) for i in rows}  # once: else the rare ones, like separate_blocks, get rarer
+        asked = {i: self._family(i) for i in rows}  # once: else rare ones, like separate_blocks, get rarer
         while len(rows):  # until every simulation has an instruction
             self._scatter(rows)
             rows = rows[[not self._ask(i, asked[i]) for i in rows]]
@@ -455,8 +455,8 @@ class TabletopVectorEnv(MujocoDomain):
         super().set_state(state)
         for i, kept in enumerate(self.meanings):  # lists by now
             if kept is not None:
-                family, block, target = kept
-                self.meanings[i] = Meaning(family, block, tuple(target) if isinstance(target, list) else target)
+                *asked, target = kept
+                self.meanings[i] = Meaning(*asked, tuple(target) if isinstance(target, list) else target)
 
     # --- the scene ----------------------------------------------------------------------------------------------------
     @property
@@ -538,9 +538,8 @@ class TabletopVectorEnv(MujocoDomain):
 
     def _state(self) -> np.ndarray:
         tool = np.concatenate([self.tool - CENTRE, self.target - self.tool], 1)[:, None] * 10
-        blocks = np.concatenate(
-            [(self.pos - self.tool[:, None]) * 10, np.cos(self.yaw)[..., None], np.sin(self.yaw)[..., None]], 2
-        )
+        yaw = self.yaw[..., None]
+        blocks = np.concatenate([(self.pos - self.tool[:, None]) * 10, np.cos(yaw), np.sin(yaw)], 2)
         return np.concatenate([tool, blocks], 1).reshape(self.num_envs, -1).astype(np.float32)
 
     def _views(self, rows: np.ndarray) -> np.ndarray:
@@ -582,7 +581,8 @@ class TabletopVectorEnv(MujocoDomain):
 
     def _free(self, to: np.ndarray, speed: np.ndarray) -> np.ndarray:
         """Actions (N, 2) that move the tool towards `to` without touching a block where there is a way."""
-        way = detour(self.target, np.clip(to, LOW, HIGH), self.pos, np.full(self.pos.shape[:2], self.girth)) - self.target
+        clear = np.full(self.pos.shape[:2], self.girth)
+        way = detour(self.target, np.clip(to, LOW, HIGH), self.pos, clear) - self.target
         return way * np.minimum(1, speed / np.maximum(np.linalg.norm(way, axis=1), 1e-9))[:, None]
 
     def _push(self, speed: np.ndarray) -> np.ndarray:
@@ -612,7 +612,7 @@ def require_pairs(pairs: str) -> None:
 
 
 def draw_pair(pairs: str, there: np.ndarray, rng: np.random.Generator) -> tuple[int, int] | None:
-    """One of PAIRS[pairs], as likely as it says there, among those whose blocks, bool (4,), are there; None without any."""
+    """One of PAIRS[pairs], as likely as it says, of blocks that are there, bool (4,); None without any."""
     require_pairs(pairs)
     left = {(a, b): share for (a, b), share in PAIRS[pairs].items() if there[a] and there[b]}
     if not left:
@@ -621,11 +621,11 @@ def draw_pair(pairs: str, there: np.ndarray, rng: np.random.Generator) -> tuple[
     return list(left)[rng.choice(len(left), p=share / share.sum())]
 
 
-def propose(family: str, pos: np.ndarray, there: np.ndarray, things: tuple[str, ...], rng: np.random.Generator,
-            pairs: str = "") -> Meaning | None:  # fmt: skip
+def propose(family: str, pos: np.ndarray, there: np.ndarray, things: tuple[str, ...],
+            rng: np.random.Generator, pairs: str = "") -> Meaning | None:  # fmt: skip
     """A task of the family for blocks at pos float (B, 2), as LanguageTable draws it; None where it finds none.
 
-    there bool (B,): which blocks have not fallen. pairs: which of them block2block may ask, a name in PAIRS or "".
+    there bool (B,): which blocks have not fallen. pairs: what block2block may ask, a name in PAIRS or "".
     """
     low, high = LOW + INSET, HIGH - INSET
     blocks = np.flatnonzero(there)
