@@ -11,7 +11,17 @@ import torch
 
 import envs
 from envs import aloha
-from envs.aloha import CHUNK, CLOSED, JOINTS, OPEN, RATE, SIDES, START, Batch, mujoco  # MuJoCo after it has chosen its GL
+from envs.aloha import (  # MuJoCo after it has chosen its GL
+    CHUNK,
+    CLOSED,
+    JOINTS,
+    OPEN,
+    RATE,
+    SIDES,
+    START,
+    Batch,
+    mujoco,
+)
 from model import UniformBins, action_tokenizer
 
 MODES = ["state", "images"]
