@@ -312,7 +312,9 @@ class MujocoDomain(Domain):
                 renderers[height, width] = mujoco.Renderer(self.model, height, width)
             except Exception as e:  # each GL backend raises its own kind
                 gl = os.environ.get("MUJOCO_GL")
-                way_out = "install EGL or OSMesa (Debian: libegl1, libosmesa6), set MUJOCO_GL to egl or osmesa"
+                way_out = (
+                    "install EGL or OSMesa (Debian: libegl1, libosmesa6), set MUJOCO_GL to egl or osmesa"
+                )
                 if not gl and not os.environ.get("DISPLAY"):  # else `envs` has set it
                     way_out = "mujoco came first: import envs before it, or set MUJOCO_GL=egl"
                 raise CannotRender(
