@@ -17,6 +17,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from envs.symmetries import NoTurns
+
 BASE_FIELDS = ("t", "texts", "frames", "rngs")  # what every domain's state has
 
 
@@ -50,6 +52,7 @@ class Domain(VectorEnv):
     default_obs = "state"
     temperature = 1.0  # at which the policy's answers are drawn when it is evaluated
     simultaneous = True  # the two images are views of one moment; else the previous frame and the current one
+    symmetries = NoTurns()  # what is as true turned round: Stage 1 turns each tuple by one of them
     predicts_instruction = False  # Stage 1 asks which instruction led from the first observation to the last
     text_length, letters = 200, "abcdefghijklmnopqrstuvwxyz ,"  # the longest instruction; what it is made of
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"],

@@ -33,6 +33,7 @@ import torch
 
 import pointmass
 from envs import Domain, SingleView
+from envs.symmetries import PointmassTurns
 
 COLOURS = ("red", "green", "blue")
 VERBS, NOUNS = ("move", "go", "drive", "steer"), ("goal", "target", "spot")
@@ -107,6 +108,7 @@ class PointmassVectorEnv(Domain):
         "images": {"model": "nano-vision", "episodes": 6000, "updates": 18_000, "policy": "best"},
     }
     stage2_defaults = {"state": {"iterations": 200}, "images": {"iterations": 300}}
+    symmetries = PointmassTurns(COLOURS)
     STATE_FIELDS = ("pos", "vel", "goals", "colour", "waypoints", "waypoint")
     instructions, questions = staticmethod(instructions), staticmethod(questions)
 

@@ -52,6 +52,7 @@ import numpy as np
 
 from envs import MujocoDomain, SingleView
 from envs import tabletop_language as language
+from envs.symmetries import NoTurns, TabletopTurns
 from envs.tabletop_language import Meaning
 
 LOW, HIGH = np.array([0.15, -0.3048]), np.array([0.60, 0.3048])  # the tool's workspace [m]  (constants.py)
@@ -376,10 +377,14 @@ class TabletopVectorEnv(MujocoDomain):
         self.state_names = ("tool", *self.things)
         super().__init__(n, obs, size, render_mode, scene(self.things, look))
         B = len(self.things)
+        if obs == "images" and look == "real":
+            self.symmetries = NoTurns()  # the light is from one side
+        else:  # frames: a block's colour is its name; pairs: with the roles exchanged, nothing would be left unseen
+            names = [self._names(k) for k in range(B)]
+            self.symmetries = TabletopTurns(names, permute=obs == "state" and not any(self.pairs))
         self.target = np.zeros((n, 2))
-        self.camera = np.zeros(
-            (n, 2, 3)
-        )  # what "real" adds to the camera's position [m] and orientation [rad]
+        # what "real" adds to the camera's position [m] and orientation [rad]
+        self.camera = np.zeros((n, 2, 3))
         self.tasks, self.fallen = Tasks.empty(n, B), np.zeros((n, B), bool)
         self.meanings: list[Meaning | None] = [None] * n
         # the demonstrator's habits: speed, wobble now [m/step], steps of pause left, where to pass by first [m]
