@@ -20,9 +20,8 @@ from common.options import DeviceFlags, ScaleFlags, flag
 from common.weights import economise
 from model import EFM
 
-SMALL = (
-    5 * 10**6
-)  # weights; a second thread hardly helps such a model, and beside a busy process it costs much
+# weights; a second thread hardly helps such a model, and beside a busy process it costs much
+SMALL = 5 * 10**6
 TORCHRUN = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 chosen: torch.device | None = None  # by --device
 
@@ -57,7 +56,7 @@ def autocast(bf16: bool) -> torch.autocast:
 # --- several processes --------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def process_group(several: bool) -> Iterator[None]:
-    """The processes that torchrun started know each other inside, and end behind it; one process alone: nothing happens.
+    """The processes that torchrun started know each other inside, and end behind it; one alone: nothing happens.
 
     WORLD_SIZE alone is a cluster's leftover and not torchrun's: it is ignored.
     """

@@ -30,9 +30,8 @@ from model import EFM
 # --- files --------------------------------------------------------------------------------------------------
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Write to a neighbour and rename: a reader, or a run killed here, sees the old file or the new one, never half."""
-    temporary = path.with_name(
-        f"{path.name}.{os.getpid()}.tmp"
-    )  # another process may be writing the same file
+    # another process may be writing the same file
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -59,9 +58,8 @@ def read_json(path: Path) -> dict:
 def load_state(path: Path) -> dict:
     """What `Run.checkpoint` wrote: tensors, numbers, texts, lists, dicts. Anything else is refused and has not run."""
     try:
-        state = torch.load(
-            path, weights_only=True, map_location="cpu"
-        )  # of sharded weights a GPU holds a part only
+        # onto the CPU: of sharded weights a GPU holds a part only
+        state = torch.load(path, weights_only=True, map_location="cpu")
         return state | {key: state[key] for key in ("seconds", "metrics_bytes")}
     except Exception as e:  # a damaged file can raise nearly anything
         raise UserError(
@@ -127,9 +125,8 @@ def saved(thing: Any) -> Any:
 def restore(thing: Any, state: Any) -> None:
     """The reverse of `saved`, in place."""
     if isinstance(thing, EFM):
-        thing.load_state_dict(
-            state, strict=not thing.lora_rank
-        )  # of a model with adapters they alone are kept
+        # of a model with adapters they alone are kept
+        thing.load_state_dict(state, strict=not thing.lora_rank)
     elif isinstance(thing, torch.optim.Optimizer):
         ranks.load_optimizer(thing, state)
     elif isinstance(thing, np.random.Generator):
@@ -210,9 +207,8 @@ class Run:
             self.metrics = open(self.folder / "metrics.csv", "a+b")
             self.metrics.truncate(self.state["metrics_bytes"] if self.resumed else 0)
             self.metrics.seek(0, os.SEEK_END)
-            for thing in (
-                self.tracked.values()
-            ):  # the frozen weights below new adapters: once, the checkpoints name them
+            # the frozen weights below new adapters: once, the checkpoints name them
+            for thing in self.tracked.values():
                 if isinstance(thing, EFM) and thing.lora_rank and not thing.base.exists():
                     write_atomically(thing.base, lambda p, model=thing: save_base(model, p))
         if not self.resumed:

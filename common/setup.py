@@ -152,7 +152,7 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
         ((cfg.model == "paligemma") == bool(cfg.weights),
          "--model paligemma and --weights FOLDER_OR_HUB_ID go together: give both or neither"),
         (not (pretrained and cfg.obs == "state"), "--obs state: a pre-trained model reads images; leave it out"),
-        (not (pretrained and named), f"--init {cfg.init}: the model starts from --weights or --vit; leave one of them out"),
+        (not (pretrained and named), f"--init {cfg.init}: the model starts from --weights or --vit; leave one out"),
         (cfg.batch >= least, f"--batch {cfg.batch}: must be at least {least}"),
         (cfg.episodes >= 2, f"--episodes {cfg.episodes}: must be at least 2"),
     ])  # fmt: skip
@@ -162,9 +162,7 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     cfg.init = str(init or "none")
     # adapters cannot make up for a random projection
     whole = not cfg.vit and (cfg.weights or init)
-    needs = (
-        f"--lora-rank {cfg.lora_rank}: needs a model pre-trained as a whole; name --weights or --init alone"
-    )
+    needs = f"--lora-rank {cfg.lora_rank}: needs a model pre-trained as a whole; name --weights or --init"
     must([(whole or not cfg.lora_rank, needs)])
     ranks.choose_threads(cfg, 0 if is_nano(cfg.model) else ranks.SMALL)
     run = open_run(cfg, env, "stage1")
@@ -232,7 +230,9 @@ def stage1_run(cfg: Any) -> tuple[Path, dict]:
     """The run that --stage1 names, or the newest Stage 1 run, and its configuration; its seed is the default."""
     folder = Path(cfg.stage1) if cfg.stage1 else newest_run("*-stage1-s*")
     if folder is None:
-        raise UserError("runs/: no finished Stage 1 run; run `python stage1.py` first or name a run with --stage1")
+        raise UserError(
+            "runs/: no finished Stage 1 run; run `python stage1.py` first or name a run with --stage1"
+        )
     settings = run_settings(folder)
     options.fill(cfg, {"seed": settings["seed"]})
     cfg.stage1 = str(folder)
@@ -285,9 +285,8 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, Path]:
     run = open_run(cfg, env, "stage2", obs=obs, model=settings.get("model"))
     if run.done:
         return env, run, None, None, stage1
-    if (
-        cfg.learns == "blocks"
-    ):  # the others' gradient is hardly more than noise, and AdamW steps as far along noise
+    # the others' gradient is hardly more than noise, and AdamW steps as far along noise
+    if cfg.learns == "blocks":
         for name, p in policy.named_parameters():
             p.requires_grad_(p.requires_grad and ".layers." in name)
     if new_adapters:
@@ -307,7 +306,7 @@ def baseline(cfg: Any, domains: tuple[str, ...], name: str) -> tuple[list, Run, 
     for env in made:
         require_alike(env, taught)
     policy = load_checkpoint(stage1 / "policy.safetensors", taught)
-    must([(not policy.lora_rank, f"--stage1 {stage1}: has LoRA adapters, which the baselines do not train; name another")])
+    must([(not policy.lora_rank, f"--stage1 {stage1}: has LoRA adapters, which no baseline trains; name another")])
     ranks.choose_threads(cfg, sum(p.numel() for p in policy.parameters()))
     run = open_run(cfg, made[0], name, obs=settings["obs"], domain=domains[0])
     if run.done:
