@@ -65,7 +65,7 @@ def deflate_row(part: dict[str, np.ndarray], i: int) -> dict[str, np.ndarray | b
 
 
 def record(domain: str, obs: str, episodes: int, seed: int) -> dict[str, np.ndarray | Frames]:
-    """Successful demonstrations by the domain's demonstrator, the final observation included, as flat arrays of M tuples.
+    """Successful demonstrations by the domain's demonstrator, final observations included, as flat arrays of M tuples.
 
     Returns state float32 (M, S), or `Frames` (M, H, W, 3), of a domain with two views of a moment (M, 2, H, W, 3),
     and the robot's joints float32 (M, J) where it has some; action float32 (M, A), zero on final observations;
@@ -101,7 +101,7 @@ def record(domain: str, obs: str, episodes: int, seed: int) -> dict[str, np.ndar
 
 
 def pack(episodes: list[tuple], like: dict[str, np.ndarray]) -> dict[str, np.ndarray | Frames]:
-    """(instruction, rows by `deflate_row`, actions) per episode -> `record`'s arrays; like: a `recorded_part`, for shapes."""
+    """(instruction, rows by `deflate_row`, actions) per episode -> `record`'s arrays; like: for shapes."""
     packed: dict[str, np.ndarray | Frames] = {}
     for key in like:
         rows = [row[key] for _, observations, _ in episodes for row in observations]
@@ -114,7 +114,7 @@ def pack(episodes: list[tuple], like: dict[str, np.ndarray]) -> dict[str, np.nda
 
 
 def from_minari(dataset_id: str, domain: str, obs: str) -> dict[str, np.ndarray | Frames]:
-    """The successful episodes of a Minari dataset whose spaces and words are the domain's. Raises UserError otherwise."""
+    """The successful episodes of a Minari dataset with the domain's spaces and words. Raises UserError otherwise."""
     import minari
 
     blame = f"--dataset {dataset_id}"
@@ -123,10 +123,8 @@ def from_minari(dataset_id: str, domain: str, obs: str) -> dict[str, np.ndarray 
     except Exception as e:  # Minari raises many kinds here
         raise UserError(f"{blame}: cannot be loaded ({e}); `minari list local` shows what is there") from None
     env = envs.make_vec(domain, 1, obs=obs)
-    if (env.single_observation_space, env.single_action_space) != (
-        dataset.observation_space,
-        dataset.action_space,
-    ):
+    spaces = (env.single_observation_space, env.single_action_space)
+    if spaces != (dataset.observation_space, dataset.action_space):
         raise UserError(f"{blame}: its spaces are not those of --domain {domain} --obs {obs}; choose another")
     words = set(" ".join(env.instructions()).replace(",", " , ").split())
     episodes, part = [], {}
@@ -267,8 +265,8 @@ class Demonstrations:
         return np.stack([rows, rng.integers(self.symmetries.order, size=len(rows))], 1)
 
     def observe(self, i: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-        """Rows (B,) of data -> state (B, S, d) or images (B, 2, H, W, 3) and joints (B, J), two views of a moment; pairs
-        of rows (B, 2) -> state (B, 2, S, d) or images (B, 2, H, W, 3), one view of two moments."""
+        """Rows (B,) of data -> state (B, S, d) or images (B, 2, H, W, 3) and joints (B, J), two views of a moment;
+        pairs of rows (B, 2) -> state (B, 2, S, d) or images (B, 2, H, W, 3), one view of two moments."""
         if "state" in self.data:
             state = torch.from_numpy(self.data["state"][i])
             return {"state": state.unflatten(-1, (-1, self.state_dim)).to(device)}

@@ -145,7 +145,7 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
         ((cfg.model == "paligemma") == bool(cfg.weights),
          "--model paligemma and --weights FOLDER_OR_HUB_ID go together: give both or neither"),
         (not (pretrained and cfg.obs == "state"), "--obs state: a pre-trained model reads images; leave it out"),
-        (not (pretrained and named), f"--init {cfg.init}: the model starts from --weights or --vit; leave one of them out"),
+        (not (pretrained and named), f"--init {cfg.init}: the model starts from --weights or --vit; leave one out"),
         (cfg.batch >= least, f"--batch {cfg.batch}: must be at least {least}"),
         (cfg.episodes >= 2, f"--episodes {cfg.episodes}: must be at least 2"),
     ])  # fmt: skip
@@ -219,7 +219,9 @@ def stage1_run(cfg: Any) -> tuple[Path, dict]:
     """The run that --stage1 names, or the newest Stage 1 run, and its configuration; its seed is the default."""
     folder = Path(cfg.stage1) if cfg.stage1 else newest_run("*-stage1-s*")
     if folder is None:
-        raise UserError("runs/: no finished Stage 1 run; run `python stage1.py` first or name a run with --stage1")
+        raise UserError(
+            "runs/: no finished Stage 1 run; run `python stage1.py` first or name a run with --stage1"
+        )
     settings = run_settings(folder)
     options.fill(cfg, {"seed": settings["seed"]})
     cfg.stage1 = str(folder)
