@@ -157,7 +157,7 @@ def main(cfg: Config) -> None:
     wrapped = ranks.scale(policy, cfg, shard, judge=reward_model)
     trainable = [policy.get_parameter(name) for name in learnt]
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=0.0)
-    if cfg.keep_optimizer:
+    if cfg.keep_optimizer and not run.resumed:
         setup.load_moments(optimizer, stage1)
     generator = torch.Generator().manual_seed(cfg.seed)
     now = Progress()

@@ -328,4 +328,9 @@ def require_alike(env: VectorEnv, taught: VectorEnv) -> None:
 
 def load_moments(optimizer: torch.optim.Optimizer, run: Path) -> None:
     """Give the optimiser another run's last AdamW moments, and not its learning rate."""
-    ranks.load_optimizer(optimizer, {"state": load_state(run / "resume.pt")["optimizer"]["state"]})
+    moments = load_state(run / "resume.pt")["optimizer"]["state"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, each in moments.items():
+        if i >= len(parameters) or each["exp_avg"].shape != parameters[i].shape:
+            raise UserError(f"--keep-optimizer: the moments of {run} are of other weights; leave it out")
+    ranks.load_optimizer(optimizer, {"state": moments})
