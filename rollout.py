@@ -187,7 +187,7 @@ def metrics(rollouts: list[Episodes], returns: Tensor, threshold: float) -> dict
         "false_positives": float((detected & ~truth).mean()),
         "mean_steps": float(length.mean()),
         "return_mean": returns.mean().item(),
-        "return_std": returns.std().item(),
+        "return_std": returns.std().item() if len(returns) > 1 else 0.0,
         "return_negative": (returns < 0).float().mean().item(),
         "entropy": entropy.mean().item(),
     }

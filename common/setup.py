@@ -288,9 +288,8 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, torch.opti
     shard = settings.get("model") == "paligemma" and not cfg.lora_rank
     wrapped = ranks.scale(policy, cfg, shard, judge=reward_model)
     optimizer = torch.optim.AdamW([policy.get_parameter(name) for name in learnt], lr=cfg.lr, weight_decay=0.0)
-    if cfg.keep_optimizer:  # Stage 1's last moments, and not its learning rate
-        moments = load_state(stage1 / "resume.pt")["optimizer"]["state"]
-        ranks.load_optimizer(optimizer, {"state": moments})
+    if cfg.keep_optimizer and not run.resumed:
+        load_moments(optimizer, stage1)
     return env, run, policy, reward_model, optimizer, wrapped
 
 
@@ -332,3 +331,13 @@ def require_alike(env: VectorEnv, taught: VectorEnv) -> None:
         raise UserError(
             f"--domain {env.name}: its actions or observations are not those of {taught.name}; leave it out"
         )
+
+
+def load_moments(optimizer: torch.optim.Optimizer, run: Path) -> None:
+    """Give the optimiser another run's last AdamW moments, and not its learning rate."""
+    moments = load_state(run / "resume.pt")["optimizer"]["state"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, each in moments.items():
+        if i >= len(parameters) or each["exp_avg"].shape != parameters[i].shape:
+            raise UserError(f"--keep-optimizer: the moments of {run} are of other weights; leave it out")
+    ranks.load_optimizer(optimizer, {"state": moments})
