@@ -104,9 +104,6 @@ class Domain(VectorEnv):
         """What moves, in shares of the rendered frame (x right, y down), float (N, 2); for figures."""
         raise NotImplementedError(f"{self.name} has no track()")
 
-    recipes = property(lambda self: self.stage1_defaults)  # until the stages use the new names
-    practice = property(lambda self: self.stage2_defaults)
-
     # Some domains also have
     #   questions() -> list[str], scenes(rng, n)    Stage 0's questions, and random scenes with the answers
     #   ask(mask), anew, fallen                     where one goes on without a reset: envs/operator.py
