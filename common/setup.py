@@ -313,8 +313,9 @@ def baseline(cfg: Any, domains: tuple[str, ...], name: str) -> tuple[list, Run, 
     for env in made:
         require_alike(env, taught)
     policy = load_checkpoint(stage1 / "policy.safetensors", taught)
-    if policy.lora_rank:
-        raise UserError(f"--stage1 {stage1}: has LoRA adapters, which the baselines do not train; name another")
+    adapters = f"--stage1 {stage1}: has LoRA adapters, which no baseline trains; name another"
+    practised = f"--stage1 {stage1}: has no demonstrations of its own; name a Stage 1 run"
+    must([(not policy.lora_rank, adapters), ("episodes" in settings, practised)])
     ranks.choose_threads(cfg, sum(p.numel() for p in policy.parameters()))
     run = open_run(cfg, made[0], name, obs=settings["obs"], domain=domains[0])
     if run.done:
