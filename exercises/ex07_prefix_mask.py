@@ -5,8 +5,8 @@ Rows are the token that looks, columns what it looks at:
 
          P P P A A      The prefix sees all of itself and no answer.
        P 1 1 1 0 0      An answer token sees the prefix, itself, and the answer before it.
-       P 1 1 1 0 0      Padding in the prefix (valid = False) is seen by nobody but itself:
-       P 1 1 1 0 0      a row without any 1 would give NaN.
+       P 1 1 1 0 0      Padding in the prefix (valid = False) is seen by nobody but itself;
+       P 1 1 1 0 0      what it sees does not matter, and is the same as for the others.
        A 1 1 1 1 0
        A 1 1 1 1 1
 
