@@ -143,6 +143,34 @@ def rollout(
     return Episodes(obs, tokens, texts, entropy, row, time, last, d, truth, length)
 
 
+class Buffer:
+    """The tuples (o, a, g, R) of one iteration."""
+
+    def __init__(self):
+        self.placed: list[tuple] = []
+
+    def place(self, episodes: Episodes, returns: Tensor) -> None:
+        """Put every tuple of the episodes in, with its return; returns float (n, T)."""
+        of_tuples = returns[episodes.row, episodes.t].to(episodes.tokens.device)  # (M,)
+        self.placed.append((episodes.obs, episodes.tokens, episodes.goals, of_tuples))
+
+    def __len__(self) -> int:
+        return sum(len(tokens) for _, tokens, _, _ in self.placed)
+
+    def returns(self) -> Tensor:
+        return torch.cat([returns for _, _, _, returns in self.placed])
+
+    def batches(self, n: int, size: int, generator: torch.Generator) -> Iterator[tuple]:
+        """(obs, prompts, tokens, returns) of n tuples, `size` at a time, none twice; the rest is dropped."""
+        obs, tokens, goals, returns = zip(*self.placed, strict=True)
+        obs = {k: torch.cat([o[k] for o in obs]) for k in obs[0]}
+        tokens, goals, returns = torch.cat(tokens), np.concatenate(goals), torch.cat(returns)
+        for i in torch.randperm(len(self), generator=generator)[:n].split(size):
+            prompts = [QUESTION_ACTION.format(g) for g in goals[i.numpy()]]
+            i = i.to(tokens.device)
+            yield {k: v[i] for k, v in obs.items()}, prompts, tokens[i], returns[i]
+
+
 # --- counting -----------------------------------------------------------------------------------------------
 def metrics(rollouts: list[Episodes], returns: Tensor, threshold: float) -> dict[str, float]:
     """What Stage 2 logs of an iteration's episodes and of the returns of their tuples, over all ranks."""
@@ -159,10 +187,30 @@ def metrics(rollouts: list[Episodes], returns: Tensor, threshold: float) -> dict
         "false_positives": float((detected & ~truth).mean()),
         "mean_steps": float(length.mean()),
         "return_mean": returns.mean().item(),
-        "return_std": returns.std().item(),
+        "return_std": returns.std().item() if len(returns) > 1 else 0.0,
         "return_negative": (returns < 0).float().mean().item(),
         "entropy": entropy.mean().item(),
     }
+
+
+def pooled_mean(parts: list[list[float]]) -> list[float]:
+    """[mean, its standard error] of what has been counted in parts (number, mean, variance)."""
+    n, mean, variance = np.array(parts).T
+    pooled = float((n * mean).sum() / n.sum())
+    spread = float((n * (variance + (mean - pooled) ** 2)).sum() / n.sum())
+    return [pooled, math.sqrt(spread / n.sum())]
+
+
+def first_look(looks: list[Episodes], threshold: float) -> list[float]:
+    """How Stage 1's own policy does in practice, as the model sees it: [mean steps, standard error]."""
+    length = np.concatenate([r.length for r in looks])
+    length, d = ranks.concat_ranks(length, torch.cat([r.d[:, -1] for r in looks]))
+    steps = pooled_mean([[len(length), float(length.mean()), float(length.var())]])
+    share = (d <= threshold).float().mean().item()
+    print(f"the detector fires in {share:.0%} of Stage 1's own episodes; they take {steps[0]:.1f} steps")
+    if share < 0.2:
+        print("that is too few to learn from: take more demonstrations, or a larger --success-threshold")
+    return steps
 
 
 def confusion(detected: np.ndarray, truth: np.ndarray) -> dict[str, float]:

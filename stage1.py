@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from common import UserError, demos, ranks, setup
+from common.average import Average
 from common.cli import cli
-from common.options import Count, Positive, ScaleFlags, Whole
+from common.options import Count, Positive, ScaleFlags, Share, Size, Whole
 from model import EFM
 from rollout import evaluate
 from tokens import QUESTION_ACTION, QUESTION_INSTRUCTION, QUESTION_STEPS, StepsToGo, action_tokenizer
@@ -55,7 +56,14 @@ class Config(ScaleFlags):
     updates: Count | None = None  # optimiser steps
     batch: int | None = None  # samples per update, split evenly over the objectives
     lr: Positive | None = None  # AdamW: a warm-up of 100 updates, then a cosine down to a tenth
+    symmetries: bool | None = (
+        None  # turn each tuple by one of the domain's; None: unless pre-trained. Not the paper's
+    )
+    average: Share | None = (
+        None  # decay of the average of the weights that is kept; None: 0.998 unless pre-trained
+    )
     policy: Literal["best", "last"] | None = None  # the policy: the best at cloning, or the last
+    success_threshold: Size | None = None  # s; None: measured on held-out demonstrations
     eval_every: Count = 500  # updates between two looks at the held-out episodes
 
 
@@ -75,6 +83,24 @@ def steps_to_go_loss(model: EFM, obs: dict, goals: list[str], tokens: Tensor, ra
 def instruction_loss(model: EFM, obs: dict, goals: list[str]) -> Tensor:
     """-log p(g | o_first, o_last, Question_instruction), summed over g's tokens, averaged over the batch."""
     return -model.text_log_prob(obs, [QUESTION_INSTRUCTION] * len(goals), goals).mean()  # [L_instruction]
+
+
+# --- the detector's threshold -------------------------------------------------------------------------------
+def calibrate(before: Tensor, final: Tensor, precision: float = 0.85) -> tuple[float, float, float]:
+    """s = max {s : right(s) / (right(s) + wrong(s)) >= precision}, right: final <= s < before.
+
+    final: d of a held-out demonstration's last observation, float (n,); before: the least d of all before it.
+    The largest, as whoever practises arrives faster than a demonstrator, where d is higher, and a miss costs
+    more than an early alarm. Returns s, its precision and its recall; if none is precise enough, the one that
+    is right most often.
+    """
+    candidates = torch.cat([before, final]).sort().values  # (2 n,)
+    wrong = (before <= candidates[:, None]).sum(1)
+    right = ((final <= candidates[:, None]) & (before > candidates[:, None])).sum(1)
+    share = right / (right + wrong).clamp(min=1)
+    good = share >= precision
+    k = int(good.nonzero().max()) if good.any() else int(right.argmax())
+    return candidates[k].item(), share[k].item(), (right[k] / len(final)).item()
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -105,14 +131,15 @@ def main(cfg: Config) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=0.01, fused=True)
     rng = np.random.default_rng(cfg.seed)
+    average = Average(model, cfg.average)
     now = Progress(instruction_on=env.predicts_instruction)
-    run.track(optimizer=optimizer, rng=rng, progress=now)
+    run.track(optimizer=optimizer, average=average, rng=rng, progress=now)
     train, valid = demos.load(cfg, env)
     if model.cfg.state_names and model.cfg.state_mlp and cfg.init == "none" and not run.resumed:
         model.fit_standardiser(train.states())
 
     def losses(model: EFM, data: demos.Demonstrations, bc: np.ndarray, to_go: np.ndarray, asked: np.ndarray):
-        """Of rows for cloning and for steps to go, of episodes for instructions: this rank's share of each."""
+        """Of rows for cloning and steps to go, of episodes for instructions: this rank's share of each."""
         each = {}
         rows, weight = ranks.local_rows(bc)
         obs, action, goals, _ = data.batch(rows, device)
@@ -138,15 +165,18 @@ def main(cfg: Config) -> None:
         bc = rng.choice(train.acted, half)
         to_go = rng.integers(len(train.index), size=cfg.batch - third - half)
         asked = rng.integers(len(train.ends), size=third)
+        rows = [train.turned(each, rng) for each in (bc, to_go, asked)]
         with ranks.autocast(cfg.bf16):
-            loss = wrapped(losses, train, bc, to_go, asked)
+            loss = wrapped(losses, train, *rows)
         for group in optimizer.param_groups:
             group["lr"] = setup.learning_rate(update, cfg.updates, cfg.lr)
         optimizer.zero_grad()
         sum(loss.values()).backward()
         optimizer.step()
+        average.update()
         if (update + 1) % cfg.eval_every and update + 1 < cfg.updates:
             continue
+        average.exchange()  # the average is looked at and kept
         with torch.no_grad(), ranks.autocast(cfg.bf16):
             held = ranks.mean(wrapped(losses, valid, *held_out))
         row = {"update": update + 1} | dict.fromkeys(held, math.nan) | ranks.mean(loss)
@@ -162,11 +192,20 @@ def main(cfg: Config) -> None:
             run.keep(reward=model)
         if cfg.policy == "last":  # the paper's Aloha: an over-fitted policy is the better one; both are kept
             run.keep(policy=model)
+        average.exchange()  # training goes on from the weights themselves
         run.checkpoint()
 
     told = {"stage": "stage1", "domain": cfg.domain, "obs": cfg.obs, "seed": cfg.seed}
     told["episodes"] = len(train.ends) + len(valid.ends)
-    run.finish(told, lambda: evaluate(run.folder, cfg.eval_episodes, cfg.seed, env.success_threshold))
+
+    def evaluated() -> dict[str, float]:
+        _, _, reward_model = setup.load_run(run.folder, 1)
+        s, precision, recall = calibrate(*demos.arrivals(reward_model, valid, steps))
+        s = s if cfg.success_threshold is None else cfg.success_threshold
+        held_out = {"held_out_precision": precision, "held_out_recall": recall}
+        return evaluate(run.folder, cfg.eval_episodes, cfg.seed, s) | held_out
+
+    run.finish(told, evaluated)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,11 @@ from tqdm import tqdm
 import envs
 from common import UserError, ranks
 from common.runs import require_writable, write_atomically
+from envs.symmetries import NoTurns
+from model import EFM
+from tokens import StepsToGo
 
+NO_TURNS = NoTurns()
 FORMAT = 2  # of the cached files; in their names, so that what another version recorded is not read
 
 
@@ -61,7 +65,7 @@ def deflate_row(part: dict[str, np.ndarray], i: int) -> dict[str, np.ndarray | b
 
 
 def record(domain: str, obs: str, episodes: int, seed: int) -> dict[str, np.ndarray | Frames]:
-    """Successful demonstrations by the domain's demonstrator, the final observation included, as flat arrays of M tuples.
+    """Successful demonstrations by the domain's demonstrator, final observations included, as flat arrays of M tuples.
 
     Returns state float32 (M, S), or `Frames` (M, H, W, 3), of a domain with two views of a moment (M, 2, H, W, 3),
     and the robot's joints float32 (M, J) where it has some; action float32 (M, A), zero on final observations;
@@ -97,7 +101,7 @@ def record(domain: str, obs: str, episodes: int, seed: int) -> dict[str, np.ndar
 
 
 def pack(episodes: list[tuple], like: dict[str, np.ndarray]) -> dict[str, np.ndarray | Frames]:
-    """(instruction, rows by `deflate_row`, actions) per episode -> `record`'s arrays; like: a `recorded_part`, for shapes."""
+    """(instruction, rows by `deflate_row`, actions) per episode -> `record`'s arrays; like: for shapes."""
     packed: dict[str, np.ndarray | Frames] = {}
     for key in like:
         rows = [row[key] for _, observations, _ in episodes for row in observations]
@@ -110,7 +114,7 @@ def pack(episodes: list[tuple], like: dict[str, np.ndarray]) -> dict[str, np.nda
 
 
 def from_minari(dataset_id: str, domain: str, obs: str) -> dict[str, np.ndarray | Frames]:
-    """The successful episodes of a Minari dataset whose spaces and words are the domain's. Raises UserError otherwise."""
+    """The successful episodes of a Minari dataset with the domain's spaces and words. Raises UserError otherwise."""
     import minari
 
     blame = f"--dataset {dataset_id}"
@@ -119,10 +123,8 @@ def from_minari(dataset_id: str, domain: str, obs: str) -> dict[str, np.ndarray 
     except Exception as e:  # Minari raises many kinds here
         raise UserError(f"{blame}: cannot be loaded ({e}); `minari list local` shows what is there") from None
     env = envs.make_vec(domain, 1, obs=obs)
-    if (env.single_observation_space, env.single_action_space) != (
-        dataset.observation_space,
-        dataset.action_space,
-    ):
+    spaces = (env.single_observation_space, env.single_action_space)
+    if spaces != (dataset.observation_space, dataset.action_space):
         raise UserError(f"{blame}: its spaces are not those of --domain {domain} --obs {obs}; choose another")
     words = set(" ".join(env.instructions()).replace(",", " , ").split())
     episodes, part = [], {}
@@ -157,7 +159,7 @@ def load_demonstrations(cfg: Any) -> dict[str, np.ndarray | Frames]:
     if path.exists():
         print(f"demonstrations from {path}; delete it to record them again")
     else:
-        require_writable(path.parent)
+        require_writable(path.parent, "demonstrations are kept there; start in another folder")
         data = record(cfg.domain, cfg.obs, cfg.episodes, cfg.seed)
         if "frames" in data:
             data |= data.pop("frames").arrays()
@@ -201,17 +203,34 @@ def load(cfg: Any, env: VectorEnv) -> tuple[Demonstrations, Demonstrations]:
     """What a Stage 1 configuration learns from, and the episodes held out."""
     data = ranks.rank_0_first(load_demonstrations, cfg)
     held_out, used = split(len(data["length"]), cfg.data_fraction)
-    train = Demonstrations(data, np.flatnonzero(~held_out & used), env.state_dim)
+    turns = env.symmetries if cfg.symmetries else NO_TURNS
+    train = Demonstrations(data, np.flatnonzero(~held_out & used), env.state_dim, turns)
     return train, Demonstrations(data, np.flatnonzero(held_out & used), env.state_dim)
+
+
+@torch.no_grad()
+def arrivals(reward_model: EFM, demos: Demonstrations, steps: StepsToGo) -> tuple[Tensor, Tensor]:
+    """(the least d of each demonstration's observations but the last, d of the last), float (episodes,) each."""
+    d, before, final = [], [], []
+    for rows in np.array_split(np.arange(len(demos.index)), len(demos.index) // 256 + 1):
+        obs, _, goals, _ = demos.batch(rows, reward_model.device)
+        d.append(reward_model.steps_to_go(obs, goals, steps).cpu())
+    for episode in torch.cat(d).split(demos.lengths.tolist()):
+        before.append(episode[:-1].min())
+        final.append(episode[-1])
+    return torch.stack(before), torch.stack(final)
 
 
 class Demonstrations:
     """Tuples (o, a, g, steps to go) of some episodes, ready for batches."""
 
-    def __init__(self, data: dict[str, np.ndarray | Frames], episodes: np.ndarray, state_dim: int):
-        self.data, self.state_dim = data, state_dim
+    def __init__(
+        self, data: dict[str, np.ndarray | Frames], episodes: np.ndarray, state_dim: int, symmetries: NoTurns = NO_TURNS
+    ):
+        self.data, self.state_dim, self.symmetries = data, state_dim, symmetries
         self.instruction = data["instruction"][episodes]
         start, length = data["start"][episodes], data["length"][episodes]
+        self.lengths = length  # observations of each episode
         self.episode = np.repeat(np.arange(len(episodes)), length)  # (M,)
         t = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
         self.index = np.repeat(start, length) + t  # (M,) row in data
@@ -221,25 +240,33 @@ class Demonstrations:
         self.ends = np.stack([start, start + length - 1], 1)  # (episodes, 2) rows in data, first and last
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor, list[str], Tensor]:
-        """(observation, action float (B, A), goals, steps to go long (B,)) of the given rows."""
+        """(observation, action float (B, A), goals, steps to go long (B,)) of rows int (B,), or (B, 2) by `turned`."""
+        rows, turn = rows.T if rows.ndim == 2 else (rows, np.zeros_like(rows))
         i = self.index[rows]
         # then the frame before is a part of the observation
         successive = "frames" in self.data and self.data["frames"].ndim == 4
         obs = self.observe(np.stack([self.previous[rows], i], 1) if successive else i, device)
-        goals = self.instruction[self.episode[rows]].tolist()
-        return obs, torch.from_numpy(self.data["action"][i]), goals, self.steps[rows]
+        action, goals = torch.from_numpy(self.data["action"][i]), self.instruction[self.episode[rows]].tolist()
+        return *self.symmetries(turn, obs, action, goals), self.steps[rows]
 
     def states(self) -> Tensor:
         """The states of all tuples, float (M, S d)."""
         return torch.from_numpy(self.data["state"][self.index])
 
     def first_and_last(self, episodes: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], list[str]]:
-        """(the first and the last observation as one, goals) of the given episodes: what L_instruction is about."""
-        return self.observe(self.ends[episodes], device), self.instruction[episodes].tolist()
+        """(the first and the last observation as one, goals) of episodes int (B,), or (B, 2) by `turned`."""
+        episodes, turn = episodes.T if episodes.ndim == 2 else (episodes, np.zeros_like(episodes))
+        obs, goals = self.observe(self.ends[episodes], device), self.instruction[episodes].tolist()
+        obs, _, goals = self.symmetries(turn, obs, None, goals)
+        return obs, goals
+
+    def turned(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Rows, or episodes, int (B,) with one of the domain's symmetries each, drawn anew: int (B, 2)."""
+        return np.stack([rows, rng.integers(self.symmetries.order, size=len(rows))], 1)
 
     def observe(self, i: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-        """Rows (B,) of data -> state (B, S, d) or images (B, 2, H, W, 3) and joints (B, J), two views of a moment; pairs
-        of rows (B, 2) -> state (B, 2, S, d) or images (B, 2, H, W, 3), one view of two moments."""
+        """Rows (B,) of data -> state (B, S, d) or images (B, 2, H, W, 3) and joints (B, J), two views of a moment;
+        pairs of rows (B, 2) -> state (B, 2, S, d) or images (B, 2, H, W, 3), one view of two moments."""
         if "state" in self.data:
             state = torch.from_numpy(self.data["state"][i])
             return {"state": state.unflatten(-1, (-1, self.state_dim)).to(device)}

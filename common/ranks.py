@@ -20,12 +20,13 @@ from common.options import ScaleFlags, flag
 from common.weights import economise
 from model import EFM
 
-SMALL = 5 * 10**6  # weights; a second thread hardly helps such a model, and beside a busy process it costs much
+# weights; a second thread hardly helps such a model, and beside a busy process it costs much
+SMALL = 5 * 10**6
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 chosen: torch.device | None = None  # by --device
 
 
-# --- devices ----------------------------------------------------------------------------------------------------------
+# --- devices ------------------------------------------------------------------------------------------------
 def device() -> torch.device:
     """--device, or a CUDA GPU where there is one, else the CPU."""
     return chosen or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +53,7 @@ def autocast(bf16: bool) -> torch.autocast:
     return torch.autocast(device().type, torch.bfloat16, enabled=bf16)
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
+# --- several processes --------------------------------------------------------------------------------------
 def started_by_torchrun() -> bool:
     """Whether this is one of several processes. Some of torchrun's variables alone are a cluster's leftover."""
     return all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
@@ -60,7 +61,7 @@ def started_by_torchrun() -> bool:
 
 @contextlib.contextmanager
 def process_group(several: bool) -> Iterator[None]:
-    """The processes that torchrun started know each other inside, and end behind it; one process alone: nothing happens."""
+    """The processes that torchrun started know each other inside, and end behind it; alone, nothing happens."""
     if not started_by_torchrun():
         yield
         return
@@ -144,7 +145,7 @@ def mean(values: dict[str, Tensor]) -> dict[str, float]:
     return {k: sum(r[k] for r in ranks) / len(ranks) for k in values}
 
 
-# --- models on several devices ----------------------------------------------------------------------------------------
+# --- models on several devices ------------------------------------------------------------------------------
 def scale(model: EFM, cfg: ScaleFlags, shard: bool, judge: EFM | None = None) -> nn.Module:
     """What to call for a forward pass with gradients, `wrapped(f, *args)` for f(model, *args): `EFM.forward`.
 
@@ -208,16 +209,19 @@ def full_state(state: Any) -> Any:
     return state.cpu() if rank() == 0 or state.dim() == 0 else None
 
 
+def as_sharded(x: Any, p: Tensor) -> Any:
+    """A tensor that `full_state` made, cut as p is; anything else, and other shapes, as they are."""
+    if not hasattr(p, "full_tensor") or not isinstance(x, Tensor) or x.shape != p.shape:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """`optimizer.load_state_dict` of what `full_state` made, each tensor cut as the parameter it belongs to."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def cut(x: Any, p: nn.Parameter) -> Any:
-        if not hasattr(p, "full_tensor") or not isinstance(x, Tensor) or x.shape != p.shape:
-            return x
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
-
-    moments = {i: {k: cut(x, parameters[i]) for k, x in each.items()} for i, each in state["state"].items()}
+    moments = {}
+    for i, each in state["state"].items():
+        moments[i] = {k: as_sharded(x, parameters[i]) for k, x in each.items()}
     optimizer.load_state_dict({**optimizer.state_dict(), **state, "state": moments})

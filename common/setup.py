@@ -61,6 +61,10 @@ def learning_rate(update: int, updates: int, peak: float) -> float:
     return peak * min(1.0, (update + 1) / 100) * (0.55 + 0.45 * math.cos(math.pi * update / updates))
 
 
+def is_nano(model: str) -> bool:
+    return model in PRESETS and PRESETS[model].width < 512
+
+
 def check_scale(cfg: ScaleFlags) -> None:
     """Rules about devices, which hold in both stages."""
     options.check(cfg)
@@ -77,10 +81,12 @@ def open_run(cfg: Any, env: VectorEnv, stage: str, **more: Any) -> Run:
 
 
 def run_settings(folder: Path) -> dict:
-    """config.json of a Stage 1 or Stage 2 run; other folders are a UserError."""
+    """config.json of a Stage 1 or Stage 2 run, with its detector's threshold; other folders are a UserError."""
     settings = read_json(folder / "config.json")
     if not {"domain", "obs", "seed"} <= settings.keys():
         raise UserError(f"{folder}/config.json: not the configuration of a Stage 1 or Stage 2 run; name another run")
+    if settings.get("success_threshold") is None and (folder / "summary.json").exists():  # as Stage 1 measured it
+        settings["success_threshold"] = read_json(folder / "summary.json").get("success_threshold")
     return settings
 
 
@@ -96,11 +102,13 @@ def load_run(folder: Path, num_envs: int, policy: str = "policy") -> tuple[Vecto
 def stage0(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     """The domain, the run, and a model from scratch for a Stage 0 configuration; no model if the run is done."""
     options.check(cfg)
+    ranks.choose_device(cfg.device)
     if cfg.model not in PRESETS:
         raise UserError(f"--model {cfg.model}: unknown; choose one of {', '.join(PRESETS)}")
     env = make_env(cfg.domain, 1, obs="images")
     if not hasattr(env, "scenes"):
         raise UserError(f"--domain {cfg.domain}: has no questions for Stage 0; choose pointmass or tabletop")
+    ranks.choose_threads(cfg, 0 if is_nano(cfg.model) else ranks.SMALL)
     run = open_run(cfg, env, "stage0", obs="images")
     if run.done:
         return env, run, None
@@ -125,7 +133,7 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     cfg.obs = cfg.obs or ("images" if pretrained else env.default_obs)
     env = make_env(cfg.domain, 1, obs=cfg.obs)
     defaults = env.stage1_defaults[cfg.obs]
-    usual = {"batch": 128, "lr": 1e-3}
+    usual = {"batch": 128, "lr": 1e-3, "symmetries": not pretrained, "average": 0.0 if pretrained else 0.998}
     uses_domains_model = (cfg.model or defaults["model"]) == defaults["model"]
     # a domain's batch and learning rate are for its model
     options.fill(cfg, usual | defaults if uses_domains_model else defaults | usual)
@@ -137,7 +145,7 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
         ((cfg.model == "paligemma") == bool(cfg.weights),
          "--model paligemma and --weights FOLDER_OR_HUB_ID go together: give both or neither"),
         (not (pretrained and cfg.obs == "state"), "--obs state: a pre-trained model reads images; leave it out"),
-        (not (pretrained and named), f"--init {cfg.init}: the model starts from --weights or --vit; leave one of them out"),
+        (not (pretrained and named), f"--init {cfg.init}: the model starts from --weights or --vit; leave one out"),
         (cfg.batch >= least, f"--batch {cfg.batch}: must be at least {least}"),
         (cfg.episodes >= 2, f"--episodes {cfg.episodes}: must be at least 2"),
     ])  # fmt: skip
@@ -149,7 +157,7 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     whole = not cfg.vit and (cfg.weights or init)
     needs = f"--lora-rank {cfg.lora_rank}: needs a model pre-trained as a whole; name --weights or --init alone"
     must([(whole or not cfg.lora_rank, needs)])
-    ranks.choose_threads(cfg, 0 if cfg.model in PRESETS and PRESETS[cfg.model].width < 512 else ranks.SMALL)
+    ranks.choose_threads(cfg, 0 if is_nano(cfg.model) else ranks.SMALL)
     run = open_run(cfg, env, "stage1")
     if run.done:
         return env, run, None
@@ -204,31 +212,36 @@ def initial_model(cfg: Any, env: VectorEnv, init: Path | None) -> EFM:
 # --- Stage 2 ------------------------------------------------------------------------------------------------
 # what a domain that says nothing else in `stage2_defaults` takes
 USUAL = {"gamma": 0.9, "temperature": 1.0, "clip_reward": 0.0, "success_bonus": 0.0, "batch": 64, "learns": "all",
-         "num_envs": 16}  # fmt: skip
+         "num_envs": 128}  # fmt: skip
 
 
 def stage1_run(cfg: Any) -> tuple[Path, dict]:
     """The run that --stage1 names, or the newest Stage 1 run, and its configuration; its seed is the default."""
     folder = Path(cfg.stage1) if cfg.stage1 else newest_run("*-stage1-s*")
     if folder is None:
-        raise UserError("runs/: no finished Stage 1 run; run `python stage1.py` first or name a run with --stage1")
+        raise UserError(
+            "runs/: no finished Stage 1 run; run `python stage1.py` first or name a run with --stage1"
+        )
     settings = run_settings(folder)
     options.fill(cfg, {"seed": settings["seed"]})
     cfg.stage1 = str(folder)
     return folder, settings
 
 
-def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, Path]:
-    """The domain, the run, policy and frozen reward model of a Stage 2 configuration, and the run they come from.
+def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, torch.optim.Optimizer | None, Any]:
+    """The domain, the run, policy, frozen reward model and the policy's optimiser of a Stage 2 configuration, and what
+    to call for a forward pass with gradients (`ranks.scale`).
 
-    No models if the run is done. Fields of the configuration that are None get the domain's defaults. Raises UserError.
+    None from the policy on if the run is done. Fields of the configuration that are None get the domain's defaults.
+    Raises UserError.
     """
     check_scale(cfg)
     stage1, settings = stage1_run(cfg)
     options.fill(cfg, {"domain": settings["domain"]})
     obs = settings["obs"]
     env = make_env(cfg.domain, 1, obs=obs)
-    options.fill(cfg, USUAL | {"success_threshold": env.success_threshold} | env.stage2_defaults[obs])
+    threshold = settings.get("success_threshold") or env.success_threshold
+    options.fill(cfg, USUAL | {"success_threshold": threshold} | env.stage2_defaults[obs])
     ranks.require_divisible(cfg, "batch", "num_envs")
     reward_folder = Path(cfg.reward_run) if cfg.reward_run else stage1
     reward_settings = read_json(reward_folder / "config.json")
@@ -261,7 +274,7 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, Path]:
     ranks.choose_threads(cfg, sum(p.numel() for p in policy.parameters()))
     run = open_run(cfg, env, "stage2", obs=obs, model=settings.get("model"))
     if run.done:
-        return env, run, None, None, stage1
+        return env, run, None, None, None, None
     if cfg.learns == "blocks":  # the others' gradient is hardly more than noise, and AdamW steps as far along noise
         for name, p in policy.named_parameters():
             p.requires_grad_(p.requires_grad and ".layers." in name)
@@ -269,7 +282,25 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, Path]:
         torch.manual_seed(cfg.seed)
         policy = adapt(policy, cfg.lora_rank, stage1 / "policy.safetensors")
     run.track(policy=policy)
-    return env, run, policy, reward_model, stage1
+    learnt = [name for name, p in policy.named_parameters() if p.requires_grad]
+    if policy.cfg.image_size:  # frozen, as it is fed its features; AdamW skips it
+        policy.vision_tower.requires_grad_(False)
+    shard = settings.get("model") == "paligemma" and not cfg.lora_rank
+    wrapped = ranks.scale(policy, cfg, shard, judge=reward_model)
+    optimizer = torch.optim.AdamW([policy.get_parameter(name) for name in learnt], lr=cfg.lr, weight_decay=0.0)
+    if cfg.keep_optimizer and not run.resumed:
+        load_moments(optimizer, stage1)
+    return env, run, policy, reward_model, optimizer, wrapped
+
+
+def simulations(env: VectorEnv, n: int) -> VectorEnv:
+    """The domain with n simulations, made once for each n; an operator's stations are as many as they are."""
+    if isinstance(env, Operator) or n == env.num_envs:
+        return env
+    made = vars(env).setdefault("of_other_sizes", {})
+    if n not in made:
+        made[n] = make_env(env.name, n, obs=env.obs)
+    return made[n]
 
 
 def baseline(cfg: Any, domains: tuple[str, ...], name: str) -> tuple[list, Run, EFM | None, EFM | None, Any]:
@@ -304,4 +335,9 @@ def require_alike(env: VectorEnv, taught: VectorEnv) -> None:
 
 def load_moments(optimizer: torch.optim.Optimizer, run: Path) -> None:
     """Give the optimiser another run's last AdamW moments, and not its learning rate."""
-    ranks.load_optimizer(optimizer, {"state": load_state(run / "resume.pt")["optimizer"]["state"]})
+    moments = load_state(run / "resume.pt")["optimizer"]["state"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, each in moments.items():
+        if i >= len(parameters) or each["exp_avg"].shape != parameters[i].shape:
+            raise UserError(f"--keep-optimizer: the moments of {run} are of other weights; leave it out")
+    ranks.load_optimizer(optimizer, {"state": moments})

@@ -19,7 +19,7 @@ class Operator(VectorWrapper):
     """A domain whose `reset` is *ask again, or set up anew*; everything else is the domain's.
 
     An episode begins where the one before it ended, with a new instruction. A station is set up anew when
-    something has fallen, when nothing is left to ask, and when it is due: so many seconds after its last reset,
+    something has fallen, when nothing is left to ask, and when it is due: a time after its last reset that is
     drawn anew each time. Whoever steps the stations adds up how long each has practised:
 
         env = Operator(env, seed=0)
@@ -63,6 +63,10 @@ class Operator(VectorWrapper):
         self.interventions += int(self.env.anew.sum())
         self.steps[self.env.anew] = 0
         return begun
+
+    def hours(self, steps: int) -> float:
+        """Robot-hours: a station's hour of practice each."""
+        return steps / self.env.metadata["render_fps"] / 3600
 
     def state_dict(self) -> dict[str, Any]:
         """All that an exact resume needs, in tensors, numbers, texts, lists and dicts."""

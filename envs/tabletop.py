@@ -1,45 +1,49 @@
 """Tabletop-v0: Google's LanguageTable in MuJoCo. BananaTable-v0: the same table with one banana.
 
 Description
-    A round tool pushes blocks over a table to do what a sentence says, as in LanguageTable (Lynch et al., 2022), the
-    main domain of the paper. Geometry, camera, control, reset, grammar and success rules are those of
-    google-research/language-table; the physics are MuJoCo's, in the plane (blocks slide and turn, they do not tip).
+    A round tool pushes blocks over a table to do what a sentence says, as in LanguageTable (Lynch et al.,
+    2022), the main domain of the paper. Geometry, camera, control, reset, grammar and success rules are those
+    of google-research/language-table; the physics are MuJoCo's, in the plane (blocks slide and turn, they do
+    not tip).
 Action space
-    Box(-0.1, 0.1, (2,), float32) [m]: (dx, dy) added to the tool's *target*, which is then clipped to the workspace
-    x 0.15-0.60, y -0.3048-0.3048. x points away from the robot's base, which is down in the image; y points right.
-    10 Hz; after a first 1/240 s the tool covers 10 % of what is left to its target every 1/240 s.
+    Box(-0.1, 0.1, (2,), float32) [m]: (dx, dy) added to the tool's *target*, which is then clipped to the
+    workspace x 0.15-0.60, y -0.3048-0.3048. x points away from the robot's base, which is down in the image;
+    y points right. 10 Hz; after a first 1/240 s the tool covers 10 % of what is left to its target every
+    1/240 s.
 Observation space (Dict)
     instruction  text, e.g. "push the red moon to the blue cube"
-    obs="state"  state float32 (4 + 4 B,): the tool (x, y from the workspace's centre, then its target from the tool),
-                 each block (x, y from the tool, then cos, sin of its yaw); lengths in dm
-    obs="images" images uint8 (2, size, size, 3), both of now: LanguageTable's 16:9 view of the table squeezed into a
-                 square, and its part around the tool, twice as large, grey beyond the edge; with `history` the paper's
-                 two, the previous and the current frame of the table
+    obs="state"  state float32 (4 + 4 B,): the tool (x, y from the workspace's centre, then its target from
+                 the tool), each block (x, y from the tool, then cos, sin of its yaw); lengths in dm
+    obs="images" images uint8 (2, size, size, 3), both of now: LanguageTable's 16:9 view of the table squeezed
+                 into a square, and its part around the tool, twice as large, grey beyond the edge; with
+                 `history` the paper's two, the previous and the current frame of the table
 Rewards
     1 on success, else 0. Stage 2 never reads it.
 Starting state
-    Tool and blocks uniform in the workspace less 0.08 m a side, yaw uniform; blocks at least 0.0175 m apart and 0.06 m
-    from the tool (the banana 0.12 m), then pushed apart by the physics for 200 / 240 s and stopped. Then an instruction
-    is drawn that is not yet fulfilled.
+    Tool and blocks uniform in the workspace less 0.08 m a side, yaw uniform; blocks at least 0.0175 m apart
+    and 0.06 m from the tool (the banana 0.12 m), then pushed apart by the physics for 200 / 240 s and
+    stopped. Then an instruction is drawn that is not yet fulfilled.
 Episode end
-    terminated: the instruction's rule (`tabletop_language.py` for the words, `Tasks` for the rules); truncated: 100
-    steps with 4 blocks or the banana, 200 with 8. A block whose centre leaves the board, 0.4572 x 0.6096 m, has fallen
-    (`info["fallen"]`): it lies out of reach and sight until the next reset.
+    terminated: the instruction's rule (`tabletop_language.py` for the words, `Tasks` for the rules);
+    truncated: 100 steps with 4 blocks or the banana, 200 with 8. A block whose centre leaves the board,
+    0.4572 x 0.6096 m, has fallen (`info["fallen"]`): it lies out of reach and sight until the next reset.
 Arguments
     family   block2block | block2absolutelocation | block2relativelocation | block2block_relative_location |
              separate_blocks | mixed (a family drawn at each reset)
     blocks   4 | 8: LanguageTable's BLOCK_4, BLOCK_8
-    pairs    of block2block with 4 blocks, which may be asked to move to which: prior | forward | second | backward |
-             unseen | practice | both (PAIRS); all of them where it is left out. `env.pairs` has a name for each
-             simulation, which may be changed before `ask` or `reset`
+    pairs    of block2block with 4 blocks, which may be asked to move to which: prior | forward | second |
+             backward | unseen | practice | both (PAIRS); any to any where it is left out. `env.pairs` has a
+             name for each simulation, which may be changed before `ask` or `reset`
     obs      "state" | "images"; size, the frame's pixels (64)
     history  0 | 1: of obs="images", the previous frame in place of the second view
-    look     "sim" | "real": a second domain for sim-to-real at our scale. "real" has duller colours, a browner board,
-             light from the side, a camera moved by up to 1 cm and turned by up to 1 degree along each axis at each reset,
-             friction with the table times 0.7-1.3, and a tool that covers 6 % instead of 10 %.
+    look     "sim" | "real": a second domain for sim-to-real at our scale. "real" has duller colours, a
+             browner board, light from the side, a camera moved by up to 1 cm and turned by up to 1 degree
+             along each axis at each reset, friction with the table times 0.7-1.3, and a tool that covers 6 %
+             instead of 10 %.
 Version history
-    v0: first version. Against LanguageTable: episodes end at a horizon; the action's bound is enforced; friction with
-    the table is the same along each axis, not along the motion; the arm is not there, only its tool; blocks fall.
+    v0: first version. Against LanguageTable: episodes end at a horizon; the action's bound is enforced;
+    friction with the table is the same along each axis, not along the motion; the arm is not there, only its
+    tool; blocks fall.
 """
 
 from __future__ import annotations
@@ -52,17 +56,30 @@ import numpy as np
 
 from envs import MujocoDomain, SingleView
 from envs import tabletop_language as language
+from envs.symmetries import NoTurns, TabletopTurns
 from envs.tabletop_language import Meaning
 
 LOW, HIGH = np.array([0.15, -0.3048]), np.array([0.60, 0.3048])  # the tool's workspace [m]  (constants.py)
 CENTRE, INSET = (LOW + HIGH) / 2, 0.08  # where things start, less INSET a side
 BOARD_CENTRE, BOARD_HALF = np.array([0.35, 0.0]), np.array([0.2286, 0.3048])
-ACTION_LIMIT, STRIDE = 0.1, 0.03  # [m] a step: what the environment takes, what action tokens, and so the experts, ask of it
+ACTION_LIMIT, STRIDE = (
+    0.1,
+    0.03,
+)  # [m] a step: what the environment takes, what action tokens, and so the experts, ask of it
 TOOL_RADIUS, TOOL_MASS, BLOCK_HEIGHT = 0.0127, 0.1, 0.0381  # [m], [kg], [m]
-SIZES = {"cube": (0.0397, 0.0397), "moon": (0.0257, 0.0525), "pentagon": (0.0413, 0.0444), "star": (0.0408, 0.0444)}  # x, y [m]
+SIZES = {
+    "cube": (0.0397, 0.0397),
+    "moon": (0.0257, 0.0525),
+    "pentagon": (0.0413, 0.0444),
+    "star": (0.0408, 0.0444),
+}  # x, y [m]
 RGB = {"red": "1 .4 .4", "blue": ".4 .4 1", "green": ".4 1 .4", "yellow": "1 1 .4"}
 DULL = {"red": ".7 .25 .2", "blue": ".2 .3 .6", "green": ".25 .55 .3", "yellow": ".75 .65 .2"}
-CAMERA_POS, CAMERA_X, CAMERA_Y = np.array([0.75, 0, 0.5]), np.array([0, 1.0, 0]), np.array([-0.809017, 0, 0.587785])
+CAMERA_POS, CAMERA_X, CAMERA_Y = (
+    np.array([0.75, 0, 0.5]),
+    np.array([0, 1.0, 0]),
+    np.array([-0.809017, 0, 0.587785]),
+)
 FOCAL = 0.803  # of the frame's width, vertically and horizontally
 SUBSTEPS = 24  # of 1/240 s
 DISTANCES = {"near": 0.15, "far": 0.25}  # [m], of block2relativelocation
@@ -79,11 +96,15 @@ PAIRS = {
     "both": {(0, 3): 0.5, (0, 2): 0.5},
 }
 _ARC = np.linspace(-0.75, 0.75, 6)
-BANANA = 0.1 * np.stack([np.cos(_ARC), np.sin(_ARC)], 1) - [0.0885, 0]  # its spine, 14 cm between the ends [m], (6, 2)
+BANANA = 0.1 * np.stack([np.cos(_ARC), np.sin(_ARC)], 1) - [
+    0.0885,
+    0,
+]  # its spine, 14 cm between the ends [m], (6, 2)
 
 
 def outline(shape: str) -> np.ndarray:
-    """A block's outline seen from above, float (n, 2) [m], counter-clockwise; as wide and long as LanguageTable's meshes."""
+    """A block's outline seen from above, float (n, 2) [m], counter-clockwise; as wide and long as
+    LanguageTable's meshes."""
     if shape == "cube":
         points = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
     elif shape == "moon":  # a crescent: half a disc, less half of a flatter ellipse
@@ -98,7 +119,8 @@ def outline(shape: str) -> np.ndarray:
 
 
 def prism(name: str, points: np.ndarray) -> str:
-    """A MuJoCo mesh, BLOCK_HEIGHT high. It is drawn as it is and collides as its convex hull, as in LanguageTable."""
+    """A MuJoCo mesh, BLOCK_HEIGHT high. It is drawn as it is and collides as its convex hull, as in
+    LanguageTable."""
     n = len(points)
     vertex = np.concatenate([np.c_[points, np.full(n, z)] for z in (0, BLOCK_HEIGHT)])
     if name == "moon":  # strips between the outer (0..8) and the inner arc (8..15, 0)
@@ -116,10 +138,14 @@ def prism(name: str, points: np.ndarray) -> str:
 
 
 def body(name: str, geoms: str, mass: float, grip: float) -> str:
-    """A thing that slides and turns in the plane; friction 0.5 with the table, `grip` [m] its mean lever arm."""
+    """A thing that slides and turns in the plane; friction 0.5 with the table, `grip` [m] its mean lever
+    arm."""
     force = 0.5 * 9.8 * mass  # [N]
-    joints = "".join(f'<joint type="slide" axis="{a}" frictionloss="{force:.4g}"/>' for a in ("1 0 0", "0 1 0"))
-    return f'<body name="{name}">{joints}<joint type="hinge" axis="0 0 1" frictionloss="{force * grip:.4g}"/>{geoms}</body>'
+    joints = "".join(
+        f'<joint type="slide" axis="{a}" frictionloss="{force:.4g}"/>' for a in ("1 0 0", "0 1 0")
+    )
+    joints += f'<joint type="hinge" axis="0 0 1" frictionloss="{force * grip:.4g}"/>'
+    return f'<body name="{name}">{joints}{geoms}</body>'
 
 
 def scene(things: tuple[str, ...], look: str) -> str:
@@ -136,9 +162,12 @@ def scene(things: tuple[str, ...], look: str) -> str:
             bodies += body(name, geoms, 0.12, 0.045)
         else:
             colour, shape = name.split()
-            bodies += body(name, f'<geom type="mesh" mesh="{shape}" mass=".01" rgba="{colours[colour]} 1"/>', 0.01, 0.015)
-    # LanguageTable's tool is one substep late, then covers 10 % (6 %) of what is left in each: e_n = slow^(n-1). A spring
-    # and a damper on a mass have e_n = A slow^n + B fast^n; this `fast` makes A = 1 / slow
+            bodies += body(
+                name, f'<geom type="mesh" mesh="{shape}" mass=".01" rgba="{colours[colour]} 1"/>', 0.01, 0.015
+            )
+    # LanguageTable's tool is one substep late, then covers 10 % (6 %) of what is left in each:
+    # e_n = slow^(n-1). A spring and a damper on a mass have e_n = A slow^n + B fast^n; this `fast` makes
+    # A = 1 / slow
     slow = 0.94 if real else 0.9
     fast = slow / (1 + slow)
     stiff = 240**2 * TOOL_MASS * (1 - slow) * (1 - fast) / (slow * fast)
@@ -146,12 +175,17 @@ def scene(things: tuple[str, ...], look: str) -> str:
         f'<joint name="tool {k}" type="slide" axis="{a}" damping="{240 * TOOL_MASS * (1 / (slow * fast) - 1):.6g}"/>'
         for k, a in zip("xy", ("1 0 0", "0 1 0"), strict=True)
     )
-    light = 'pos=".4 1 1" dir="0 -.7 -.7" diffuse=".8 .75 .6"' if real else 'pos=".4 0 2" dir="0 0 -1" diffuse=".7 .7 .7"'
+    light = (
+        'pos=".4 1 1" dir="0 -.7 -.7" diffuse=".8 .75 .6"'
+        if real
+        else 'pos=".4 0 2" dir="0 0 -1" diffuse=".7 .7 .7"'
+    )
     return f"""
     <mujoco model="tabletop">
       <option timestep="{1 / 240}" jacobian="dense" gravity="0 0 0" cone="pyramidal"/>
       <visual>
-        <quality offsamples="0" shadowsize="0"/> <global offwidth="1280" offheight="1280"/> <map znear=".01" zfar="10"/>
+        <quality offsamples="0" shadowsize="0"/> <map znear=".01" zfar="10"/>
+        <global offwidth="1280" offheight="1280"/>
         <headlight ambient=".35 .35 .35" diffuse=".3 .3 .3" specular="0 0 0"/>
       </visual>
       <statistic extent="1" center=".35 0 0"/>
@@ -159,7 +193,8 @@ def scene(things: tuple[str, ...], look: str) -> str:
       <asset> {"".join(prism(s, outline(s)) for s in ("cube", "moon", "pentagon", "star"))} </asset>
       <worldbody>
         <light {light} castshadow="false"/>
-        <camera name="front" pos="{" ".join(map(str, CAMERA_POS))}" xyaxes="{" ".join(map(str, [*CAMERA_X, *CAMERA_Y]))}"
+        <camera name="front" pos="{" ".join(map(str, CAMERA_POS))}"
+                xyaxes="{" ".join(map(str, [*CAMERA_X, *CAMERA_Y]))}"
                 resolution="320 180" sensorsize=".32 .18" focal="{0.32 * FOCAL} {0.32 * FOCAL}"/>
         <geom type="plane" size="2 2 .1" pos="0 0 -.002" contype="0" conaffinity="0"
               rgba="{".75 .7 .6" if real else ".9 .9 .9"} 1"/>
@@ -171,7 +206,9 @@ def scene(things: tuple[str, ...], look: str) -> str:
                 rgba=".5 .5 .5 1"/>
         </body>
       </worldbody>
-      <actuator> <position joint="tool x" kp="{stiff:.6g}"/> <position joint="tool y" kp="{stiff:.6g}"/> </actuator>
+      <actuator>
+        <position joint="tool x" kp="{stiff:.6g}"/> <position joint="tool y" kp="{stiff:.6g}"/>
+      </actuator>
     </mujoco>"""
 
 
@@ -183,7 +220,8 @@ def rotation(vector: np.ndarray) -> np.ndarray:
 
 
 def pixels(points: np.ndarray, camera: np.ndarray = np.zeros((2, 3))) -> np.ndarray:  # noqa: B008 - read only
-    """Points float (..., 3) [m] -> (u right, v down) in shares of the frame's width and height, float (..., 2).
+    """Points float (..., 3) [m] -> (u right, v down) in shares of the frame's width and height,
+    float (..., 2).
 
     camera float (2, 3): what is added to the camera's position [m] and orientation [rad].
     """
@@ -193,12 +231,14 @@ def pixels(points: np.ndarray, camera: np.ndarray = np.zeros((2, 3))) -> np.ndar
 
 
 def corner(at: np.ndarray, s: int) -> np.ndarray:
-    """Where the second view begins in a picture of side 2 s, int (..., 2) [pixels] (right, down); at (..., 2) in shares."""
+    """Where the second view begins in a picture of side 2 s, int (..., 2) [pixels] (right, down); at (..., 2)
+    in shares."""
     return np.clip(np.round(at * 2 * s).astype(int) - s // 2, -s, 2 * s)
 
 
 def foveate(picture: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A picture uint8 (2 s, 2 s, 3) at half its fineness, and as it is around `at`, (2,) in shares: uint8 (2, s, s, 3).
+    """A picture uint8 (2 s, 2 s, 3) at half its fineness, and as it is around `at`, (2,) in shares:
+    uint8 (2, s, s, 3).
 
     Also where the second view begins in the picture, in shares of it, float (2,): (right, down).
     """
@@ -213,7 +253,8 @@ def foveate(picture: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def offset_beside(direction: str) -> np.ndarray:
-    """From a block to the place beside it in a direction, float (2,) [m]: 8 cm along an axis, 4 cm along both."""
+    """From a block to the place beside it in a direction, float (2,) [m]: 8 cm along an axis, 4 cm along
+    both."""
     return np.multiply(language.DIRECTIONS[direction], 0.08 if len(direction.split()) == 1 else 0.04 * 2**0.5)
 
 
@@ -221,9 +262,9 @@ def offset_beside(direction: str) -> np.ndarray:
 class Tasks:
     """What each of N simulations is asked, as one rule: *a block is near one of ten points*.
 
-    The points are fixed + Σ_k weights_k pos_k + scale · offset + away · (unit vector from there to the block), and
-    where they hang on another block, that one has moved by at most `drift` since the reset. Radii from LanguageTable's
-    rewards/*.py.
+    The points are fixed + Σ_k weights_k pos_k + scale · offset + away · (unit vector from there to the
+    block), and where they hang on another block, that one has moved by at most `drift` since the reset. Radii
+    from LanguageTable's rewards/*.py.
     """
 
     block: np.ndarray  # int (N,)
@@ -255,14 +296,20 @@ class Tasks:
                 self.radius[i] = 0.10 if meaning.target == "center" else 0.115
             case "block2relativelocation":
                 direction, distance = meaning.target
-                self.fixed[i] = pos[meaning.block] + np.multiply(language.DIRECTIONS[direction], DISTANCES[distance])
+                self.fixed[i] = pos[meaning.block] + np.multiply(
+                    language.DIRECTIONS[direction], DISTANCES[distance]
+                )
                 self.radius[i] = 0.10
             case "block2block_relative_location":
                 direction, other = meaning.target
                 self.weights[i, other], self.offset[i] = 1, offset_beside(direction)
                 self.radius[i], self.drift[i] = 0.04, 0.05
             case "separate_blocks":
-                self.weights[i, list(meaning.target)], self.away[i], self.radius[i] = 1 / len(meaning.target), 0.10, 0.025
+                self.weights[i, list(meaning.target)], self.away[i], self.radius[i] = (
+                    1 / len(meaning.target),
+                    0.10,
+                    0.025,
+                )
         self.anchor[i] = self.weights[i] @ pos
 
     def points(self, pos: np.ndarray) -> np.ndarray:
@@ -282,9 +329,11 @@ class Tasks:
 
 
 def detour(start: np.ndarray, goal: np.ndarray, obstacles: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """The next point of a way from start to goal past round obstacles, all float (N, 2); (N, K, 2) and (N, K) [m].
+    """The next point of a way from start to goal past round obstacles, all float (N, 2);
+    (N, K, 2) and (N, K) [m].
 
-    The nearest obstacle in the way is passed on the side on which it lies less; a start inside one leaves it first.
+    The nearest obstacle in the way is passed on the side on which it lies less; a start inside one leaves it
+    first.
     """
     way = goal - start
     length = np.maximum(np.linalg.norm(way, axis=1), 1e-9)
@@ -317,8 +366,8 @@ class TabletopVectorEnv(MujocoDomain):
     stage2_defaults = {"state": {"iterations": 150}, "images": {"iterations": 300}}
     # [m] between the tool and a thing's middle: at the start, when passing, before a push
     clearance, girth, reach = 0.06, 0.045, 0.05
-    STATE_FIELDS = (*MujocoDomain.STATE_FIELDS, "friction", "camera", "target", "tasks", "meanings", "fallen", "pairs",
-                    "speed", "wobble", "pause", "pass_by")  # fmt: skip
+    STATE_FIELDS = (*MujocoDomain.STATE_FIELDS, "friction", "camera", "target", "tasks", "meanings", "fallen",
+                    "pairs", "speed", "wobble", "pause", "pass_by")  # fmt: skip
     OF_THIS_PROCESS = (*MujocoDomain.OF_THIS_PROCESS, "friction")
 
     def __init__(self, num_envs: int = 1, family: str = "block2block", blocks: int = 4, obs: str = "state",
@@ -334,7 +383,7 @@ class TabletopVectorEnv(MujocoDomain):
         self.families = language.FAMILIES if family == "mixed" else (family,)
         self.things = language.BLOCK_SETS[blocks]
         self.horizon = 100 if blocks == 4 else 200
-        self.pairs = [pairs] * num_envs  # which task a simulation may be asked, a name in PAIRS; for the caller to change
+        self.pairs = [pairs] * num_envs  # which tasks a simulation may be asked; for the caller to change
         self._build(num_envs, obs, size, look, history, render_mode)
 
     def _build(self, n: int, obs: str, size: int, look: str, history: bool, render_mode: str | None) -> None:
@@ -347,11 +396,18 @@ class TabletopVectorEnv(MujocoDomain):
         self.state_names = ("tool", *self.things)
         super().__init__(n, obs, size, render_mode, scene(self.things, look))
         B = len(self.things)
+        if obs == "images" and look == "real":
+            self.symmetries = NoTurns()  # the light is from one side
+        else:  # frames: a block's colour is its name; pairs: with the roles exchanged, nothing would be left unseen
+            names = [self._names(k) for k in range(B)]
+            self.symmetries = TabletopTurns(names, permute=obs == "state" and not any(self.pairs))
         self.target = np.zeros((n, 2))
-        self.camera = np.zeros((n, 2, 3))  # what "real" adds to the camera's position [m] and orientation [rad]
+        # what "real" adds to the camera's position [m] and orientation [rad]
+        self.camera = np.zeros((n, 2, 3))
         self.tasks, self.fallen = Tasks.empty(n, B), np.zeros((n, B), bool)
         self.meanings: list[Meaning | None] = [None] * n
-        # the demonstrator's habits: speed [m/step], wobble now [m/step], steps of pause left, a place to pass by first [m]
+        # the demonstrator's habits: speed, wobble now [m/step], steps of pause left, where to pass by
+        # first [m]
         self.speed, self.wobble, self.pause = np.zeros(n), np.zeros((n, 2)), np.zeros(n, int)
         self.pass_by = np.zeros((n, 2))
 
@@ -359,21 +415,25 @@ class TabletopVectorEnv(MujocoDomain):
         super()._simulate()
         self.friction = self.sim.expand("dof_frictionloss") if self.look == "real" else None
 
-    # --- Gymnasium ----------------------------------------------------------------------------------------------------
+    # --- Gymnasium ------------------------------------------------------------------------------------------
     def _place(self, rows: np.ndarray) -> None:
-        asked = {i: self._family(i) for i in rows}  # once: else the rare ones, like separate_blocks, get rarer
+        asked = {i: self._family(i) for i in rows}  # once: else rare ones, like separate_blocks, get rarer
         while len(rows):  # until every simulation has an instruction
             self._scatter(rows)
             rows = rows[[not self._ask(i, asked[i]) for i in rows]]
 
     def ask(self, mask: np.ndarray) -> tuple[dict, dict]:
-        """A new instruction where `mask` (bool (N,)) says so and everything stays where it is: practice without resets.
+        """A new instruction where `mask` (bool (N,)) says so and everything stays where it is: practice
+        without resets.
 
-        Where nothing can be asked of the present scene, all is placed anew (`anew` says where). Returns what `reset` does.
+        Where nothing can be asked of the present scene, all is placed anew (`anew` says where). Returns what
+        `reset` does.
         """
         mask = self._require_mask(mask)
         # a draw may be fulfilled already, so there are twenty
-        stuck = np.array([m and not any(self._ask(i, self._family(i)) for _ in range(20)) for i, m in enumerate(mask)])
+        stuck = np.array(
+            [m and not any(self._ask(i, self._family(i)) for _ in range(20)) for i, m in enumerate(mask)]
+        )
         self.anew = stuck
         if stuck.any():
             self.reset(options={"reset_mask": stuck})
@@ -392,13 +452,16 @@ class TabletopVectorEnv(MujocoDomain):
         return tuple(self._render(i, 180, 320) for i in range(self.num_envs))
 
     def track(self) -> np.ndarray:
-        """Where the tool meets the table, in shares of the rendered frame (x right, y down), float (N, 2); for figures."""
-        return np.stack([pixels(np.r_[tool, 0], camera) for tool, camera in zip(self.tool, self.camera, strict=True)])
+        """Where the tool meets the table, in shares of the rendered frame (x right, y down), float (N, 2);
+        for figures."""
+        return np.stack(
+            [pixels(np.r_[tool, 0], camera) for tool, camera in zip(self.tool, self.camera, strict=True)]
+        )
 
     def instructions(self) -> list[str]:
         return language.instructions(self.families, len(self.things))
 
-    # --- Stage 0 ------------------------------------------------------------------------------------------------------
+    # --- Stage 0 --------------------------------------------------------------------------------------------
     def _names(self, k: int) -> list[str]:
         return language.names(k, len(self.things))
 
@@ -410,12 +473,16 @@ class TabletopVectorEnv(MujocoDomain):
     def _ways(self) -> list[str]:
         return ["where is", "from the tool where is"] + ["near the tool where is"] * self.simultaneous
 
-    def scenes(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
-        """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers float (n, 2) in [0, 1],
-        and where `state_names`, the tool first, stand in each image, float (n, 2, B + 1, 2), in shares, outside [0, 1) if unseen.
+    def scenes(
+        self, rng: np.random.Generator, n: int
+    ) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
+        """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers
+        float (n, 2) in [0, 1], and where `state_names`, the tool first, stand in each image, float
+        (n, 2, B + 1, 2), in shares, outside [0, 1) if unseen.
 
-        A place is where a thing stands in the view of the table, "near the tool" in the other one; "from the tool" is half
-        the way from there, plus a half. Answers out of range are clipped: where nothing is near the tool, to a direction.
+        A place is where a thing stands in the view of the table, "near the tool" in the other one; "from the
+        tool" is half the way from there, plus a half. Answers out of range are clipped: where nothing is near
+        the tool, to a direction.
         """
         B, images, texts = len(self.things), [], []
         answers, places = np.zeros((n, 2), np.float32), np.zeros((n, 2, B + 1, 2), np.float32)
@@ -425,7 +492,10 @@ class TabletopVectorEnv(MujocoDomain):
                 gap = np.linalg.norm(at[:, None] - at[None], axis=2) + np.eye(B + 1)
                 if gap.min() > 0.03:
                     break
-            yaw, camera = rng.uniform(0, 2 * np.pi, B), rng.uniform(-1, 1, (2, 3)) * JITTER * (self.look == "real")
+            yaw, camera = (
+                rng.uniform(0, 2 * np.pi, B),
+                rng.uniform(-1, 1, (2, 3)) * JITTER * (self.look == "real"),
+            )
             views, first = self._foveated(np.r_[np.c_[at[:-1], yaw].ravel(), at[-1]], camera)
             seen = pixels(np.c_[at, np.zeros(B + 1)], camera)
             close = 2 * (seen - first)
@@ -455,10 +525,10 @@ class TabletopVectorEnv(MujocoDomain):
         super().set_state(state)
         for i, kept in enumerate(self.meanings):  # lists by now
             if kept is not None:
-                family, block, target = kept
-                self.meanings[i] = Meaning(family, block, tuple(target) if isinstance(target, list) else target)
+                *asked, target = kept
+                self.meanings[i] = Meaning(*asked, tuple(target) if isinstance(target, list) else target)
 
-    # --- the scene ----------------------------------------------------------------------------------------------------
+    # --- the scene ------------------------------------------------------------------------------------------
     @property
     def pos(self) -> np.ndarray:
         """The blocks' centres, float (N, B, 2) [m]."""
@@ -513,7 +583,8 @@ class TabletopVectorEnv(MujocoDomain):
         return self.families[self.rngs[i].integers(len(self.families))]
 
     def _ask(self, i: int, family: str) -> bool:
-        """Draw an instruction for simulation i; False, and all as before, if its scene has none or already fulfils it."""
+        """Draw an instruction for simulation i; False, and all as before, if its scene has none or already
+        fulfils it."""
         rng, pos, trial = self.rngs[i], self.pos[i], Tasks.empty(1, len(self.things))
         meaning = propose(family, pos, ~self.fallen[i], self.things, rng, self.pairs[i])
         if meaning is None:
@@ -538,9 +609,8 @@ class TabletopVectorEnv(MujocoDomain):
 
     def _state(self) -> np.ndarray:
         tool = np.concatenate([self.tool - CENTRE, self.target - self.tool], 1)[:, None] * 10
-        blocks = np.concatenate(
-            [(self.pos - self.tool[:, None]) * 10, np.cos(self.yaw)[..., None], np.sin(self.yaw)[..., None]], 2
-        )
+        yaw = self.yaw[..., None]
+        blocks = np.concatenate([(self.pos - self.tool[:, None]) * 10, np.cos(yaw), np.sin(yaw)], 2)
         return np.concatenate([tool, blocks], 1).reshape(self.num_envs, -1).astype(np.float32)
 
     def _views(self, rows: np.ndarray) -> np.ndarray:
@@ -548,7 +618,9 @@ class TabletopVectorEnv(MujocoDomain):
 
     def _foveated(self, qpos: np.ndarray, camera: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What `foveate` makes of a scene: the table, and what is around the tool."""
-        return foveate(self._picture(qpos, camera, 2 * self.size, 2 * self.size), pixels(np.r_[qpos[-2:], 0], camera))
+        return foveate(
+            self._picture(qpos, camera, 2 * self.size, 2 * self.size), pixels(np.r_[qpos[-2:], 0], camera)
+        )
 
     def _render(self, i: int, height: int, width: int) -> np.ndarray:
         return self._picture(self.sim.qpos[i], self.camera[i], height, width)
@@ -560,13 +632,14 @@ class TabletopVectorEnv(MujocoDomain):
         data.cam_xmat[0] = (rotation(camera[1]) @ data.cam_xmat[0].reshape(3, 3)).ravel()
         return self._shoot(data, 0, height, width)
 
-    # --- who shows how ------------------------------------------------------------------------------------------------
+    # --- who shows how --------------------------------------------------------------------------------------
     def expert(self) -> np.ndarray:
         """The best we can script, actions float (N, 2) [m]: straight and as fast as action tokens go."""
         return np.clip(self._push(np.full(self.num_envs, STRIDE)), -STRIDE, STRIDE)
 
     def demonstrate(self) -> np.ndarray:
-        """People's way, actions float (N, 2) [m]: each at a pace of its own, unsteady, with pauses, a quarter by a detour."""
+        """People's way, actions float (N, 2) [m]: each at a pace of its own, unsteady, with pauses, a quarter
+        by a detour."""
         action = self._push(self.speed)
         to_there = self.pass_by - self.target
         far = np.linalg.norm(to_there, axis=1)
@@ -582,14 +655,18 @@ class TabletopVectorEnv(MujocoDomain):
 
     def _free(self, to: np.ndarray, speed: np.ndarray) -> np.ndarray:
         """Actions (N, 2) that move the tool towards `to` without touching a block where there is a way."""
-        way = detour(self.target, np.clip(to, LOW, HIGH), self.pos, np.full(self.pos.shape[:2], self.girth)) - self.target
+        clear = np.full(self.pos.shape[:2], self.girth)
+        way = detour(self.target, np.clip(to, LOW, HIGH), self.pos, clear) - self.target
         return way * np.minimum(1, speed / np.maximum(np.linalg.norm(way, axis=1), 1e-9))[:, None]
 
     def _push(self, speed: np.ndarray) -> np.ndarray:
-        """Actions (N, 2) of going round the block and pushing it from behind, at most `speed` (N,) [m] long."""
+        """Actions (N, 2) of going round the block and pushing it from behind, at most `speed` (N,) [m]
+        long."""
         rows, tasks = np.arange(self.num_envs), self.tasks
         p, goal = self.pos[rows, tasks.block], tasks.points(self.pos)[:, 6]  # 0.9 of the offset
-        goal = BOARD_CENTRE + np.clip(goal - BOARD_CENTRE, 0.05 - BOARD_HALF, BOARD_HALF - 0.05)  # not over the edge
+        goal = BOARD_CENTRE + np.clip(
+            goal - BOARD_CENTRE, 0.05 - BOARD_HALF, BOARD_HALF - 0.05
+        )  # not over the edge
         # what the block's own way avoids: the others, except those it is to meet or to leave
         clear = np.full(self.pos.shape[:2], 0.055)
         clear[rows, tasks.block] = 0
@@ -612,7 +689,7 @@ def require_pairs(pairs: str) -> None:
 
 
 def draw_pair(pairs: str, there: np.ndarray, rng: np.random.Generator) -> tuple[int, int] | None:
-    """One of PAIRS[pairs], as likely as it says there, among those whose blocks, bool (4,), are there; None without any."""
+    """One of PAIRS[pairs], as likely as it says, of blocks that are there, bool (4,); None without any."""
     require_pairs(pairs)
     left = {(a, b): share for (a, b), share in PAIRS[pairs].items() if there[a] and there[b]}
     if not left:
@@ -621,11 +698,12 @@ def draw_pair(pairs: str, there: np.ndarray, rng: np.random.Generator) -> tuple[
     return list(left)[rng.choice(len(left), p=share / share.sum())]
 
 
-def propose(family: str, pos: np.ndarray, there: np.ndarray, things: tuple[str, ...], rng: np.random.Generator,
-            pairs: str = "") -> Meaning | None:  # fmt: skip
-    """A task of the family for blocks at pos float (B, 2), as LanguageTable draws it; None where it finds none.
+def propose(family: str, pos: np.ndarray, there: np.ndarray, things: tuple[str, ...],
+            rng: np.random.Generator, pairs: str = "") -> Meaning | None:  # fmt: skip
+    """A task of the family for blocks at pos float (B, 2), as LanguageTable draws it; None where it finds
+    none.
 
-    there bool (B,): which blocks have not fallen. pairs: which of them block2block may ask, a name in PAIRS or "".
+    there bool (B,): which blocks have not fallen. pairs: what block2block may ask, a name in PAIRS or "".
     """
     low, high = LOW + INSET, HIGH - INSET
     blocks = np.flatnonzero(there)
@@ -663,7 +741,9 @@ def propose(family: str, pos: np.ndarray, there: np.ndarray, things: tuple[str, 
                 centroid = pos[blocks[close[k]]].mean(0)
                 away = pos[blocks[k]] - centroid
                 if inside(centroid + 0.10 * away / max(np.linalg.norm(away), 1e-9)):
-                    return Meaning(family, int(blocks[k]), tuple(int(blocks[b]) for b in gap[k].argsort() if close[k, b]))
+                    return Meaning(
+                        family, int(blocks[k]), tuple(int(blocks[b]) for b in gap[k].argsort() if close[k, b])
+                    )
     return None
 
 
@@ -674,7 +754,8 @@ class TabletopEnv(SingleView):
 
 
 class BananaTableVectorEnv(TabletopVectorEnv):
-    """N tables with a banana each: "push the banana to the top left of the table". Rules as for block2absolutelocation."""
+    """N tables with a banana each: "push the banana to the top left of the table". Rules as for
+    block2absolutelocation."""
 
     name, things, families, horizon = "bananatable", ("banana",), ("block2absolutelocation",), 100
     clearance, girth, reach = 0.12, 0.085, 0.095
@@ -685,7 +766,11 @@ class BananaTableVectorEnv(TabletopVectorEnv):
         self._build(num_envs, obs, size, look, history, render_mode)
 
     def instructions(self) -> list[str]:
-        return [f"{verb} banana to the {place} of the table" for verb in language.PUSH for place in BANANA_PLACES.values()]
+        return [
+            f"{verb} banana to the {place} of the table"
+            for verb in language.PUSH
+            for place in BANANA_PLACES.values()
+        ]
 
     def _names(self, k: int) -> list[str]:
         return ["banana"]
@@ -695,7 +780,9 @@ class BananaTableVectorEnv(TabletopVectorEnv):
         return f"{verb} banana to the {place} of the table"
 
 
-BANANA_PLACES = {p: "center" if p == "center" else p.replace("center_", "").replace("_", " ") for p in language.PLACES}
+BANANA_PLACES = {
+    p: "center" if p == "center" else p.replace("center_", "").replace("_", " ") for p in language.PLACES
+}
 
 
 class BananaTableEnv(SingleView):
