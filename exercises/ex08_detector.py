@@ -21,7 +21,7 @@ def confusion(detected: Tensor, truth: Tensor) -> dict[str, int]:
 
 
 def confirmed_within(d: Tensor, truth: Tensor, s: float) -> list[bool]:
-    """For each episode with a detection, in order: is the truth True from its first detection to s steps later?
+    """For each episode with a detection, in order: is it true at, or up to s steps after, its first one?
 
     d float, truth bool (n, T + 1). s need not be whole: then the steps are rounded up.
     An episode without any d <= s gives no entry.

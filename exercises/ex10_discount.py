@@ -6,15 +6,10 @@ Does practice then need fewer, the same, or more steps to the goal? Same is with
 
 Write your prediction, then see:
 
-    python exercises/ex10_discount.py --seed 0
+    python exercises/practice.py ex10 --seed 0
     pytest exercises -k ex10
 """
 
 PREDICTION = ""  # fewer, same or more
 
 VARIANTS = {"gamma 1": {"gamma": 1.0}}
-
-if __name__ == "__main__":
-    import practice
-
-    practice.main(__file__)

@@ -6,7 +6,7 @@ Then no demonstration has the label 0 any more (exercise 1).
 140 steps go into 50 bins, or into 140. A bin's value is its left edge (exercise 2).
 Does the agent need fewer, the same, or more steps than one that has all labels? Same is within 5/4.
 
-    python exercises/ex11_final_observation.py --seed 0
+    python exercises/practice.py ex11 --seed 0
     pytest exercises -k ex11
 """
 
@@ -23,8 +23,3 @@ VARIANTS = {
     "50 bins": {"demonstrate": demonstrate, "bins": 50, "success_threshold": 1.0},
     "140 bins": {"demonstrate": demonstrate, "bins": 140, "success_threshold": 1.0},
 }
-
-if __name__ == "__main__":
-    import practice
-
-    practice.main(__file__)

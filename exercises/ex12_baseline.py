@@ -6,7 +6,7 @@ The simplest is the mean return of the batch. Half of the tuples then have a neg
 Here the reward is a difference of d already, so a typical return is a little above 0.
 With the mean subtracted: fewer, the same, or more steps to the goal? Same is within 5/4.
 
-    python exercises/ex12_baseline.py --seed 0
+    python exercises/practice.py ex12 --seed 0
     pytest exercises -k ex12
 
 What does -R log p do to a rare action with R < 0? Draw it against log p.
@@ -20,8 +20,3 @@ def reinforce_loss(plain, log_prob, returns, c):
 
 
 VARIANTS = {"minus the mean return": {"reinforce_loss": reinforce_loss}}
-
-if __name__ == "__main__":
-    import practice
-
-    practice.main(__file__)

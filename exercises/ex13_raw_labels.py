@@ -5,7 +5,7 @@ The notebook computes the bin of a label, and then uses the label itself as the 
 So 40 steps to go are class 40, whose value is 112 steps, and labels from 50 on teach nothing.
 Does the agent need fewer, the same, or more steps than a correct one? Same is within 5/4.
 
-    python exercises/ex13_raw_labels.py --seed 0
+    python exercises/practice.py ex13 --seed 0
     pytest exercises -k ex13
 
 The rewards are differences of d. What does the bug do to them, near the goal and far from it?
@@ -20,8 +20,3 @@ def bin_of(plain, steps, bins):
 
 
 VARIANTS = {"50 bins, labels as classes": {"bins": 50, "bin_of": bin_of}}
-
-if __name__ == "__main__":
-    import practice
-
-    practice.main(__file__)

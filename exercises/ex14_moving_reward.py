@@ -4,7 +4,7 @@ Place: Section 3.2, "a frozen Stage 1 checkpoint". More data should make d bette
 Here the reward model goes on learning L_steps_to_go, from the episodes of practice that it ended itself.
 Fewer, the same, or more steps to the goal than with the frozen one? Same is within 5/4.
 
-    python exercises/ex14_moving_reward.py --seed 0
+    python exercises/practice.py ex14 --seed 0
     pytest exercises -k ex14
 
 Who decides where an episode ends, and who learns from that?
@@ -33,8 +33,3 @@ def rollout(plain, agent, reward_model, n, rng, ends):
 
 
 VARIANTS = {"d keeps learning": {"rollout": rollout}}
-
-if __name__ == "__main__":
-    import practice
-
-    practice.main(__file__)

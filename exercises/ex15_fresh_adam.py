@@ -5,7 +5,7 @@ Adam divides a gradient by the root of its running mean square, whatever the gra
 The loss of Stage 2 is some hundred times smaller than Stage 1's (c = 0.02).
 With a fresh Adam, whose running means begin at 0: fewer, the same, or more steps? Same is within 5/4.
 
-    python exercises/ex15_fresh_adam.py --seed 0
+    python exercises/practice.py ex15 --seed 0
     pytest exercises -k ex15
 
 What size has an update of a fresh Adam, and what does c do to it?
@@ -14,8 +14,3 @@ What size has an update of a fresh Adam, and what does c do to it?
 PREDICTION = ""  # fewer, same or more
 
 VARIANTS = {"a fresh Adam": {"keep_optimizer": False}}
-
-if __name__ == "__main__":
-    import practice
-
-    practice.main(__file__)

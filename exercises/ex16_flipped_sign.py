@@ -5,7 +5,7 @@ Stage 1 alone succeeds in four of five episodes.
 After practice with the flipped sign, is success "none" (below 0.05), "some", or "all" (above 0.95)?
 Predict it twice: as pointmass.stage2 is, and where it does not load the best policy at its end.
 
-    python exercises/ex16_flipped_sign.py --seed 0
+    python exercises/practice.py ex16 --seed 0
     pytest exercises -k ex16
 
 Which line of pointmass.stage2 hides such a bug, and what would have shown it in the first minute?
@@ -27,8 +27,3 @@ VARIANTS = {
     "the best policy": {"rewards": rewards},
     "the last policy": {"rewards": rewards, "Agent.load_state_dict": keep_the_last},
 }
-
-if __name__ == "__main__":
-    import practice
-
-    practice.main(__file__)

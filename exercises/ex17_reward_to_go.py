@@ -4,7 +4,7 @@ Place: line 4 of Algorithm 1. R_t sums the rewards from t on: the reward-to-go.
 An action cannot change what was before it, so the past only adds noise.
 With R_1 for every step of the episode: fewer, the same, or more steps? Same is within 5/4.
 
-    python exercises/ex17_reward_to_go.py --seed 0
+    python exercises/practice.py ex17 --seed 0
     pytest exercises -k ex17
 
 Which of the actions of an episode does R_1 still speak of, at γ = 0.9?
@@ -18,8 +18,3 @@ def monte_carlo_returns(plain, reward, gamma):
 
 
 VARIANTS = {"one return an episode": {"monte_carlo_returns": monte_carlo_returns}}
-
-if __name__ == "__main__":
-    import practice
-
-    practice.main(__file__)

@@ -55,12 +55,19 @@ class DialVectorEnv(Domain):
         raise NotImplementedError
 
     def demonstrate(self) -> np.ndarray:
-        """float (N, 1): the right way, at half of what could be done, so that practice has something to find."""
+        """float (N, 1): the right way at half the pace, so that practice has something to find."""
         raise NotImplementedError
 
     def expert(self) -> np.ndarray:
         """float (N, 1): the best."""
         raise NotImplementedError
+
+    def render(self) -> tuple[np.ndarray, ...]:
+        """N pictures for people, uint8 (64, 64, 3): a white hand. Given."""
+        x, y = np.meshgrid(np.linspace(-1, 1, 64), np.linspace(1, -1, 64))
+        where = np.degrees(np.arctan2(x, y))  # (64, 64), 0 is up
+        off = np.abs((where - self.angle[:, None, None] + 180) % 360 - 180)  # (N, 64, 64)
+        return tuple(np.repeat(np.uint8(255 * (o < 10))[..., None], 3, 2) for o in off)
 
 
 class DialEnv(SingleView):

@@ -4,8 +4,8 @@ An exercise's VARIANTS say what changes: fields of `pointmass.Config`, and funct
 replacements get the plain function first. Stage 1 is trained once for each seed and each change of it, and
 kept in runs/exercises.
 
-    python exercises/ex12_baseline.py --seed 0    # your prediction, the unchanged run, and the exercise's
-    python exercises/practice.py                  # writes results/exercises.csv's numbers into README.md
+    python exercises/practice.py ex12 --seed 0    # the unchanged run, and the exercise's
+    python exercises/practice.py readme           # writes the numbers of results/exercises.csv into README.md
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import io
 import sys
 import time
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -28,6 +27,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import pointmass  # noqa: E402 - the repository's root is not installed
+from common import UserError  # noqa: E402
 
 CSV = ROOT / "results" / "exercises.csv"
 CACHE = Path("runs") / "exercises"
@@ -37,8 +37,8 @@ NAMES = sorted(path.stem for path in Path(__file__).parent.glob("ex1[0-7]_*.py")
 WORDS = {"mean_steps": ("fewer", "same", "more"), "success": ("none", "some", "all")}
 
 
-# --- runs -----------------------------------------------------------------------------------------------------
-def exercise(name: str):
+# --- runs ---------------------------------------------------------------------------------------------------
+def load(name: str):
     return importlib.import_module(f"exercises.{name}")
 
 
@@ -46,7 +46,7 @@ def every_run() -> dict[tuple[str, str], dict]:
     """What changes, by exercise and variant."""
     runs = {UNCHANGED: {}}
     for name in NAMES:
-        runs |= {(name, variant): changes for variant, changes in exercise(name).VARIANTS.items()}
+        runs |= {(name, variant): changes for variant, changes in load(name).VARIANTS.items()}
     return runs
 
 
@@ -67,7 +67,7 @@ def patched(changes: dict):
 
 
 def stage1(cfg: pointmass.Config, changes: dict):
-    """The agent, its optimiser, s, and the generator's state behind Stage 1: from the cache, or trained for it."""
+    """The agent, its optimiser, s, and the generator behind Stage 1: from the cache, or trained for it."""
     changes = {k: v for k, v in changes.items() if k in OF_STAGE1}
     told = [inspect.getsource(v) if callable(v) else f"{k} {v}" for k, v in changes.items()]
     told = "".join([inspect.getsource(pointmass), *told])  # other code, other file
@@ -92,7 +92,7 @@ def stage1(cfg: pointmass.Config, changes: dict):
 
 
 def run(changes: dict, seed: int) -> dict[str, float]:
-    """Practise with these changes: success and mean steps of 1000 fresh episodes, and what practice detected last."""
+    """Practise: success and mean steps of 1000 fresh episodes, and what practice detected at last."""
     start = time.time()
     cfg = pointmass.Config(seed=seed, **{k: v for k, v in changes.items() if not callable(v)})
     with contextlib.redirect_stdout(io.StringIO()):
@@ -105,25 +105,29 @@ def run(changes: dict, seed: int) -> dict[str, float]:
     return row | {"seconds": round(time.time() - start, 1)}
 
 
-@dataclass
-class Args:
-    """The unchanged run, and the exercise's."""
+def main(exercise: tyro.conf.Positional[str], seed: int = 0) -> None:
+    """The unchanged run, and the exercise's.
 
-    seed: int = 0  # 0, 1, ... of all runs
-
-
-def main(file: str) -> None:
-    """What an exercise's file does as a script."""
-    module, args = exercise(Path(file).stem), tyro.cli(Args)
+    Args:
+        exercise: ex10 ... ex17; or readme, which writes README.md's table
+        seed: 0, 1, ... of all runs
+    """
+    if exercise == "readme":
+        write_readme()
+        return
+    found = [name for name in NAMES if name.startswith(exercise[:4])]
+    if len(found) != 1:
+        raise UserError(f"exercise {exercise}: choose one of {', '.join(name[:4] for name in NAMES)}")
+    module = load(found[0])
     if "" in predictions(module).values():
-        sys.exit(print(f"{file}: write your PREDICTION into the file first", file=sys.stderr) or 2)
+        raise UserError(f"exercises/{found[0]}.py: write your PREDICTION there first")
     for variant, changes in {"unchanged": {}, **module.VARIANTS}.items():
-        row = run(changes, args.seed)
+        row = run(changes, seed)
         print(f"{variant:30}", *(f"{name} {value:.3g}  " for name, value in row.items()))
-    print(f"published: {CSV.relative_to(ROOT)}; your prediction: pytest exercises -k {Path(file).stem[:4]}")
+    print(f"Published: results/exercises.csv. Your prediction: pytest exercises -k {found[0][:4]}")
 
 
-# --- what was measured ----------------------------------------------------------------------------------------
+# --- what was measured --------------------------------------------------------------------------------------
 def measured() -> dict[tuple[str, str], list[dict]]:
     """The rows of results/exercises.csv, one a seed, by exercise and variant."""
     if not CSV.exists():
@@ -144,7 +148,7 @@ def outcome(name: str, variant: str) -> str:
     Of mean steps: fewer, same or more than unchanged; same is within a factor of 5/4.
     Of success, where the exercise says MEASURE = "success": none, below 0.05; all, above 0.95; or some.
     """
-    table, measure = measured(), getattr(exercise(name), "MEASURE", "mean_steps")
+    table, measure = measured(), getattr(load(name), "MEASURE", "mean_steps")
     value, unchanged = mean(table[name, variant], measure), mean(table[UNCHANGED], measure)
     low, high = (0.8 * unchanged, 1.25 * unchanged) if measure == "mean_steps" else (0.05, 0.95)
     return WORDS[measure][int(value >= low) + int(value > high)]
@@ -167,7 +171,11 @@ def readme_table() -> list[str]:
     lines += ["|---|---|---|---|---|---|---|---|"]
     for (name, variant), rows in measured().items():
         number = name[2:4] if (name, variant) != UNCHANGED else ""
-        numbers = [span(rows, "success", ".2f"), span(rows, "mean_steps", ".0f"), f"{mean(rows, 'detected'):.2f}"]
+        numbers = [
+            span(rows, "success", ".2f"),
+            span(rows, "mean_steps", ".0f"),
+            f"{mean(rows, 'detected'):.2f}",
+        ]
         numbers += [f"{mean(rows, 'seconds'):.0f}", outcome(name, variant) if number else ""]
         lines.append(" | ".join(["| " + number, variant or "unchanged", str(len(rows)), *numbers]) + " |")
     return lines
@@ -182,4 +190,7 @@ def write_readme() -> None:
 
 
 if __name__ == "__main__":
-    write_readme()
+    try:
+        tyro.cli(main)
+    except UserError as wrong:
+        sys.exit(print(wrong, file=sys.stderr) or 2)

@@ -14,7 +14,7 @@ NAMES = sorted(path.stem for path in Path(__file__).parent.glob("ex[0-9]*.py"))
 def test(name: str):
     exercise = importlib.import_module(f"exercises.{name}")
     try:
-        getattr(checks, name)(exercise)
+        checks.check(name, exercise)
     except NotImplementedError as missing:
         pytest.fail(f"exercises/{name}.py: still to do. {missing}", pytrace=False)
     except AssertionError as wrong:  # its text is the lesson; where the check stands is not
