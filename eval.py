@@ -23,7 +23,7 @@ from common.cli import cli
 from common.options import Count, Positive, Size, Whole
 from common.pictures import Film
 from common.runs import describe, newest_run, read_json, write_json
-from common.setup import load_run
+from common.setup import load_run, measured_threshold
 from model import EFM
 from rollout import evaluate, rollout
 
@@ -78,7 +78,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"{folder}/metrics.csv: missing; name a finished run with --run")
 
     env, policy, reward_model = load_run(folder, SHOWN, cfg.policy)
-    own = {"success_threshold": settings.get("success_threshold", env.success_threshold)}
+    own = {"success_threshold": settings.get("success_threshold", measured_threshold(folder, env))}
     options.fill(cfg, own | {"temperature": env.temperature})
     s, how = cfg.success_threshold, {"greedy": cfg.greedy, "temperature": cfg.temperature}
     summary = evaluate(folder, cfg.episodes, cfg.seed, s, policy=cfg.policy, **how)

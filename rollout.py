@@ -158,6 +158,7 @@ def metrics(rollouts: list[Episodes], returns: Tensor, threshold: float) -> dict
         "detected": float(detected.mean()),
         "false_positives": float((detected & ~truth).mean()),
         "mean_steps": float(length.mean()),
+        "std_steps": float(length.std()),
         "return_mean": returns.mean().item(),
         "return_std": returns.std().item(),
         "return_negative": (returns < 0).float().mean().item(),

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -32,7 +33,8 @@ from torch import Tensor
 
 from common import UserError, demos, ranks, setup
 from common.cli import cli
-from common.options import Count, Positive, ScaleFlags, Whole
+from common.average import Average
+from common.options import Count, Positive, ScaleFlags, Share, Whole
 from model import EFM
 from rollout import evaluate
 from tokens import QUESTION_ACTION, QUESTION_INSTRUCTION, QUESTION_STEPS, StepsToGo, action_tokenizer
@@ -56,6 +58,8 @@ class Config(ScaleFlags):
     batch: int | None = None  # samples per update, split evenly over the objectives
     lr: Positive | None = None  # AdamW: a warm-up of 100 updates, then a cosine down to a tenth
     policy: Literal["best", "last"] | None = None  # the policy: the best at cloning, or the last
+    symmetries: bool | None = None  # turn each tuple of a batch by a symmetry of the domain's; None: if not pre-trained
+    average: Share | None = None  # decay of the weights' exponential average, which is kept; 0: none
     eval_every: Count = 500  # updates between two looks at the held-out episodes
 
 
@@ -77,7 +81,47 @@ def instruction_loss(model: EFM, obs: dict, goals: list[str]) -> Tensor:
     return -model.text_log_prob(obs, [QUESTION_INSTRUCTION] * len(goals), goals).mean()  # [L_instruction]
 
 
+# --- the detector of Section 3.2 ----------------------------------------------------------------------------
+def calibrate(before: Tensor, final: Tensor, precision: float = 0.85) -> tuple[float, float, float]:
+    """The largest s whose detections on held-out demonstrations are right in a share of at least `precision`.
+
+        s = max { s : right(s) / (right(s) + wrong(s)) >= precision }
+        right(s): final <= s < before;  wrong(s): before <= s
+
+    before: the least d of each demonstration's observations but the last, float (n,); final: the last one's.
+    The largest, because a missed arrival costs the rest of the horizon, an early alarm a step or two, and who
+    practises arrives faster than any demonstrator. Returns s, its precision, its recall: of the demonstrations
+    that no alarm ended before, the share that it ends. Where no s is precise enough: the one most often right.
+    """
+    candidates = torch.cat([before, final]).sort().values  # (2 n,)
+    wrong = (before <= candidates[:, None]).sum(1)  # (2 n,)
+    right = ((final <= candidates[:, None]) & (before > candidates[:, None])).sum(1)
+    share = right / (right + wrong).clamp(min=1)
+    good = (share >= precision).nonzero()
+    k = int(good.max()) if len(good) else int(right.argmax())
+    recall = right[k] / (len(final) - wrong[k]).clamp(min=1)
+    return float(candidates[k]), float(share[k]), float(recall)
+
+
+@torch.no_grad()
+def predicted_steps(model: EFM, data: demos.Demonstrations, steps: StepsToGo, episodes: int) -> tuple:
+    """`calibrate`'s before and final of the first demonstrations."""
+    rows, d = np.flatnonzero(data.episode < episodes), []
+    for part in np.array_split(rows, len(rows) // 512 + 1):
+        obs, _, goals, _ = data.batch(part, model.device)
+        d.append(model.steps_to_go(obs, goals, steps).cpu())
+    d, last = torch.cat(d), data.steps[rows] == 0
+    earlier = torch.from_numpy(data.episode[rows])[~last]
+    before = torch.full((int(last.sum()),), math.inf).scatter_reduce_(0, earlier, d[~last], "amin")
+    return before, d[last]
+
+
 # --- training -----------------------------------------------------------------------------------------------
+# which checkpoint is written when: where the last is the policy, the best at cloning is kept beside it
+CHECKPOINTS = {"best": {"policy": "bc", "reward": "steps_to_go"},
+               "last": {"policy": "last", "reward": "steps_to_go", "early_policy": "bc"}}  # fmt: skip
+
+
 @dataclass
 class Progress:
     """What a run continues from, beside the weights."""
@@ -94,6 +138,16 @@ class Progress:
         return better
 
 
+def calibrate_and_evaluate(run: Path, valid: demos.Demonstrations, cfg: Config) -> dict[str, float]:
+    """s of a finished run's reward model, and its policy's success with it."""
+    env, _, reward_model = setup.load_run(run, 1)
+    episodes = 20 if cfg.weights or cfg.vit else 300
+    before, final = predicted_steps(reward_model, valid, StepsToGo(env.steps_cap, env.steps_bins), episodes)
+    s, precision, recall = calibrate(before, final)
+    told = {"held_out_precision": precision, "held_out_recall": recall}
+    return told | evaluate(run, cfg.eval_episodes, cfg.seed, s)
+
+
 def main(cfg: Config) -> None:
     env, run, model = setup.stage1(cfg)
     if run.done:
@@ -106,7 +160,8 @@ def main(cfg: Config) -> None:
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=0.01, fused=True)
     rng = np.random.default_rng(cfg.seed)
     now = Progress(instruction_on=env.predicts_instruction)
-    run.track(optimizer=optimizer, rng=rng, progress=now)
+    average = Average(model, cfg.average)
+    run.track(optimizer=optimizer, rng=rng, progress=now, average=average)
     train, valid = demos.load(cfg, env)
     if model.cfg.state_names and model.cfg.state_mlp and cfg.init == "none" and not run.resumed:
         model.fit_standardiser(train.states())
@@ -135,9 +190,9 @@ def main(cfg: Config) -> None:
     for update in run.steps(now.update, cfg.updates, "stage 1"):
         third = cfg.batch // 3 if now.instruction_on else 0  # split evenly over the objectives
         half = (cfg.batch - third) // 2
-        bc = rng.choice(train.acted, half)
-        to_go = rng.integers(len(train.index), size=cfg.batch - third - half)
-        asked = rng.integers(len(train.ends), size=third)
+        bc = train.draw(rng.choice(train.acted, half), rng)
+        to_go = train.draw(rng.integers(len(train.index), size=cfg.batch - third - half), rng)
+        asked = train.draw(rng.integers(len(train.ends), size=third), rng)
         with ranks.autocast(cfg.bf16):
             loss = wrapped(losses, train, bc, to_go, asked)
         for group in optimizer.param_groups:
@@ -145,9 +200,10 @@ def main(cfg: Config) -> None:
         optimizer.zero_grad()
         sum(loss.values()).backward()
         optimizer.step()
+        average.update()
         if (update + 1) % cfg.eval_every and update + 1 < cfg.updates:
             continue
-        with torch.no_grad(), ranks.autocast(cfg.bf16):
+        with average.applied(), torch.no_grad(), ranks.autocast(cfg.bf16):
             held = ranks.mean(wrapped(losses, valid, *held_out))
         row = {"update": update + 1} | dict.fromkeys(held, math.nan) | ranks.mean(loss)
         row |= {f"valid_{name}": value for name, value in held.items()} | {"seconds": run.seconds()}
@@ -155,18 +211,16 @@ def main(cfg: Config) -> None:
         if not all(map(math.isfinite, held.values())):
             raise UserError(f"--lr {cfg.lr}: the held-out losses are no numbers any more; take a smaller one")
         now.update = update + 1
-        better = now.better(held)
-        if "bc" in better:
-            run.keep(**{"policy" if cfg.policy == "best" else "early_policy": model})
-        if "steps_to_go" in better:
-            run.keep(reward=model)
+        kept = now.better(held) - {"instruction"}
         if cfg.policy == "last":  # the paper's Aloha: an over-fitted policy is the better one; both are kept
-            run.keep(policy=model)
+            kept.add("last")
+        with average.applied():
+            run.keep(**{name: model for name, why in CHECKPOINTS[cfg.policy].items() if why in kept})
         run.checkpoint()
 
     told = {"stage": "stage1", "domain": cfg.domain, "obs": cfg.obs, "seed": cfg.seed}
     told["episodes"] = len(train.ends) + len(valid.ends)
-    run.finish(told, lambda: evaluate(run.folder, cfg.eval_episodes, cfg.seed, env.success_threshold))
+    run.finish(told, lambda: calibrate_and_evaluate(run.folder, valid, cfg))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class Config(ScaleFlags):
     lr: Positive = 1e-4  # AdamW
     learns: Literal["all", "blocks"] | None = None  # all weights, or the transformer's blocks alone; all
     keep_optimizer: bool = False  # go on with Stage 1's last AdamW moments, as the authors' notebook does
-    num_envs: Count | None = None  # simulations that practise at once; 16
+    num_envs: Count | None = None  # simulations that practise at once, at most; 128, an operator's stations 16
     operator: bool = False  # practise without resets, but for an operator's: as on the paper's robots
     iterations: Count | None = None  # of Algorithm 1's loop, at most
     patience: Count = 100  # stop after so many iterations without a better policy
@@ -131,18 +131,39 @@ class Progress:
     iteration: int = 0
     env_steps: int = 0
     episodes: int = 0
-    recent: list[float] = field(default_factory=list)  # mean steps of the last five iterations' episodes
+    # an episode's steps, all that the model sees of a policy: how soon it believes to arrive
+    recent: list[list[float]] = field(default_factory=list)  # of five iterations: episodes, mean, variance
+    before: list[float] = field(default_factory=list)  # of Stage 1's policy: mean, its standard error
     best: float = math.inf  # the least mean of `recent` so far
-    best_at: int = 5  # iteration
+    best_at: int = 0  # iteration
 
-    def better(self, mean_steps: float) -> bool:
-        """Whether this is the best policy so far, by what the model sees: how soon it believes to arrive."""
-        self.recent = [*self.recent, mean_steps][-5:]
-        score = float(np.mean(self.recent))
-        if len(self.recent) < 5 or score >= 0.99 * self.best:
+    def expected_steps(self) -> list[float]:
+        """Mean and its standard error over `recent`, whose policies are nearly the same."""
+        n, mean, variance = np.array(self.recent).T
+        average = (n * mean).sum() / n.sum()
+        spread = (n * (variance + (mean - average) ** 2)).sum() / n.sum()
+        return [float(average), float((spread / n.sum()) ** 0.5)]
+
+    def better(self, episodes: int, mean: float, std: float) -> bool:
+        """Whether this is the best policy so far, and better than Stage 1's by three standard errors."""
+        self.recent = [*self.recent, [episodes, mean, std**2]][-5:]
+        steps, error = self.expected_steps()
+        gain = self.before[0] - steps
+        if len(self.recent) < 5 or steps >= 0.99 * self.best or gain < 3 * math.hypot(error, self.before[1]):
             return False
-        self.best, self.best_at = score, self.iteration
+        self.best, self.best_at = steps, self.iteration
         return True
+
+
+def before_practice(episodes: Episodes, s: float) -> list[float]:
+    """Steps of Stage 1's own policy in practice: mean, standard error. Says how often the detector fires."""
+    length, detected = ranks.concat_ranks(episodes.length, detect_success(episodes.d[:, -1], s))
+    mean, error, share = float(length.mean()), float(length.std() / len(length) ** 0.5), detected.float().mean()
+    told = f"Stage 1's own episodes: the detector fires in {share:.0%}, {mean:.1f} +- {error:.1f} steps"
+    if share < 0.1:
+        told += "; too few to learn from: give Stage 1 more --episodes or --updates, or raise --success-threshold"
+    tqdm.write(told)
+    return [mean, error]
 
 
 def main(cfg: Config) -> None:
@@ -167,6 +188,13 @@ def main(cfg: Config) -> None:
     def ends(d: Tensor, truth: Tensor) -> Tensor:
         return detect_success(d, cfg.success_threshold) if cfg.success == "detector" else truth
 
+    how = (generator, ends, cfg.temperature)
+    seed = 10**9 * (cfg.seed + 1) + 10**7 * ranks.rank()  # of this process's first episode
+    if not run.resumed:  # what practice starts from; a better policy has to be better beyond this noise
+        with ranks.unsharded(policy, reward_model), ranks.autocast(cfg.bf16):
+            first = rollout(policy, reward_model, env, seed - env.num_envs, *how)
+        now.before = before_practice(first, cfg.success_threshold)
+        now.best = now.before[0]
     size = cfg.batch // ranks.world()  # of this process's part of a batch
     n = cfg.updates * size  # tuples of an iteration
     for iteration in run.steps(now.iteration, cfg.iterations, "stage 2"):  # [Alg. 1, line 1]
@@ -177,15 +205,15 @@ def main(cfg: Config) -> None:
         if ranks.rank():  # the first rank's generator is in the checkpoint, the others' need not be
             generator.manual_seed(10**9 * (cfg.seed + 1) + 10**4 * iteration + ranks.rank())
         while min(ranks.all_gather(len(buffer))) < n:
-            seed = 10**9 * (cfg.seed + 1) + now.episodes + ranks.rank() * env.num_envs
+            steps = now.expected_steps()[0] if now.recent else now.before[0]
+            env = setup.resize(env, (n - len(buffer)) / steps, cfg.num_envs // ranks.world())
             with ranks.unsharded(policy, reward_model), ranks.autocast(cfg.bf16):
-                how = (generator, ends, cfg.temperature)
-                episodes = rollout(policy, reward_model, env, seed, *how)  # [Alg. 1, line 2]
+                episodes = rollout(policy, reward_model, env, seed + now.episodes, *how)  # [Alg. 1, line 2]
             if cfg.operator:
                 env.steps += episodes.length
             buffer.place(episodes, practice_returns(episodes, cfg))  # [Alg. 1, line 5]
             rollouts.append(episodes)
-            now.episodes += cfg.num_envs
+            now.episodes += sum(ranks.all_gather(env.num_envs))
         for obs, prompts, tokens, returns in buffer.batches(n, size, generator):  # [Alg. 1, line 8]
             with ranks.autocast(cfg.bf16):
                 log_prob = wrapped(EFM.log_prob, obs, prompts, tokens, ranges, cfg.temperature)
@@ -205,7 +233,7 @@ def main(cfg: Config) -> None:
         run.log(iteration + 1, row, tell=iteration % 10 == 9)
         if not all(map(math.isfinite, row.values())):
             raise UserError(f"--lr {cfg.lr}: the policy's numbers are none any more; take a smaller one")
-        better = now.better(row["mean_steps"])
+        better = now.better(sum(ranks.all_gather(sum(len(r.length) for r in rollouts))), row["mean_steps"], row["std_steps"])
         now.iteration = iteration + 1
         if better:
             run.keep(policy=policy)
@@ -213,6 +241,9 @@ def main(cfg: Config) -> None:
 
     told = {"stage": "stage2", "domain": cfg.domain, "obs": env.obs, "seed": cfg.seed, "stage1": cfg.stage1}
     told |= {"episodes": now.episodes, "env_steps": now.env_steps}
+    told |= {"believed_steps_before": now.before[0], "believed_steps_after": now.best}
+    if now.best == now.before[0]:
+        tqdm.write("no policy was better than Stage 1's beyond noise: Stage 1's is kept")
     run.finish(told, lambda: evaluate(run.folder, cfg.eval_episodes, cfg.seed, cfg.success_threshold))
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 import envs
 from common import UserError, ranks
 from common.runs import require_writable, write_atomically
+from envs.symmetries import Symmetries
 
 FORMAT = 2  # of the cached files; in their names, so that what another version recorded is not read
 
@@ -202,6 +203,8 @@ def load(cfg: Any, env: VectorEnv) -> tuple[Demonstrations, Demonstrations]:
     data = ranks.rank_0_first(load_demonstrations, cfg)
     held_out, used = split(len(data["length"]), cfg.data_fraction)
     train = Demonstrations(data, np.flatnonzero(~held_out & used), env.state_dim)
+    if cfg.symmetries:
+        train.symmetries = env.symmetries
     return train, Demonstrations(data, np.flatnonzero(held_out & used), env.state_dim)
 
 
@@ -209,7 +212,7 @@ class Demonstrations:
     """Tuples (o, a, g, steps to go) of some episodes, ready for batches."""
 
     def __init__(self, data: dict[str, np.ndarray | Frames], episodes: np.ndarray, state_dim: int):
-        self.data, self.state_dim = data, state_dim
+        self.data, self.state_dim, self.symmetries = data, state_dim, Symmetries()
         self.instruction = data["instruction"][episodes]
         start, length = data["start"][episodes], data["length"][episodes]
         self.episode = np.repeat(np.arange(len(episodes)), length)  # (M,)
@@ -221,21 +224,36 @@ class Demonstrations:
         self.ends = np.stack([start, start + length - 1], 1)  # (episodes, 2) rows in data, first and last
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor, list[str], Tensor]:
-        """(observation, action float (B, A), goals, steps to go long (B,)) of the given rows."""
+        """(observation, action float (B, A), goals, steps to go long (B,)) of the given rows.
+
+        rows int (B,), or, each turned by an element of `symmetries`, (B, 2): row, element.
+        """
+        rows, element = rows.T if rows.ndim == 2 else (rows, np.zeros(len(rows), int))
         i = self.index[rows]
         # then the frame before is a part of the observation
         successive = "frames" in self.data and self.data["frames"].ndim == 4
         obs = self.observe(np.stack([self.previous[rows], i], 1) if successive else i, device)
-        goals = self.instruction[self.episode[rows]].tolist()
-        return obs, torch.from_numpy(self.data["action"][i]), goals, self.steps[rows]
+        goals, action = self.instruction[self.episode[rows]].tolist(), torch.from_numpy(self.data["action"][i])
+        obs, action, goals = self.symmetries(element, obs, action, goals)
+        return obs, action, goals, self.steps[rows]
+
+    def draw(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Rows int (B,) with an element of the symmetries drawn for each, int (B, 2)."""
+        return np.stack([rows, rng.integers(self.symmetries.order, size=len(rows))], 1)
 
     def states(self) -> Tensor:
         """The states of all tuples, float (M, S d)."""
         return torch.from_numpy(self.data["state"][self.index])
 
     def first_and_last(self, episodes: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], list[str]]:
-        """(the first and the last observation as one, goals) of the given episodes: what L_instruction is about."""
-        return self.observe(self.ends[episodes], device), self.instruction[episodes].tolist()
+        """(the first and the last observation as one, goals): what L_instruction is about.
+
+        episodes int (B,), or with the symmetries' elements (B, 2), as in `batch`.
+        """
+        episodes, element = episodes.T if episodes.ndim == 2 else (episodes, np.zeros(len(episodes), int))
+        obs, goals = self.observe(self.ends[episodes], device), self.instruction[episodes].tolist()
+        obs, _, goals = self.symmetries(element, obs, None, goals)
+        return obs, goals
 
     def observe(self, i: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         """Rows (B,) of data -> state (B, S, d) or images (B, 2, H, W, 3) and joints (B, J), two views of a moment; pairs

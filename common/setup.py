@@ -92,6 +92,12 @@ def load_run(folder: Path, num_envs: int, policy: str = "policy") -> tuple[Vecto
     return env, acting, load_checkpoint(folder / "reward.safetensors", env, acting)
 
 
+def measured_threshold(folder: Path, env: VectorEnv) -> float:
+    """s: what Stage 1 has measured on its held-out demonstrations, else the domain's."""
+    summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
+    return summary.get("success_threshold", env.success_threshold)
+
+
 # --- Stage 0 ------------------------------------------------------------------------------------------------
 def stage0(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     """The domain, the run, and a model from scratch for a Stage 0 configuration; no model if the run is done."""
@@ -126,6 +132,9 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     env = make_env(cfg.domain, 1, obs=cfg.obs)
     defaults = env.stage1_defaults[cfg.obs]
     usual = {"batch": 128, "lr": 1e-3}
+    # who has seen the web knows what is as true turned round; and an average takes the memory of another model
+    pretraining = {"symmetries": not pretrained, "average": 0.998 if cfg.lora_rank or not pretrained else 0.0}
+    options.fill(cfg, pretraining)
     uses_domains_model = (cfg.model or defaults["model"]) == defaults["model"]
     # a domain's batch and learning rate are for its model
     options.fill(cfg, usual | defaults if uses_domains_model else defaults | usual)
@@ -204,7 +213,8 @@ def initial_model(cfg: Any, env: VectorEnv, init: Path | None) -> EFM:
 # --- Stage 2 ------------------------------------------------------------------------------------------------
 # what a domain that says nothing else in `stage2_defaults` takes
 USUAL = {"gamma": 0.9, "temperature": 1.0, "clip_reward": 0.0, "success_bonus": 0.0, "batch": 64, "learns": "all",
-         "num_envs": 16}  # fmt: skip
+         "num_envs": 128}  # fmt: skip
+STATIONS = {"num_envs": 16}  # that an operator looks after
 
 
 def stage1_run(cfg: Any) -> tuple[Path, dict]:
@@ -228,9 +238,10 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, Path]:
     options.fill(cfg, {"domain": settings["domain"]})
     obs = settings["obs"]
     env = make_env(cfg.domain, 1, obs=obs)
-    options.fill(cfg, USUAL | {"success_threshold": env.success_threshold} | env.stage2_defaults[obs])
-    ranks.require_divisible(cfg, "batch", "num_envs")
     reward_folder = Path(cfg.reward_run) if cfg.reward_run else stage1
+    measured = {"success_threshold": measured_threshold(reward_folder, env)}
+    options.fill(cfg, USUAL | (STATIONS if cfg.operator else {}) | measured | env.stage2_defaults[obs])
+    ranks.require_divisible(cfg, "batch", "num_envs")
     reward_settings = read_json(reward_folder / "config.json")
     of_domain = reward_settings.get("domain") in (settings["domain"], cfg.domain)
     moments = "--keep-optimizer: the moments are of all weights, not of the blocks'; leave it out or add --learns all"
@@ -289,7 +300,7 @@ def baseline(cfg: Any, domains: tuple[str, ...], name: str) -> tuple[list, Run, 
     if run.done:
         return made, run, None, None, None
     reward_model = load_checkpoint(stage1 / "reward.safetensors", taught).requires_grad_(False)
-    data = demos.load(SimpleNamespace(**settings), taught)
+    data = demos.load(SimpleNamespace(**settings | {"symmetries": False}), taught)
     return made, run, policy, reward_model, data
 
 
@@ -300,6 +311,15 @@ def require_alike(env: VectorEnv, taught: VectorEnv) -> None:
         raise UserError(
             f"--domain {env.name}: its actions or observations are not those of {taught.name}; leave it out"
         )
+
+
+def resize(env: VectorEnv, num_envs: float, most: int) -> VectorEnv:
+    """The domain with so many simulations, in eights, at most `most`; an operator's stations stay as they are."""
+    num_envs = min(8 * math.ceil(num_envs / 8), most)
+    if isinstance(env, Operator) or env.num_envs == num_envs:
+        return env
+    env.close()
+    return make_env(env.name, num_envs, obs=env.obs)
 
 
 def load_moments(optimizer: torch.optim.Optimizer, run: Path) -> None:

@@ -33,6 +33,7 @@ import torch
 
 import pointmass
 from envs import Domain, SingleView
+from envs.symmetries import PointmassSymmetries
 
 COLOURS = ("red", "green", "blue")
 VERBS, NOUNS = ("move", "go", "drive", "steer"), ("goal", "target", "spot")
@@ -96,6 +97,7 @@ class PointmassVectorEnv(Domain):
     state_names, state_dim = ("position", "velocity", *COLOURS), 2
     steps_cap, steps_bins = 140, 140  # a bin is a step: near the goal, where the detector decides, d is sharp
     success_threshold = 3.0
+    symmetries = PointmassSymmetries(COLOURS)
     text_length, letters = 40, "abcdefghijklmnopqrstuvwxyz "
     stage1_defaults = {
         "state": {"model": "nano", "episodes": 5000, "updates": 9000, "policy": "best"},

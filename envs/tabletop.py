@@ -52,6 +52,7 @@ import numpy as np
 
 from envs import MujocoDomain, SingleView
 from envs import tabletop_language as language
+from envs.symmetries import Symmetries, TabletopSymmetries
 from envs.tabletop_language import Meaning
 
 LOW, HIGH = np.array([0.15, -0.3048]), np.array([0.60, 0.3048])  # the tool's workspace [m]  (constants.py)
@@ -347,6 +348,11 @@ class TabletopVectorEnv(MujocoDomain):
         self.state_names = ("tool", *self.things)
         super().__init__(n, obs, size, render_mode, scene(self.things, look))
         B = len(self.things)
+        # frames tie names to colours and shapes; where some pairs are left out, others would tell of them
+        permute = obs == "state" and not any(getattr(self, "pairs", ()))
+        self.symmetries = TabletopSymmetries([self._names(k) for k in range(B)], permute)
+        if obs == "images" and look == "real":  # its light is from one side
+            self.symmetries = Symmetries()
         self.target = np.zeros((n, 2))
         self.camera = np.zeros((n, 2, 3))  # what "real" adds to the camera's position [m] and orientation [rad]
         self.tasks, self.fallen = Tasks.empty(n, B), np.zeros((n, B), bool)
