@@ -158,12 +158,35 @@ def metrics(rollouts: list[Episodes], returns: Tensor, threshold: float) -> dict
         "detected": float(detected.mean()),
         "false_positives": float((detected & ~truth).mean()),
         "mean_steps": float(length.mean()),
-        "std_steps": float(length.std()),
         "return_mean": returns.mean().item(),
         "return_std": returns.std().item(),
         "return_negative": (returns < 0).float().mean().item(),
         "entropy": entropy.mean().item(),
     }
+
+
+def count_steps(rollouts: list[Episodes]) -> list[float]:
+    """Of an episode's steps over all ranks: [mean, its standard error, episodes]."""
+    (length,) = ranks.concat_ranks(np.concatenate([r.length for r in rollouts]))
+    return [float(length.mean()), float(length.std() / len(length) ** 0.5), float(len(length))]
+
+
+def pool(counted: list[list[float]]) -> list[float]:
+    """Several of `count_steps` as one."""
+    mean, error, n = np.array(counted).T
+    average = (n * mean).sum() / n.sum()
+    variance = (n * (n * error**2 + (mean - average) ** 2)).sum() / n.sum()
+    return [float(average), float((variance / n.sum()) ** 0.5), float(n.sum())]
+
+
+def first_look(episodes: Episodes, threshold: float) -> str:
+    """What a reader should know of Stage 1's own policy before it practises."""
+    (detected,) = ranks.concat_ranks((episodes.d[:, -1] <= threshold).numpy())
+    steps, error, n = count_steps([episodes])
+    told = f"the detector fires in {detected.mean():.0%} of {n:.0f} of Stage 1's own episodes, {steps:.1f} +- {error:.1f} steps"
+    if detected.mean() >= 0.1:
+        return told
+    return f"{told}: too few to practise on; give Stage 1 more --episodes or --updates"
 
 
 def confusion(detected: np.ndarray, truth: np.ndarray) -> dict[str, float]:

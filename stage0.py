@@ -34,13 +34,13 @@ from torch import Tensor
 
 from common import ranks, setup
 from common.cli import cli
-from common.options import Count, Positive, Whole
+from common.options import Count, DeviceFlags, Positive, Whole
 from model import EFM
 from tokens import UniformBins
 
 
 @dataclass
-class Config:
+class Config(DeviceFlags):
     domain: str = "pointmass"  # one of envs.DOMAINS, with arguments of its own: tabletop,blocks=8
     model: str = "nano-vision"  # a preset of model.PRESETS
     seed: Whole = 0  # weights and scenes

@@ -167,7 +167,7 @@ def main(cfg: Config) -> None:
         model.fit_standardiser(train.states())
 
     def losses(model: EFM, data: demos.Demonstrations, bc: np.ndarray, to_go: np.ndarray, asked: np.ndarray):
-        """Of rows for cloning and for steps to go, of episodes for instructions: this rank's share of each."""
+        """Of rows for cloning and steps to go, of episodes for instructions: this rank's share of each."""
         each = {}
         rows, weight = ranks.local_rows(bc)
         obs, action, goals, _ = data.batch(rows, device)

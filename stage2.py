@@ -31,7 +31,7 @@ from common import UserError, ranks, setup
 from common.cli import cli
 from common.options import Count, Positive, ScaleFlags, Share, Size, Whole
 from model import EFM
-from rollout import Episodes, evaluate, metrics, rollout
+from rollout import Episodes, count_steps, evaluate, first_look, metrics, pool, rollout
 from tokens import QUESTION_ACTION, action_tokenizer
 
 
@@ -131,39 +131,21 @@ class Progress:
     iteration: int = 0
     env_steps: int = 0
     episodes: int = 0
-    # an episode's steps, all that the model sees of a policy: how soon it believes to arrive
-    recent: list[list[float]] = field(default_factory=list)  # of five iterations: episodes, mean, variance
-    before: list[float] = field(default_factory=list)  # of Stage 1's policy: mean, its standard error
+    # an episode's steps, all that the model sees of a policy: [mean, its standard error, episodes]
+    before: list[float] = field(default_factory=list)  # of Stage 1's policy
+    recent: list[list[float]] = field(default_factory=list)  # of the last five iterations
     best: float = math.inf  # the least mean of `recent` so far
     best_at: int = 0  # iteration
 
-    def expected_steps(self) -> list[float]:
-        """Mean and its standard error over `recent`, whose policies are nearly the same."""
-        n, mean, variance = np.array(self.recent).T
-        average = (n * mean).sum() / n.sum()
-        spread = (n * (variance + (mean - average) ** 2)).sum() / n.sum()
-        return [float(average), float((spread / n.sum()) ** 0.5)]
-
-    def better(self, episodes: int, mean: float, std: float) -> bool:
+    def better(self, steps: list[float]) -> bool:
         """Whether this is the best policy so far, and better than Stage 1's by three standard errors."""
-        self.recent = [*self.recent, [episodes, mean, std**2]][-5:]
-        steps, error = self.expected_steps()
-        gain = self.before[0] - steps
-        if len(self.recent) < 5 or steps >= 0.99 * self.best or gain < 3 * math.hypot(error, self.before[1]):
+        self.recent = [*self.recent, steps][-5:]
+        mean, error, _ = pool(self.recent)
+        beyond_noise = self.before[0] - mean > 3 * math.hypot(error, self.before[1])
+        if len(self.recent) < 5 or mean >= 0.99 * self.best or not beyond_noise:
             return False
-        self.best, self.best_at = steps, self.iteration
+        self.best, self.best_at = mean, self.iteration
         return True
-
-
-def before_practice(episodes: Episodes, s: float) -> list[float]:
-    """Steps of Stage 1's own policy in practice: mean, standard error. Says how often the detector fires."""
-    length, detected = ranks.concat_ranks(episodes.length, detect_success(episodes.d[:, -1], s))
-    mean, error, share = float(length.mean()), float(length.std() / len(length) ** 0.5), detected.float().mean()
-    told = f"Stage 1's own episodes: the detector fires in {share:.0%}, {mean:.1f} +- {error:.1f} steps"
-    if share < 0.1:
-        told += "; too few to learn from: give Stage 1 more --episodes or --updates, or raise --success-threshold"
-    tqdm.write(told)
-    return [mean, error]
 
 
 def main(cfg: Config) -> None:
@@ -193,8 +175,9 @@ def main(cfg: Config) -> None:
     if not run.resumed:  # what practice starts from; a better policy has to be better beyond this noise
         with ranks.unsharded(policy, reward_model), ranks.autocast(cfg.bf16):
             first = rollout(policy, reward_model, env, seed - env.num_envs, *how)
-        now.before = before_practice(first, cfg.success_threshold)
+        now.before = count_steps([first])
         now.best = now.before[0]
+        tqdm.write(first_look(first, cfg.success_threshold))
     size = cfg.batch // ranks.world()  # of this process's part of a batch
     n = cfg.updates * size  # tuples of an iteration
     for iteration in run.steps(now.iteration, cfg.iterations, "stage 2"):  # [Alg. 1, line 1]
@@ -205,8 +188,8 @@ def main(cfg: Config) -> None:
         if ranks.rank():  # the first rank's generator is in the checkpoint, the others' need not be
             generator.manual_seed(10**9 * (cfg.seed + 1) + 10**4 * iteration + ranks.rank())
         while min(ranks.all_gather(len(buffer))) < n:
-            steps = now.expected_steps()[0] if now.recent else now.before[0]
-            env = setup.resize(env, (n - len(buffer)) / steps, cfg.num_envs // ranks.world())
+            expected = pool(now.recent or [now.before])[0]  # steps of an episode
+            env = setup.resize(env, (n - len(buffer)) / expected, cfg.num_envs // ranks.world())
             with ranks.unsharded(policy, reward_model), ranks.autocast(cfg.bf16):
                 episodes = rollout(policy, reward_model, env, seed + now.episodes, *how)  # [Alg. 1, line 2]
             if cfg.operator:
@@ -233,7 +216,7 @@ def main(cfg: Config) -> None:
         run.log(iteration + 1, row, tell=iteration % 10 == 9)
         if not all(map(math.isfinite, row.values())):
             raise UserError(f"--lr {cfg.lr}: the policy's numbers are none any more; take a smaller one")
-        better = now.better(sum(ranks.all_gather(sum(len(r.length) for r in rollouts))), row["mean_steps"], row["std_steps"])
+        better = now.better(count_steps(rollouts))
         now.iteration = iteration + 1
         if better:
             run.keep(policy=policy)

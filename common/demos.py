@@ -158,7 +158,7 @@ def load_demonstrations(cfg: Any) -> dict[str, np.ndarray | Frames]:
     if path.exists():
         print(f"demonstrations from {path}; delete it to record them again")
     else:
-        require_writable(path.parent)
+        require_writable(path.parent, "demonstrations are kept there; start in another folder")
         data = record(cfg.domain, cfg.obs, cfg.episodes, cfg.seed)
         if "frames" in data:
             data |= data.pop("frames").arrays()

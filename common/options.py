@@ -1,4 +1,4 @@
-"""What a flag may be, said by its type, and the flags that both stages share."""
+"""What a flag may be, said by its type, and the flags that the stages share."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ class Within:
     least: float
     most: float = float("inf")
 
+    def hold(self, value: float) -> bool:
+        return self.least <= value <= self.most and value < float("inf")
+
     def complaint(self) -> str:
         if self.most == float("inf"):
             return f"must be at least {self.least:g}"
@@ -30,15 +33,21 @@ Share = Annotated[float, Within(0, 1)]
 
 
 @dataclass
-class ScaleFlags:
-    """Devices, precision, adapters, and where the run is kept: the same in Stages 1 and 2."""
+class DeviceFlags:
+    """Where it is computed: the same in all stages."""
+
+    device: Literal["cpu", "cuda", "mps"] | None = None  # None: a CUDA GPU where there is one, else the CPU
+    threads: Count | None = None  # of the CPU; None: one for a small model, PyTorch's choice for others
+
+
+@dataclass
+class ScaleFlags(DeviceFlags):
+    """Precision, adapters, and where the run is kept: the same in Stages 1 and 2."""
 
     lora_rank: Whole = 0  # train LoRA adapters of this rank; 0: no new adapters
     bf16: bool = False  # matrix products in bfloat16; weights, scores and d(o, g) stay in float32
     checkpointing: bool = False  # keep no activations inside the blocks: less memory, a third more time
     compile: bool = False  # torch.compile the blocks: minutes at first, faster after
-    device: Literal["cpu", "cuda", "mps"] | None = None  # None: a CUDA GPU where there is one, else the CPU
-    threads: Count | None = None  # of the CPU; None: one for a small model, PyTorch's choice for others
     eval_episodes: Count = 500  # rollouts of the final policy, for summary.json
     out: str | None = None  # the run's folder; None: runs/{domain}-{stage}-s{seed}
     resume: bool = False  # continue an interrupted run, exactly
@@ -53,10 +62,11 @@ def check(cfg: Any) -> None:
     hints = typing.get_type_hints(type(cfg), include_extras=True)
     for field in fields(cfg):
         value = getattr(cfg, field.name)
+        if value is None:
+            continue
         for kind in (hints[field.name], *typing.get_args(hints[field.name])):
             for bounds in getattr(kind, "__metadata__", ()):
-                finite = value is None or abs(value) < float("inf")
-                if value is not None and not (finite and bounds.least <= value <= bounds.most):
+                if isinstance(bounds, Within) and not bounds.hold(value):
                     raise UserError(f"{flag(field.name)} {value}: {bounds.complaint()}")
 
 

@@ -20,12 +20,13 @@ from common.options import ScaleFlags, flag
 from common.weights import economise
 from model import EFM
 
-SMALL = 5 * 10**6  # weights; a second thread hardly helps such a model, and beside a busy process it costs much
+# weights; a second thread hardly helps such a model, and beside a busy process it costs much
+SMALL = 5 * 10**6
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 chosen: torch.device | None = None  # by --device
 
 
-# --- devices ----------------------------------------------------------------------------------------------------------
+# --- devices ------------------------------------------------------------------------------------------------
 def device() -> torch.device:
     """--device, or a CUDA GPU where there is one, else the CPU."""
     return chosen or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +53,7 @@ def autocast(bf16: bool) -> torch.autocast:
     return torch.autocast(device().type, torch.bfloat16, enabled=bf16)
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
+# --- several processes --------------------------------------------------------------------------------------
 def started_by_torchrun() -> bool:
     """Whether this is one of several processes. Some of torchrun's variables alone are a cluster's leftover."""
     return all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
@@ -60,7 +61,7 @@ def started_by_torchrun() -> bool:
 
 @contextlib.contextmanager
 def process_group(several: bool) -> Iterator[None]:
-    """The processes that torchrun started know each other inside, and end behind it; one process alone: nothing happens."""
+    """The processes that torchrun started know each other inside, and end behind it; alone, nothing happens."""
     if not started_by_torchrun():
         yield
         return
@@ -69,7 +70,9 @@ def process_group(several: bool) -> Iterator[None]:
     if torch.cuda.is_available():
         here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if here > gpus:
-            raise UserError(f"torchrun: --nproc_per_node {here}, but there are {gpus} GPUs here; give each process one")
+            raise UserError(
+                f"torchrun: --nproc_per_node {here}, but there are {gpus} GPUs here; give each process one"
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what `device` means from here on
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=6))  # rank 0 may record demonstrations meanwhile
@@ -144,7 +147,7 @@ def mean(values: dict[str, Tensor]) -> dict[str, float]:
     return {k: sum(r[k] for r in ranks) / len(ranks) for k in values}
 
 
-# --- models on several devices ----------------------------------------------------------------------------------------
+# --- models on several devices ------------------------------------------------------------------------------
 def scale(model: EFM, cfg: ScaleFlags, shard: bool, judge: EFM | None = None) -> nn.Module:
     """What to call for a forward pass with gradients, `wrapped(f, *args)` for f(model, *args): `EFM.forward`.
 

@@ -56,7 +56,7 @@ def read_json(path: Path) -> dict:
 
 
 def load_state(path: Path) -> dict:
-    """What `Run.checkpoint` wrote: tensors, numbers, texts, lists and dicts. Anything else is refused and has not run."""
+    """What `Run.checkpoint` wrote: tensors, numbers, texts, lists, dicts. Anything else is refused and has not run."""
     try:
         # on the CPU: of sharded weights a GPU holds a part only
         state = torch.load(path, weights_only=True, map_location="cpu")
@@ -65,16 +65,16 @@ def load_state(path: Path) -> dict:
         raise UserError(f"{path}: missing or damaged ({type(e).__name__}); delete the run and start it again") from None
 
 
-def require_writable(folder: Path) -> None:
+def require_writable(folder: Path, way_out: str = "choose another folder with --out") -> None:
     """Raise UserError unless a folder can be made here, or written to, before anything else is done."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     try:
+        there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         with tempfile.TemporaryDirectory(dir=there):
             pass
+    except NotADirectoryError:
+        raise UserError(f"{folder}: a file is in the way; {way_out}") from None
     except OSError as e:
-        blocked = isinstance(e, NotADirectoryError)
-        reason = "a file is in the way" if blocked else f"cannot be written ({e.strerror})"
-        raise UserError(f"{folder}: {reason}; choose another folder with --out") from None
+        raise UserError(f"{folder}: cannot be written ({e.strerror}); {way_out}") from None
 
 
 # --- folders ------------------------------------------------------------------------------------------------

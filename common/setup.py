@@ -61,6 +61,10 @@ def learning_rate(update: int, updates: int, peak: float) -> float:
     return peak * min(1.0, (update + 1) / 100) * (0.55 + 0.45 * math.cos(math.pi * update / updates))
 
 
+def is_nano(model: str) -> bool:
+    return model in PRESETS and PRESETS[model].width < 512
+
+
 def check_scale(cfg: ScaleFlags) -> None:
     """Rules about devices, which hold in both stages."""
     options.check(cfg)
@@ -102,11 +106,13 @@ def measured_threshold(folder: Path, env: VectorEnv) -> float:
 def stage0(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     """The domain, the run, and a model from scratch for a Stage 0 configuration; no model if the run is done."""
     options.check(cfg)
+    ranks.choose_device(cfg.device)
     if cfg.model not in PRESETS:
         raise UserError(f"--model {cfg.model}: unknown; choose one of {', '.join(PRESETS)}")
     env = make_env(cfg.domain, 1, obs="images")
     if not hasattr(env, "scenes"):
         raise UserError(f"--domain {cfg.domain}: has no questions for Stage 0; choose pointmass or tabletop")
+    ranks.choose_threads(cfg, 0 if is_nano(cfg.model) else ranks.SMALL)
     run = open_run(cfg, env, "stage0", obs="images")
     if run.done:
         return env, run, None
@@ -158,7 +164,7 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     whole = not cfg.vit and (cfg.weights or init)
     needs = f"--lora-rank {cfg.lora_rank}: needs a model pre-trained as a whole; name --weights or --init alone"
     must([(whole or not cfg.lora_rank, needs)])
-    ranks.choose_threads(cfg, 0 if cfg.model in PRESETS and PRESETS[cfg.model].width < 512 else ranks.SMALL)
+    ranks.choose_threads(cfg, 0 if is_nano(cfg.model) else ranks.SMALL)
     run = open_run(cfg, env, "stage1")
     if run.done:
         return env, run, None

@@ -130,11 +130,15 @@ def scene() -> str:
         servos += "".join(f'<position joint="{side}/{name}" ctrlrange="{low} {high}" kp="{kp}" forcerange="-{most} {most}" '
                           'dampratio="1"/>' for name, low, high, kp, most, _, _ in JOINTS)  # fmt: skip
         for finger, limits in (("left", ".021 .057"), ("right", "-.057 -.021")):
-            servos += f'<position joint="{side}/{finger}_finger" ctrlrange="{limits}" kp="200" dampratio="1"/>'
+            servos += (
+                f'<position joint="{side}/{finger}_finger" ctrlrange="{limits}" kp="200" dampratio="1"/>'
+            )
     walls = "".join(f'<geom class="object" type="box" size=".06 {a} {b}" pos="0 {y} {z}" friction="1 .05 .001" rgba="0 0 1 1"/>'
                     for a, b, y, z in ((0.018, 0.002, 0, -0.02), (0.018, 0.002, 0, 0.02), (0.002, 0.018, 0.02, 0),
                                        (0.002, 0.018, -0.02, 0)))  # fmt: skip
-    inertial = '<inertial pos="0 0 0" mass=".05" diaginertia=".002 .002 .002"/>'  # by hand, and large, in gym-aloha
+    inertial = (
+        '<inertial pos="0 0 0" mass=".05" diaginertia=".002 .002 .002"/>'  # by hand, and large, in gym-aloha
+    )
     # who touches whom: what the stages and the expert ask, in this order
     pairs = (("left/left_finger", "socket"), ("left/right_finger", "socket"), ("right/left_finger", "peg"),
              ("right/right_finger", "peg"), ("peg", "table"), ("socket", "table"), ("peg", "socket"), ("peg", "pin"))  # fmt: skip
@@ -175,7 +179,9 @@ def scene() -> str:
 def multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The rotation b, then a."""
     w = a[..., :1] * b[..., :1] - (a[..., 1:] * b[..., 1:]).sum(-1, keepdims=True)
-    return np.concatenate([w, a[..., :1] * b[..., 1:] + b[..., :1] * a[..., 1:] + np.cross(a[..., 1:], b[..., 1:])], -1)
+    return np.concatenate(
+        [w, a[..., :1] * b[..., 1:] + b[..., :1] * a[..., 1:] + np.cross(a[..., 1:], b[..., 1:])], -1
+    )
 
 
 def inverse(q: np.ndarray) -> np.ndarray:
@@ -247,7 +253,13 @@ class AlohaInsertionVectorEnv(MujocoDomain):
     name = "aloha"
     horizon = 40  # decisions: 20 s, the time limit of ACT's environments
     low, high = ranges()
-    action_tokens = {"kind": "uniform", "bins": 256, "low": low.tolist(), "high": high.tolist(), "dims": 14 * CHUNK}
+    action_tokens = {
+        "kind": "uniform",
+        "bins": 256,
+        "low": low.tolist(),
+        "high": high.tolist(),
+        "dims": 14 * CHUNK,
+    }
     state_names = ("left arm", "right arm", "socket", "peg",
                    "socket in left gripper", "peg in right gripper", "peg in socket")  # fmt: skip
     state_dim = 7
@@ -256,19 +268,23 @@ class AlohaInsertionVectorEnv(MujocoDomain):
     temperature = 0.5  # the demonstrators' noise is in the policy too: drawn from at 1 it drops more; practice broadens it
     text_length, letters = 60, "abcdefghijklmnopqrstuvwxyz "
     stage1_defaults = {
-        "state": {"model": "nano-arms", "episodes": 5000, "updates": 14_000, "batch": 32, "lr": 4e-3, "policy": "last"},
+        "state": {"model": "nano-arms", "episodes": 5000, "updates": 14_000, "batch": 32, "lr": 4e-3,
+                  "policy": "last"},
         # runs, has not been trained
         "images": {"model": "nano-vision", "episodes": 2000, "updates": 24_000, "policy": "last"},
-    }
+    }  # fmt: skip
     # success_bonus: the paper adds "a small constant", because the cameras do not see the insertion
     stage2_defaults = dict.fromkeys(stage1_defaults, {
         "gamma": 0.5, "temperature": 0.7, "clip_reward": 1.0, "success_bonus": 1.0,
         "batch": 72, "learns": "blocks", "num_envs": 64, "iterations": 36})  # fmt: skip
     metadata = MujocoDomain.metadata | {"render_fps": 2}
     STATE_FIELDS = (*MujocoDomain.STATE_FIELDS, "command", "touch", "stage", "miss", "drops", "bump")
-    OF_THIS_PROCESS = (*MujocoDomain.OF_THIS_PROCESS, "xpos", "xquat", "sensed", "arms", "arm_xpos", "arm_xquat")
+    OF_THIS_PROCESS = (*MujocoDomain.OF_THIS_PROCESS, "xpos", "xquat", "sensed",
+                       "arms", "arm_xpos", "arm_xquat")  # fmt: skip
 
-    def __init__(self, num_envs: int = 1, obs: str = "state", size: int = 128, render_mode: str | None = None):
+    def __init__(
+        self, num_envs: int = 1, obs: str = "state", size: int = 128, render_mode: str | None = None
+    ):
         super().__init__(num_envs, obs, size, render_mode, scene())
         n = num_envs
         self.symmetries = AlohaSymmetries() if obs == "state" else Symmetries()  # no camera sees the mirror's picture
@@ -305,7 +321,9 @@ class AlohaInsertionVectorEnv(MujocoDomain):
         steps = round(TARGET_S / STEP_S)
         share = (np.arange(steps)[:, None] + 1) / steps
         control = (before[:, :, None] + share * (after - before)[:, :, None]).reshape(self.num_envs, -1, 16)
-        sensed = self.sim.rollout(control.shape[1], control, record=("sensordata",))["sensordata"]  # (N, 100, 8)
+        sensed = self.sim.rollout(control.shape[1], control, record=("sensordata",))[
+            "sensordata"
+        ]  # (N, 100, 8)
         self.sim.forward(stage=mujoco.mjtStage.mjSTAGE_POS.value)  # where the hands are now
         self.command = after[:, -1]
         self.touch = (sensed[:, -steps:] > 0).any(1)  # rigid things that press together part for single steps
@@ -362,7 +380,9 @@ class AlohaInsertionVectorEnv(MujocoDomain):
         start = np.tile([*START, FINGER_START, -FINGER_START], 2)
         for i in rows:
             rng = self.rngs[i]
-            peg, socket = ([rng.uniform(*x), rng.uniform(0.4, 0.6), 0.05, 1, 0, 0, 0] for x in ((0.1, 0.2), (-0.2, -0.1)))
+            peg, socket = (
+                [rng.uniform(*x), rng.uniform(0.4, 0.6), 0.05, 1, 0, 0, 0] for x in ((0.1, 0.2), (-0.2, -0.1))
+            )
             self.sim.qpos[i] = [*start, *peg, *socket]
             self.texts[i] = self.instructions()[rng.integers(len(VERBS) * len(PEGS) * len(SOCKETS))]
             self._acquire_habits(i, rng)
@@ -419,7 +439,9 @@ class AlohaInsertionVectorEnv(MujocoDomain):
         The peg is held beside the socket now and then because d has to see that near is not yet in.
         """
         held, pause = self.held, np.array([rng.uniform() < 0.1 for rng in self.rngs]) & (self.t > 0)
-        self.miss[(self.joints[..., 6] < 0.3) & ~held & (self.t > 0)[:, None]] = 0  # closed on nothing: aim anew
+        self.miss[(self.joints[..., 6] < 0.3) & ~held & (self.t > 0)[:, None]] = (
+            0  # closed on nothing: aim anew
+        )
         drop = self.drops & held & (self.objects[0][..., 2] > 0.05) & ~pause[:, None]
         self.drops &= ~drop
         self.bump[self.touch[:, 6]] = 0  # the peg is at the socket's rim: back, and in line
@@ -435,16 +457,23 @@ class AlohaInsertionVectorEnv(MujocoDomain):
         self.miss[i] = (rng.uniform(size=(2, 1)) < 0.15) * [0, 0, 1] * rng.uniform(0.03, 0.05, (2, 1))
         self.drops[i] = rng.uniform(size=2) < 0.15
         way = rng.uniform(0, 2 * np.pi)
-        self.bump[i] = (rng.uniform() < 0.3) * rng.uniform(0.012, 0.028) * np.array([0, np.cos(way), np.sin(way)])
+        self.bump[i] = (
+            (rng.uniform() < 0.3) * rng.uniform(0.012, 0.028) * np.array([0, np.cos(way), np.sin(way)])
+        )
 
     def _invert(self, q: np.ndarray, pos: np.ndarray, quat: np.ndarray) -> np.ndarray:
         """Joints float (N, 2, 6) near q that bring the hands to pos (N, 2, 3) [m], quat (N, 2, 4): damped least squares."""
         if self.arms is None:
-            model = mujoco.MjModel.from_xml_string(f"<mujoco>{DEFAULTS}<worldbody>{arm('left')}</worldbody></mujoco>")
+            model = mujoco.MjModel.from_xml_string(
+                f"<mujoco>{DEFAULTS}<worldbody>{arm('left')}</worldbody></mujoco>"
+            )
             self.arms, self.arm_gripper = Batch(model, 2 * self.num_envs), model.body("left/gripper").id
             self.arm_xpos, self.arm_xquat = self.arms.bind("xpos"), self.arms.bind("xquat")
         shape, (low, high) = q.shape, np.array([j[1:3] for j in JOINTS]).T
-        q, pos = q.reshape(-1, 6), rotate(inverse(TURNS), pos - BASES).reshape(-1, 3)  # as seen from each arm's base
+        q, pos = (
+            q.reshape(-1, 6),
+            rotate(inverse(TURNS), pos - BASES).reshape(-1, 3),
+        )  # as seen from each arm's base
         quat = multiply(inverse(TURNS), quat).reshape(-1, 4)
         for _ in range(4):  # enough from one target to the next
             self.arms.qpos[:, :6] = q
@@ -455,7 +484,9 @@ class AlohaInsertionVectorEnv(MujocoDomain):
             jacobian = np.concatenate(self.arms.jac(self.arm_gripper, hand), 1)[..., :6]  # (2 N, 6, 6)
             # so damped that the forearm does not spin where the wrist is nearly straight and could not help it
             square = jacobian @ jacobian.swapaxes(1, 2) + 0.01 * np.eye(6)
-            q = np.clip(q + (jacobian.swapaxes(1, 2) @ np.linalg.solve(square, error[..., None]))[..., 0], low, high)
+            q = np.clip(
+                q + (jacobian.swapaxes(1, 2) @ np.linalg.solve(square, error[..., None]))[..., 0], low, high
+            )
         return q.reshape(shape)
 
     def _plan(self, pace: float, miss: np.ndarray, drop: np.ndarray, bump: np.ndarray) -> np.ndarray:
@@ -471,14 +502,19 @@ class AlohaInsertionVectorEnv(MujocoDomain):
         axis = rotate(obj_quat, np.array([1.0, 0, 0]))  # (N, 2, 3), along the peg and the socket
         # to grasp: across the axis, either end ahead; 4 mm high, not to scratch the table
         yaw = (np.arctan2(axis[..., 1], axis[..., 0]) + np.pi / 2) % np.pi - np.pi / 2
-        grasp, grasp_quat = obj + miss + [0, 0, 0.004], multiply(from_vector(yaw[..., None] * [0, 0, 1]), GRASP)
+        grasp, grasp_quat = (
+            obj + miss + [0, 0, 0.004],
+            multiply(from_vector(yaw[..., None] * [0, 0, 1]), GRASP),
+        )
         # to hold: what is in the hand stays there as it is, and the hand turns until the axis is x
         in_hand, axis_in_hand = rotate(inverse(quat), obj - hand), rotate(inverse(quat), axis)
         level_quat = multiply(from_vector(np.cross(axis, np.sign(axis[..., :1]) * [1, 0, 0])), quat)
         goal_quat, both = np.where(held[..., None], level_quat, grasp_quat), held.all(1)
         plan, q = [], start
         for _ in range(CHUNK):
-            gap = np.diff(hand + rotate(quat, in_hand), axis=1)[:, 0] - bump  # (N, 3), from the socket's middle to the peg's
+            gap = (
+                np.diff(hand + rotate(quat, in_hand), axis=1)[:, 0] - bump
+            )  # (N, 3), from the socket's middle to the peg's
             slant = np.linalg.norm(rotate(quat, axis_in_hand)[..., 1:], axis=2).max(1)
             # how far the peg's end is beside the socket's axis [m]; there are 8 mm of play, and they touch each other at
             # 0.12, the pin at 0.10. A funnel, no threshold: who imitates one, a millimetre off, waits before it for ever
@@ -492,7 +528,9 @@ class AlohaInsertionVectorEnv(MujocoDomain):
             aside, turned = np.linalg.norm(off[..., :2], axis=2), np.linalg.norm(turn, axis=2)
             there = ~held & (np.linalg.norm(off, axis=2) < 0.006) & (turned < 0.1)
             over = there | (aside < 0.012) & (turned < 0.2) & (opening > 0.8)
-            above = np.where(((off[..., 2] < 0.05) & (aside > 0.03))[..., None], hand, grasp)  # from beside it: up first
+            above = np.where(
+                ((off[..., 2] < 0.05) & (aside > 0.03))[..., None], hand, grasp
+            )  # from beside it: up first
             above[..., 2] = grasp[..., 2] + 0.08
             close = held | there & ~drop
 

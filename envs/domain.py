@@ -19,7 +19,6 @@ from gymnasium.vector.utils import batch_space
 
 from envs.symmetries import Symmetries
 
-
 BASE_FIELDS = ("t", "texts", "frames", "rngs")  # what every domain's state has
 
 
@@ -149,8 +148,8 @@ class Domain(VectorEnv):
     def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
         """Reset all simulations, or those of options["reset_mask"], bool (N,).
 
-        Simulation i gets seed + i, or seed[i]. Raises ValueError for a mask or a list of seeds of another shape;
-        nothing has changed then.
+        Simulation i gets seed + i, or seed[i]. Raises ValueError for a mask or a list of seeds of another
+        shape; nothing has changed then.
         """
         mask = self._require_mask((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
         if seed is not None:
@@ -175,9 +174,9 @@ class Domain(VectorEnv):
         actions = np.asarray(actions, float)
         if actions.shape != self.action_space.shape:
             raise ValueError(f"actions of shape {actions.shape}: {self.name} takes {self.action_space.shape}")
-        nan = np.isnan(actions).any(1)
+        nan = np.isnan(actions)
         if nan.any():
-            raise ValueError(f"NaN in the actions of simulations {np.flatnonzero(nan).tolist()}")
+            raise ValueError(f"NaN in the actions of simulations {np.flatnonzero(nan.any(1)).tolist()}")
         self._move(np.clip(actions, self.low, self.high))
         self.t += 1
         self._draw(np.arange(self.num_envs), first=False)
@@ -208,7 +207,7 @@ class Domain(VectorEnv):
         return {k: plain(getattr(self, k)) for k in (*BASE_FIELDS, *self.STATE_FIELDS)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `get_state` gave. Raises ValueError where that is another domain's or of another N."""
+        """Go on from what `get_state` gave. Raises ValueError for a state of another domain or N."""
         if state.keys() != {*BASE_FIELDS, *self.STATE_FIELDS}:
             raise ValueError(f"a state with {', '.join(state)}: not one of {self.name}")
         for k, kept in state.items():
@@ -316,7 +315,9 @@ class MujocoDomain(Domain):
                 renderers[height, width] = mujoco.Renderer(self.model, height, width)
             except Exception as e:  # each GL backend raises its own kind
                 gl = os.environ.get("MUJOCO_GL")
-                way_out = "install EGL or OSMesa (Debian: libegl1, libosmesa6) and set MUJOCO_GL to egl or osmesa"
+                way_out = (
+                    "install EGL or OSMesa (Debian: libegl1, libosmesa6), set MUJOCO_GL to egl or osmesa"
+                )
                 if not gl and not os.environ.get("DISPLAY"):  # else `envs` has set it
                     way_out = "mujoco came first: import envs before it, or set MUJOCO_GL=egl"
                 raise CannotRender(

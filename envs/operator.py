@@ -19,7 +19,7 @@ class Operator(VectorWrapper):
     """A domain whose `reset` is *ask again, or set up anew*; everything else is the domain's.
 
     An episode begins where the one before it ended, with a new instruction. A station is set up anew when
-    something has fallen, when nothing is left to ask, and when it is due: so many seconds after its last reset,
+    something has fallen, when nothing is left to ask, and when it is due: a time after its last reset that is
     drawn anew each time. Whoever steps the stations adds up how long each has practised:
 
         env = Operator(env, seed=0)

@@ -74,8 +74,13 @@ def draw(pos: np.ndarray, wake: np.ndarray, goals: np.ndarray, size: int, zoom: 
         goals, wake, pos = (goals - pos[:, None]) * zoom, (wake - pos) * zoom, np.full_like(pos, 100 * WALL)
     pixel = 2 * WALL / size
     axis = (torch.arange(size) + 0.5) * pixel - WALL
-    centres = torch.as_tensor(np.concatenate([goals, pos[:, None], wake[:, None]], 1), dtype=torch.float32)  # (N, 5, 2)
-    dx2, dy2 = (axis - centres[..., :1]) ** 2, (axis.flip(0) - centres[..., 1:]) ** 2  # (N, 5, size): row 0 is y = +WALL
+    centres = torch.as_tensor(
+        np.concatenate([goals, pos[:, None], wake[:, None]], 1), dtype=torch.float32
+    )  # (N, 5, 2)
+    dx2, dy2 = (
+        (axis - centres[..., :1]) ** 2,
+        (axis.flip(0) - centres[..., 1:]) ** 2,
+    )  # (N, 5, size): row 0 is y = +WALL
     radius = zoom * torch.tensor([pointmass.GOAL_RADIUS] * 3 + [POINT_RADIUS] * 2)[:, None]
     # coverage of a pixel ~ (r² - dist²) / (2 r pixel) + 1/2: linear in the squared distance, which is separable
     scale = 255 / (2 * radius * pixel)
@@ -155,7 +160,9 @@ class PointmassVectorEnv(Domain):
         wake = pos - np.clip(rng.normal(0, 0.06 * WAKE, (n, 2)), -WALL / ZOOM, WALL / ZOOM)
         images = self._pictures(pos, wake, goals)
         asked, names = rng.integers(8, size=n), rng.integers(len(NOUNS), size=n)
-        every = np.concatenate([goals, (goals - pos[:, None]) / 2, pos[:, None], ZOOM * (wake - pos)[:, None]], 1)  # (n, 8, 2)
+        every = np.concatenate(
+            [goals, (goals - pos[:, None]) / 2, pos[:, None], ZOOM * (wake - pos)[:, None]], 1
+        )  # (n, 8, 2)
         places = every[np.arange(n), asked]  # (n, 2)
         texts = [questions()[3 * a + b if a < 6 else 12 + a] for a, b in zip(asked, names, strict=True)]
         return images, texts, np.clip(places / (2 * WALL) + 0.5, 0, 1).astype(np.float32), None

@@ -29,9 +29,9 @@ Arguments
     family   block2block | block2absolutelocation | block2relativelocation | block2block_relative_location |
              separate_blocks | mixed (a family drawn at each reset)
     blocks   4 | 8: LanguageTable's BLOCK_4, BLOCK_8
-    pairs    of block2block with 4 blocks, which may be asked to move to which: prior | forward | second | backward |
-             unseen | practice | both (PAIRS); all of them where it is left out. `env.pairs` has a name for each
-             simulation, which may be changed before `ask` or `reset`
+    pairs    of block2block with 4 blocks, which may be asked to move to which: prior | forward | second |
+             backward | unseen | practice | both (PAIRS); any to any where it is left out. `env.pairs` has a
+             name for each simulation, which may be changed before `ask` or `reset`
     obs      "state" | "images"; size, the frame's pixels (64)
     history  0 | 1: of obs="images", the previous frame in place of the second view
     look     "sim" | "real": a second domain for sim-to-real at our scale. "real" has duller colours, a browner board,
@@ -58,12 +58,24 @@ from envs.tabletop_language import Meaning
 LOW, HIGH = np.array([0.15, -0.3048]), np.array([0.60, 0.3048])  # the tool's workspace [m]  (constants.py)
 CENTRE, INSET = (LOW + HIGH) / 2, 0.08  # where things start, less INSET a side
 BOARD_CENTRE, BOARD_HALF = np.array([0.35, 0.0]), np.array([0.2286, 0.3048])
-ACTION_LIMIT, STRIDE = 0.1, 0.03  # [m] a step: what the environment takes, what action tokens, and so the experts, ask of it
+ACTION_LIMIT, STRIDE = (
+    0.1,
+    0.03,
+)  # [m] a step: what the environment takes, what action tokens, and so the experts, ask of it
 TOOL_RADIUS, TOOL_MASS, BLOCK_HEIGHT = 0.0127, 0.1, 0.0381  # [m], [kg], [m]
-SIZES = {"cube": (0.0397, 0.0397), "moon": (0.0257, 0.0525), "pentagon": (0.0413, 0.0444), "star": (0.0408, 0.0444)}  # x, y [m]
+SIZES = {
+    "cube": (0.0397, 0.0397),
+    "moon": (0.0257, 0.0525),
+    "pentagon": (0.0413, 0.0444),
+    "star": (0.0408, 0.0444),
+}  # x, y [m]
 RGB = {"red": "1 .4 .4", "blue": ".4 .4 1", "green": ".4 1 .4", "yellow": "1 1 .4"}
 DULL = {"red": ".7 .25 .2", "blue": ".2 .3 .6", "green": ".25 .55 .3", "yellow": ".75 .65 .2"}
-CAMERA_POS, CAMERA_X, CAMERA_Y = np.array([0.75, 0, 0.5]), np.array([0, 1.0, 0]), np.array([-0.809017, 0, 0.587785])
+CAMERA_POS, CAMERA_X, CAMERA_Y = (
+    np.array([0.75, 0, 0.5]),
+    np.array([0, 1.0, 0]),
+    np.array([-0.809017, 0, 0.587785]),
+)
 FOCAL = 0.803  # of the frame's width, vertically and horizontally
 SUBSTEPS = 24  # of 1/240 s
 DISTANCES = {"near": 0.15, "far": 0.25}  # [m], of block2relativelocation
@@ -80,7 +92,10 @@ PAIRS = {
     "both": {(0, 3): 0.5, (0, 2): 0.5},
 }
 _ARC = np.linspace(-0.75, 0.75, 6)
-BANANA = 0.1 * np.stack([np.cos(_ARC), np.sin(_ARC)], 1) - [0.0885, 0]  # its spine, 14 cm between the ends [m], (6, 2)
+BANANA = 0.1 * np.stack([np.cos(_ARC), np.sin(_ARC)], 1) - [
+    0.0885,
+    0,
+]  # its spine, 14 cm between the ends [m], (6, 2)
 
 
 def outline(shape: str) -> np.ndarray:
@@ -119,7 +134,9 @@ def prism(name: str, points: np.ndarray) -> str:
 def body(name: str, geoms: str, mass: float, grip: float) -> str:
     """A thing that slides and turns in the plane; friction 0.5 with the table, `grip` [m] its mean lever arm."""
     force = 0.5 * 9.8 * mass  # [N]
-    joints = "".join(f'<joint type="slide" axis="{a}" frictionloss="{force:.4g}"/>' for a in ("1 0 0", "0 1 0"))
+    joints = "".join(
+        f'<joint type="slide" axis="{a}" frictionloss="{force:.4g}"/>' for a in ("1 0 0", "0 1 0")
+    )
     return f'<body name="{name}">{joints}<joint type="hinge" axis="0 0 1" frictionloss="{force * grip:.4g}"/>{geoms}</body>'
 
 
@@ -137,7 +154,9 @@ def scene(things: tuple[str, ...], look: str) -> str:
             bodies += body(name, geoms, 0.12, 0.045)
         else:
             colour, shape = name.split()
-            bodies += body(name, f'<geom type="mesh" mesh="{shape}" mass=".01" rgba="{colours[colour]} 1"/>', 0.01, 0.015)
+            bodies += body(
+                name, f'<geom type="mesh" mesh="{shape}" mass=".01" rgba="{colours[colour]} 1"/>', 0.01, 0.015
+            )
     # LanguageTable's tool is one substep late, then covers 10 % (6 %) of what is left in each: e_n = slow^(n-1). A spring
     # and a damper on a mass have e_n = A slow^n + B fast^n; this `fast` makes A = 1 / slow
     slow = 0.94 if real else 0.9
@@ -147,7 +166,11 @@ def scene(things: tuple[str, ...], look: str) -> str:
         f'<joint name="tool {k}" type="slide" axis="{a}" damping="{240 * TOOL_MASS * (1 / (slow * fast) - 1):.6g}"/>'
         for k, a in zip("xy", ("1 0 0", "0 1 0"), strict=True)
     )
-    light = 'pos=".4 1 1" dir="0 -.7 -.7" diffuse=".8 .75 .6"' if real else 'pos=".4 0 2" dir="0 0 -1" diffuse=".7 .7 .7"'
+    light = (
+        'pos=".4 1 1" dir="0 -.7 -.7" diffuse=".8 .75 .6"'
+        if real
+        else 'pos=".4 0 2" dir="0 0 -1" diffuse=".7 .7 .7"'
+    )
     return f"""
     <mujoco model="tabletop">
       <option timestep="{1 / 240}" jacobian="dense" gravity="0 0 0" cone="pyramidal"/>
@@ -256,14 +279,20 @@ class Tasks:
                 self.radius[i] = 0.10 if meaning.target == "center" else 0.115
             case "block2relativelocation":
                 direction, distance = meaning.target
-                self.fixed[i] = pos[meaning.block] + np.multiply(language.DIRECTIONS[direction], DISTANCES[distance])
+                self.fixed[i] = pos[meaning.block] + np.multiply(
+                    language.DIRECTIONS[direction], DISTANCES[distance]
+                )
                 self.radius[i] = 0.10
             case "block2block_relative_location":
                 direction, other = meaning.target
                 self.weights[i, other], self.offset[i] = 1, offset_beside(direction)
                 self.radius[i], self.drift[i] = 0.04, 0.05
             case "separate_blocks":
-                self.weights[i, list(meaning.target)], self.away[i], self.radius[i] = 1 / len(meaning.target), 0.10, 0.025
+                self.weights[i, list(meaning.target)], self.away[i], self.radius[i] = (
+                    1 / len(meaning.target),
+                    0.10,
+                    0.025,
+                )
         self.anchor[i] = self.weights[i] @ pos
 
     def points(self, pos: np.ndarray) -> np.ndarray:
@@ -318,8 +347,8 @@ class TabletopVectorEnv(MujocoDomain):
     stage2_defaults = {"state": {"iterations": 150}, "images": {"iterations": 300}}
     # [m] between the tool and a thing's middle: at the start, when passing, before a push
     clearance, girth, reach = 0.06, 0.045, 0.05
-    STATE_FIELDS = (*MujocoDomain.STATE_FIELDS, "friction", "camera", "target", "tasks", "meanings", "fallen", "pairs",
-                    "speed", "wobble", "pause", "pass_by")  # fmt: skip
+    STATE_FIELDS = (*MujocoDomain.STATE_FIELDS, "friction", "camera", "target", "tasks", "meanings", "fallen",
+                    "pairs", "speed", "wobble", "pause", "pass_by")  # fmt: skip
     OF_THIS_PROCESS = (*MujocoDomain.OF_THIS_PROCESS, "friction")
 
     def __init__(self, num_envs: int = 1, family: str = "block2block", blocks: int = 4, obs: str = "state",
@@ -335,7 +364,7 @@ class TabletopVectorEnv(MujocoDomain):
         self.families = language.FAMILIES if family == "mixed" else (family,)
         self.things = language.BLOCK_SETS[blocks]
         self.horizon = 100 if blocks == 4 else 200
-        self.pairs = [pairs] * num_envs  # which task a simulation may be asked, a name in PAIRS; for the caller to change
+        self.pairs = [pairs] * num_envs  # which tasks a simulation may be asked; for the caller to change
         self._build(num_envs, obs, size, look, history, render_mode)
 
     def _build(self, n: int, obs: str, size: int, look: str, history: bool, render_mode: str | None) -> None:
@@ -354,10 +383,12 @@ class TabletopVectorEnv(MujocoDomain):
         if obs == "images" and look == "real":  # its light is from one side
             self.symmetries = Symmetries()
         self.target = np.zeros((n, 2))
-        self.camera = np.zeros((n, 2, 3))  # what "real" adds to the camera's position [m] and orientation [rad]
+        self.camera = np.zeros(
+            (n, 2, 3)
+        )  # what "real" adds to the camera's position [m] and orientation [rad]
         self.tasks, self.fallen = Tasks.empty(n, B), np.zeros((n, B), bool)
         self.meanings: list[Meaning | None] = [None] * n
-        # the demonstrator's habits: speed [m/step], wobble now [m/step], steps of pause left, a place to pass by first [m]
+        # the demonstrator's habits: speed, wobble now [m/step], steps of pause left, where to pass by first [m]
         self.speed, self.wobble, self.pause = np.zeros(n), np.zeros((n, 2)), np.zeros(n, int)
         self.pass_by = np.zeros((n, 2))
 
@@ -367,7 +398,7 @@ class TabletopVectorEnv(MujocoDomain):
 
     # --- Gymnasium ----------------------------------------------------------------------------------------------------
     def _place(self, rows: np.ndarray) -> None:
-        asked = {i: self._family(i) for i in rows}  # once: else the rare ones, like separate_blocks, get rarer
+        asked = {i: self._family(i) for i in rows}  # once: else rare ones, like separate_blocks, get rarer
         while len(rows):  # until every simulation has an instruction
             self._scatter(rows)
             rows = rows[[not self._ask(i, asked[i]) for i in rows]]
@@ -379,7 +410,9 @@ class TabletopVectorEnv(MujocoDomain):
         """
         mask = self._require_mask(mask)
         # a draw may be fulfilled already, so there are twenty
-        stuck = np.array([m and not any(self._ask(i, self._family(i)) for _ in range(20)) for i, m in enumerate(mask)])
+        stuck = np.array(
+            [m and not any(self._ask(i, self._family(i)) for _ in range(20)) for i, m in enumerate(mask)]
+        )
         self.anew = stuck
         if stuck.any():
             self.reset(options={"reset_mask": stuck})
@@ -399,7 +432,9 @@ class TabletopVectorEnv(MujocoDomain):
 
     def track(self) -> np.ndarray:
         """Where the tool meets the table, in shares of the rendered frame (x right, y down), float (N, 2); for figures."""
-        return np.stack([pixels(np.r_[tool, 0], camera) for tool, camera in zip(self.tool, self.camera, strict=True)])
+        return np.stack(
+            [pixels(np.r_[tool, 0], camera) for tool, camera in zip(self.tool, self.camera, strict=True)]
+        )
 
     def instructions(self) -> list[str]:
         return language.instructions(self.families, len(self.things))
@@ -416,7 +451,9 @@ class TabletopVectorEnv(MujocoDomain):
     def _ways(self) -> list[str]:
         return ["where is", "from the tool where is"] + ["near the tool where is"] * self.simultaneous
 
-    def scenes(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
+    def scenes(
+        self, rng: np.random.Generator, n: int
+    ) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
         """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers float (n, 2) in [0, 1],
         and where `state_names`, the tool first, stand in each image, float (n, 2, B + 1, 2), in shares, outside [0, 1) if unseen.
 
@@ -431,7 +468,10 @@ class TabletopVectorEnv(MujocoDomain):
                 gap = np.linalg.norm(at[:, None] - at[None], axis=2) + np.eye(B + 1)
                 if gap.min() > 0.03:
                     break
-            yaw, camera = rng.uniform(0, 2 * np.pi, B), rng.uniform(-1, 1, (2, 3)) * JITTER * (self.look == "real")
+            yaw, camera = (
+                rng.uniform(0, 2 * np.pi, B),
+                rng.uniform(-1, 1, (2, 3)) * JITTER * (self.look == "real"),
+            )
             views, first = self._foveated(np.r_[np.c_[at[:-1], yaw].ravel(), at[-1]], camera)
             seen = pixels(np.c_[at, np.zeros(B + 1)], camera)
             close = 2 * (seen - first)
@@ -461,8 +501,8 @@ class TabletopVectorEnv(MujocoDomain):
         super().set_state(state)
         for i, kept in enumerate(self.meanings):  # lists by now
             if kept is not None:
-                family, block, target = kept
-                self.meanings[i] = Meaning(family, block, tuple(target) if isinstance(target, list) else target)
+                *asked, target = kept
+                self.meanings[i] = Meaning(*asked, tuple(target) if isinstance(target, list) else target)
 
     # --- the scene ----------------------------------------------------------------------------------------------------
     @property
@@ -544,9 +584,8 @@ class TabletopVectorEnv(MujocoDomain):
 
     def _state(self) -> np.ndarray:
         tool = np.concatenate([self.tool - CENTRE, self.target - self.tool], 1)[:, None] * 10
-        blocks = np.concatenate(
-            [(self.pos - self.tool[:, None]) * 10, np.cos(self.yaw)[..., None], np.sin(self.yaw)[..., None]], 2
-        )
+        yaw = self.yaw[..., None]
+        blocks = np.concatenate([(self.pos - self.tool[:, None]) * 10, np.cos(yaw), np.sin(yaw)], 2)
         return np.concatenate([tool, blocks], 1).reshape(self.num_envs, -1).astype(np.float32)
 
     def _views(self, rows: np.ndarray) -> np.ndarray:
@@ -554,7 +593,9 @@ class TabletopVectorEnv(MujocoDomain):
 
     def _foveated(self, qpos: np.ndarray, camera: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What `foveate` makes of a scene: the table, and what is around the tool."""
-        return foveate(self._picture(qpos, camera, 2 * self.size, 2 * self.size), pixels(np.r_[qpos[-2:], 0], camera))
+        return foveate(
+            self._picture(qpos, camera, 2 * self.size, 2 * self.size), pixels(np.r_[qpos[-2:], 0], camera)
+        )
 
     def _render(self, i: int, height: int, width: int) -> np.ndarray:
         return self._picture(self.sim.qpos[i], self.camera[i], height, width)
@@ -588,14 +629,17 @@ class TabletopVectorEnv(MujocoDomain):
 
     def _free(self, to: np.ndarray, speed: np.ndarray) -> np.ndarray:
         """Actions (N, 2) that move the tool towards `to` without touching a block where there is a way."""
-        way = detour(self.target, np.clip(to, LOW, HIGH), self.pos, np.full(self.pos.shape[:2], self.girth)) - self.target
+        clear = np.full(self.pos.shape[:2], self.girth)
+        way = detour(self.target, np.clip(to, LOW, HIGH), self.pos, clear) - self.target
         return way * np.minimum(1, speed / np.maximum(np.linalg.norm(way, axis=1), 1e-9))[:, None]
 
     def _push(self, speed: np.ndarray) -> np.ndarray:
         """Actions (N, 2) of going round the block and pushing it from behind, at most `speed` (N,) [m] long."""
         rows, tasks = np.arange(self.num_envs), self.tasks
         p, goal = self.pos[rows, tasks.block], tasks.points(self.pos)[:, 6]  # 0.9 of the offset
-        goal = BOARD_CENTRE + np.clip(goal - BOARD_CENTRE, 0.05 - BOARD_HALF, BOARD_HALF - 0.05)  # not over the edge
+        goal = BOARD_CENTRE + np.clip(
+            goal - BOARD_CENTRE, 0.05 - BOARD_HALF, BOARD_HALF - 0.05
+        )  # not over the edge
         # what the block's own way avoids: the others, except those it is to meet or to leave
         clear = np.full(self.pos.shape[:2], 0.055)
         clear[rows, tasks.block] = 0
@@ -618,7 +662,7 @@ def require_pairs(pairs: str) -> None:
 
 
 def draw_pair(pairs: str, there: np.ndarray, rng: np.random.Generator) -> tuple[int, int] | None:
-    """One of PAIRS[pairs], as likely as it says there, among those whose blocks, bool (4,), are there; None without any."""
+    """One of PAIRS[pairs], as likely as it says, of blocks that are there, bool (4,); None without any."""
     require_pairs(pairs)
     left = {(a, b): share for (a, b), share in PAIRS[pairs].items() if there[a] and there[b]}
     if not left:
@@ -627,11 +671,11 @@ def draw_pair(pairs: str, there: np.ndarray, rng: np.random.Generator) -> tuple[
     return list(left)[rng.choice(len(left), p=share / share.sum())]
 
 
-def propose(family: str, pos: np.ndarray, there: np.ndarray, things: tuple[str, ...], rng: np.random.Generator,
-            pairs: str = "") -> Meaning | None:  # fmt: skip
+def propose(family: str, pos: np.ndarray, there: np.ndarray, things: tuple[str, ...],
+            rng: np.random.Generator, pairs: str = "") -> Meaning | None:  # fmt: skip
     """A task of the family for blocks at pos float (B, 2), as LanguageTable draws it; None where it finds none.
 
-    there bool (B,): which blocks have not fallen. pairs: which of them block2block may ask, a name in PAIRS or "".
+    there bool (B,): which blocks have not fallen. pairs: what block2block may ask, a name in PAIRS or "".
     """
     low, high = LOW + INSET, HIGH - INSET
     blocks = np.flatnonzero(there)
@@ -669,7 +713,9 @@ def propose(family: str, pos: np.ndarray, there: np.ndarray, things: tuple[str, 
                 centroid = pos[blocks[close[k]]].mean(0)
                 away = pos[blocks[k]] - centroid
                 if inside(centroid + 0.10 * away / max(np.linalg.norm(away), 1e-9)):
-                    return Meaning(family, int(blocks[k]), tuple(int(blocks[b]) for b in gap[k].argsort() if close[k, b]))
+                    return Meaning(
+                        family, int(blocks[k]), tuple(int(blocks[b]) for b in gap[k].argsort() if close[k, b])
+                    )
     return None
 
 
@@ -691,7 +737,11 @@ class BananaTableVectorEnv(TabletopVectorEnv):
         self._build(num_envs, obs, size, look, history, render_mode)
 
     def instructions(self) -> list[str]:
-        return [f"{verb} banana to the {place} of the table" for verb in language.PUSH for place in BANANA_PLACES.values()]
+        return [
+            f"{verb} banana to the {place} of the table"
+            for verb in language.PUSH
+            for place in BANANA_PLACES.values()
+        ]
 
     def _names(self, k: int) -> list[str]:
         return ["banana"]
@@ -701,7 +751,9 @@ class BananaTableVectorEnv(TabletopVectorEnv):
         return f"{verb} banana to the {place} of the table"
 
 
-BANANA_PLACES = {p: "center" if p == "center" else p.replace("center_", "").replace("_", " ") for p in language.PLACES}
+BANANA_PLACES = {
+    p: "center" if p == "center" else p.replace("center_", "").replace("_", " ") for p in language.PLACES
+}
 
 
 class BananaTableEnv(SingleView):

@@ -84,6 +84,19 @@ def one_view(data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     )
 
 
+@pytest.fixture(scope="session")
+def references(tmp_path_factory) -> Path:
+    """A folder with an uninterrupted run of each stage, Stage 2's on Stage 1's, and the demonstrations."""
+    from tests.runs import SCRIPTS, train
+
+    folder = tmp_path_factory.mktemp("references")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for stage in SCRIPTS:
+            train(stage, f"runs/{stage}")
+    return folder
+
+
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)

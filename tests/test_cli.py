@@ -1,4 +1,4 @@
-"""Wrong commands, damaged checkpoints and unfit datasets: one line that names the culprit, exit code 2, nothing written."""
+"""Wrong commands, damaged checkpoints and unfit datasets: one line, exit code 2, nothing written."""
 
 from __future__ import annotations
 
@@ -58,8 +58,12 @@ def call(script: ModuleType, args: list[str]) -> None:
 
 def tree(folder: Path) -> dict[str, str]:
     """Every path under a folder with the hash of its content; a link and an empty folder count, too."""
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"
-            for p in sorted(folder.rglob("*"))}  # fmt: skip
+    found = {}
+    for p in sorted(folder.rglob("*")):
+        found[str(p.relative_to(folder))] = (
+            hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"
+        )
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +144,21 @@ def minari_of_images() -> None:
     env = envs.make_vec("pointmass", 1, obs="images")
     o, _ = env.reset(seed=0)
     frames = np.repeat(o["images"], 3, 0)
-    buffer = EpisodeBuffer(observations={"instruction": [o["instruction"][0]] * 3, "images": frames},
-                           actions=np.zeros((2, 2), np.float32), rewards=[0.0, 0.0], terminations=[False, False],
-                           truncations=[False, True])  # fmt: skip
+    buffer = EpisodeBuffer(
+        observations={"instruction": [o["instruction"][0]] * 3, "images": frames},
+        actions=np.zeros((2, 2), np.float32),
+        rewards=[0.0, 0.0],
+        terminations=[False, False],
+        truncations=[False, True],
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Minari asks for authors and links
-        minari.create_dataset_from_buffers("nanoefm/images-v0", [buffer], action_space=env.single_action_space,
-                                           observation_space=env.single_observation_space)  # fmt: skip
+        minari.create_dataset_from_buffers(
+            "nanoefm/images-v0",
+            [buffer],
+            action_space=env.single_action_space,
+            observation_space=env.single_observation_space,
+        )
 
 
 class Code:
@@ -162,7 +174,7 @@ def unfinish(run: str) -> None:
 
 Damage = Callable[[], object] | None
 NEW = "--out runs/new"
-CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was done before, what the line must name
+CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was done before, what is named
     # the command line itself
     ("stage0", "--nope 3", None, "--nope"),
     ("stage1", "--nope 3", None, "--nope"),
@@ -188,9 +200,12 @@ CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was don
     ("stage1", f"--domain pointmass,size=0 --obs images {NEW}", None, "size 0"),
     ("stage1", f"--domain aloha,size=big --obs images {NEW}", None, "size big"),
     ("stage2", f"--domain tabletop {NEW}", None, "--domain tabletop"),  # Stage 1 was elsewhere
-    *(("stage0", f"--{f} {v} {NEW}", None, f"--{f} {v}") for f in ("updates", "batch", "eval-every") for v in (0, -1)),
-    *(("stage1", f"--{f} 0 {NEW}", None, f"--{f} 0") for f in ("eval-every", "eval-episodes", "data-fraction")),
-    *(("stage1", f"--{f} {v} {NEW}", None, f"--{f} {v}") for f, v in (("batch", -1), ("batch", 1), ("lr", -1.0), ("lr", "nan"))),
+    *(("stage0", f"--{f} {v} {NEW}", None, f"--{f} {v}")
+      for f in ("updates", "batch", "eval-every") for v in (0, -1)),
+    *(("stage1", f"--{f} 0 {NEW}", None, f"--{f} 0")
+      for f in ("eval-every", "eval-episodes", "data-fraction")),
+    *(("stage1", f"--{f} {v} {NEW}", None, f"--{f} {v}")
+      for f, v in (("batch", -1), ("batch", 1), ("lr", -1.0), ("lr", "nan"))),
     ("stage1", f"--episodes 1 {NEW}", None, "--episodes 1"),
     ("stage1", f"--updates -1 {NEW}", None, "--updates -1"),
     ("stage0", f"--domain aloha {NEW}", None, "--domain aloha"),
@@ -230,8 +245,9 @@ CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was don
     ("stage1", f"--out {TWO} --resume", None, TWO),
     ("stage0", "--resume", lambda: (unfinish(ZERO), truncate(f"{ZERO}/resume.pt")), "resume.pt"),
     ("stage1", "--resume", lambda: (unfinish(ONE), truncate(f"{ONE}/resume.pt")), "resume.pt"),
-    ("stage2", "--resume --stage1 " + ONE, lambda: (unfinish(TWO), text(f"{TWO}/resume.pt", "")), "resume.pt"),
-    ("stage1", "--resume", lambda: (unfinish(ONE), torch.save({"update": 2}, f"{ONE}/resume.pt")), "resume.pt"),
+    ("stage2", f"--resume --stage1 {ONE}", lambda: (unfinish(TWO), text(f"{TWO}/resume.pt", "")),
+     "resume.pt"),
+    ("stage1", "--resume", lambda: (unfinish(ONE), torch.save({"seed": 2}, f"{ONE}/resume.pt")), "resume.pt"),
     ("stage1", "--resume", lambda: (unfinish(ONE), text(f"{ONE}/config.json", '{"seed"')), "config.json"),
     ("stage1", "--resume", lambda: (unfinish(ONE), torch.save(Code(), f"{ONE}/resume.pt")), "resume.pt"),
     ("stage2", f"--keep-optimizer {NEW}", lambda: torch.save(Code(), f"{ONE}/resume.pt"), "resume.pt"),
@@ -241,13 +257,15 @@ CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was don
     ("stage1", NEW, lambda: np.savez(CACHE, state=np.zeros((3, 10))), CACHE),
     ("stage1", f"--dataset nanoefm/nothing-v0 {NEW}", None, "--dataset nanoefm/nothing-v0"),
     ("stage1", f"--dataset nanoefm/images-v0 {NEW}", minari_of_images, "--dataset nanoefm/images-v0"),
-    ("stage1", f"--dataset nanoefm/images-v0 --obs images --init none {NEW}", minari_of_images, "--dataset nanoefm/images-v0"),
+    ("stage1", f"--dataset nanoefm/images-v0 --obs images --init none {NEW}", minari_of_images,
+     "--dataset nanoefm/images-v0"),
     # --init
     ("stage1", f"--obs images --init runs/nothing {NEW}", None, "runs/nothing"),
     ("stage1", f"--obs images --init {ZERO} {NEW}", lambda: truncate(f"{ZERO}/policy.safetensors"), ZERO),
     ("stage1", f"--obs images --init {ONE} {NEW}", None, ONE),  # it reads states
     ("stage1", f"--obs images --init runs/other {NEW}",  # it knows no colours
-     lambda: model("runs/other/policy.safetensors", "images", ["where is the cup"]), "runs/other/policy.safetensors"),
+     lambda: model("runs/other/policy.safetensors", "images", ["where is the cup"]),
+     "runs/other/policy.safetensors"),
     ("stage1", f"--obs images --init runs/other {NEW}",  # of larger frames
      lambda: model("runs/other/policy.safetensors", "images", size=64), "runs/other/policy.safetensors"),
     # --stage1
@@ -266,7 +284,7 @@ CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was don
     ("stage2", NEW, lambda: text(f"{ONE}/reward.safetensors", ""), f"{ONE}/reward.safetensors"),
     ("stage2", NEW, lambda: reshape(f"{ONE}/policy.safetensors"), f"{ONE}/policy.safetensors"),
     ("stage2", NEW, lambda: foreign(f"{ONE}/reward.safetensors"), f"{ONE}/reward.safetensors"),
-    ("stage2", NEW, lambda: model(f"{ONE}/policy.safetensors", "images"), ONE),  # it reads frames, the run says states
+    ("stage2", NEW, lambda: model(f"{ONE}/policy.safetensors", "images"), ONE),  # it reads frames
     ("stage2", f"--keep-optimizer {NEW}", lambda: remove(f"{ONE}/resume.pt"), f"{ONE}/resume.pt"),
     ("stage2", f"--keep-optimizer {NEW}", lambda: truncate(f"{ONE}/resume.pt"), f"{ONE}/resume.pt"),
     ("stage2", f"--stage1 {ZERO} {NEW}", None, ZERO),
@@ -296,7 +314,12 @@ def test_wrong_input_is_one_line_and_nothing_is_written(script, args, damage, cu
     before = tree(here.parent)
     given = args.split()
     sizes = TINY[script].split()  # those that the case does not set itself
-    sizes = [x for flag, value in zip(sizes[::2], sizes[1::2], strict=True) if flag not in given for x in (flag, value)]
+    sizes = [
+        x
+        for flag, value in zip(sizes[::2], sizes[1::2], strict=True)
+        if flag not in given
+        for x in (flag, value)
+    ]
     with pytest.raises(SystemExit) as end:
         call(SCRIPTS[script], [*sizes, *given])
     error = capsys.readouterr().err
@@ -307,7 +330,7 @@ def test_wrong_input_is_one_line_and_nothing_is_written(script, args, damage, cu
 
 
 def test_the_same_commands_without_the_mistake_are_accepted(here, capsys, monkeypatch):
-    """So the cases above fail for their mistake and not for their sizes; and a cluster's leftover is no mistake."""
+    """So the cases above fail for their mistake alone; and a cluster's leftover is no mistake."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("stage0", "stage1", "stage2"):
         call(SCRIPTS[name], [*TINY[name].split(), *NEW.split()])
@@ -320,11 +343,15 @@ def test_practice_goes_on_from_a_run_of_stage_2(here):
     call(stage2, [*TINY["stage2"].split(), *NEW.split(), "--stage1", TWO])
     settings = json.loads((here / "runs/new/config.json").read_text())
     assert settings["stage1"] == TWO and settings["domain"] == "pointmass" and settings["obs"] == "state"
-    assert (here / "runs/new/reward.safetensors").read_bytes() == (here / TWO / "reward.safetensors").read_bytes()
+    assert (here / "runs/new/reward.safetensors").read_bytes() == (
+        here / TWO / "reward.safetensors"
+    ).read_bytes()
     assert (here / "runs/new/summary.json").exists()
 
 
-@pytest.mark.parametrize("leftover", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}])
+@pytest.mark.parametrize(
+    "leftover", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}]
+)
 @pytest.mark.parametrize("several", [True, False])
 def test_a_clusters_leftover_variables_are_ignored(leftover, several, here, capsys, monkeypatch):
     for name, value in leftover.items():
@@ -354,7 +381,11 @@ def process(script: str, args: list[str], cwd: Path) -> subprocess.CompletedProc
 
 @pytest.mark.parametrize(
     ("command", "culprit"),
-    [("stage1.py --domain nope", "--domain nope"), ("pointmass.py --bins 0", ""), ("eval.py --run nothing", "nothing")],
+    [
+        ("stage1.py --domain nope", "--domain nope"),
+        ("pointmass.py --bins 0", ""),
+        ("eval.py --run nothing", "nothing"),
+    ],
 )
 def test_wrong_input_of_a_process(command, culprit, tmp_path):
     script, *args = command.split()

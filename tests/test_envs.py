@@ -30,7 +30,12 @@ from envs.pointmass import ACTION_LIMIT, COLOURS, POINT_RADIUS, WALL, draw
 
 MODES = ["state", "images"]
 N = 6
-RENDERED = {"pointmass": (256, 256, 3), "tabletop": (180, 320, 3), "bananatable": (180, 320, 3), "aloha": (256, 256, 3)}
+RENDERED = {
+    "pointmass": (256, 256, 3),
+    "tabletop": (180, 320, 3),
+    "bananatable": (180, 320, 3),
+    "aloha": (256, 256, 3),
+}
 every_domain = pytest.mark.parametrize("name", list(envs.DOMAINS))
 every_mode = pytest.mark.parametrize("obs", MODES)
 
@@ -77,7 +82,9 @@ def test_a_domain_says_what_it_has_to(name):
     assert isinstance(env, envs.Domain) and env.name == name and env.num_envs == N
     assert env.single_observation_space["state"].shape == (len(env.state_names) * env.state_dim,)
     assert np.shape(env.low) == np.shape(env.high) == env.single_action_space.shape
-    assert env.steps_cap % env.steps_bins == 0 and env.horizon > 0 and 0 <= env.success_threshold < env.steps_cap
+    assert (
+        env.steps_cap % env.steps_bins == 0 and env.horizon > 0 and 0 <= env.success_threshold < env.steps_cap
+    )
     assert env.stage1_defaults.keys() == env.stage2_defaults.keys() and env.default_obs in env.stage1_defaults
     grammar = env.instructions()
     assert grammar and len(grammar) == len(set(grammar))
@@ -137,14 +144,23 @@ def test_partial_reset_leaves_the_others_untouched(name, obs):
         before, untouched_obs = env.step(a)[0], untouched.step(a)[0]
     mask = np.array([True, False, False, True, False, False])
     after, info = env.reset(options={"reset_mask": mask})
-    assert np.array_equal(after[obs][~mask], before[obs][~mask]) and not np.isclose(after[obs][mask], before[obs][mask]).all()
+    assert (
+        np.array_equal(after[obs][~mask], before[obs][~mask])
+        and not np.isclose(after[obs][mask], before[obs][mask]).all()
+    )
     assert [t for t, m in zip(after["instruction"], mask, strict=True) if not m] == \
         [t for t, m in zip(before["instruction"], mask, strict=True) if not m]  # fmt: skip
-    assert env.t[mask].tolist() == [0, 0] and env.t[~mask].tolist() == [5] * 4 and not info["is_success"].any()
+    assert (
+        env.t[mask].tolist() == [0, 0]
+        and env.t[~mask].tolist() == [5] * 4
+        and not info["is_success"][mask].any()
+    )
     for _ in range(5):
         a = actions(rng, name=name)
         ours, theirs = env.step(a), untouched.step(a)
-        assert all(np.array_equal(ours[0][k][~mask], theirs[0][k][~mask]) for k in ours[0] if k != "instruction")
+        assert all(
+            np.array_equal(ours[0][k][~mask], theirs[0][k][~mask]) for k in ours[0] if k != "instruction"
+        )
         for x, y in zip(ours[1:4], theirs[1:4], strict=True):
             assert np.array_equal(x[~mask], y[~mask])
     assert not same(ours[0], untouched_obs)
@@ -186,7 +202,9 @@ def test_observations_are_in_the_space_and_do_not_change_later(name, obs):
             keep(*env.reset(options={"reset_mask": np.arange(N) % 2 == 0}))
     for now, then in kept:
         assert same(now, then)
-        assert all(env.single_observation_space.contains({k: v[i] for k, v in now[0].items()}) for i in range(N))
+        assert all(
+            env.single_observation_space.contains({k: v[i] for k, v in now[0].items()}) for i in range(N)
+        )
 
 
 @every_domain
@@ -202,9 +220,19 @@ def test_a_wrong_mask_is_refused_and_nothing_has_changed(name):
     env.step(env.demonstrate())
     before = env.get_state()
     # indices, numbers for bools, too long, too short, too deep, one for all
-    wrong = ([0, 3], [1, 0, 0, 1], np.ones(5, bool), np.ones(3, bool), np.ones((4, 1), bool), True, np.bool_(True))
+    wrong = (
+        [0, 3],
+        [1, 0, 0, 1],
+        np.ones(5, bool),
+        np.ones(3, bool),
+        np.ones((4, 1), bool),
+        True,
+        np.bool_(True),
+    )
     for mask in wrong:
-        for ask in ([env.ask] if hasattr(env, "ask") else []) + [lambda m: env.reset(options={"reset_mask": m})]:
+        for ask in ([env.ask] if hasattr(env, "ask") else []) + [
+            lambda m: env.reset(options={"reset_mask": m})
+        ]:
             with pytest.raises(ValueError, match=r"mask .*bool \(4,\)"):
                 ask(mask)
     with pytest.raises(ValueError, match="3 seeds for 4"):
@@ -222,7 +250,17 @@ def test_wrong_actions_are_refused_and_nothing_has_moved(name):
     before, right = env.get_state(), actions(np.random.default_rng(0), 4, name)
     nan = right.copy()
     nan[2, -1] = np.nan
-    wrong = [0.03, right[0], right[:, :1], right[:1], right[:3], right[None], right.ravel(), np.zeros((4, 0))]
+    wrong = [
+        0.03,
+        right[0],
+        right[:, 1:],
+        np.c_[right, right],
+        right[:1],
+        right[:3],
+        right[None],
+        right.ravel(),
+        np.zeros((4, 0)),
+    ]
     for action in wrong:
         with pytest.raises(ValueError, match=r"actions of shape .* takes \(4, "):
             env.step(action)
@@ -286,17 +324,20 @@ def test_states_and_copies_go_on_exactly(name, obs):
     assert same(alone.step(alone.action_space.low), twin.step(alone.action_space.low))
 
 
+@every_mode
 @every_domain
-def test_a_thread_of_its_own_draws_the_same(name):
-    env, frames = domain(2, "images", name), []
+def test_a_thread_of_its_own_draws_the_same(name, obs):
+    env, frames = domain(2, obs, name), []
     env.reset(seed=0)
     here = env.render()
-    thread = threading.Thread(target=lambda: frames.append((env.render(), env.reset(seed=1)[0]["images"])))
+    thread = threading.Thread(target=lambda: frames.append((env.render(), env.reset(seed=1)[0])))
     thread.start(), thread.join()
-    assert same(frames[0], (here, env.reset(seed=1)[0]["images"]))
+    assert same(frames[0], (here, env.reset(seed=1)[0]))
 
 
-CONTRACT = [check for check_name, check in list(globals().items()) if check_name.startswith("test_")]  # all of the above
+CONTRACT = [
+    check for check_name, check in list(globals().items()) if check_name.startswith("test_")
+]  # all of the above
 
 
 def contract(name: str, modes: tuple[str, ...] = ("state", "images")) -> None:
@@ -316,7 +357,9 @@ def test_a_domain_that_lacks_something_says_what():
         def instructions(self):
             return ["go"]
 
-    with pytest.raises(NotImplementedError, match=r"Half lacks .*state_names.*demonstrate\(\).*envs\.Domain") as error:
+    with pytest.raises(
+        NotImplementedError, match=r"Half lacks .*state_names.*demonstrate\(\).*envs\.Domain"
+    ) as error:
         Half(2, "state", 32, None)
     assert "horizon" not in str(error.value) and "instructions" not in str(error.value)
 
@@ -367,11 +410,59 @@ def test_what_stands_behind_the_comma_is_blamed_on_the_domain(name, given, told)
         envs.make_vec(f"{name},size=32", 1, obs="pixels")
 
 
+# --- docs/domains.md --------------------------------------------------------------------------------------------------
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "domains.md").read_text()
+BLOCKS = [block.split("```")[0] for block in PAGE.split("```python\n")[1:]]
+
+
+def test_the_first_snippet_runs(capsys):
+    exec(BLOCKS[0], {})
+    told = capsys.readouterr().out.splitlines()
+    assert "(4, 36)" in told[0] and told[1].count("False") + told[1].count("True") == 4
+    assert len(BLOCKS[0].splitlines()) <= 12
+
+
+def test_the_page_names_all_that_a_domain_must_have():
+    tables = " ".join(line for line in PAGE.splitlines() if line.startswith("| `"))
+    required = [k for k in envs.Domain.__annotations__ if not hasattr(envs.Domain, k)]
+    required += [k for k, v in vars(envs.Domain).items() if getattr(v, "__isabstractmethod__", False)]
+    assert len(required) == 18
+    assert all(f"`{k}" in tables for k in required)
+
+
+@pytest.fixture
+def corridor(tmp_path, monkeypatch):
+    """The page's own domain, registered as the page says."""
+    (code,) = (block for block in BLOCKS if block.startswith("# envs/corridor.py"))
+    assert len(code.splitlines()) <= 150
+    (tmp_path / "corridor.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    (call,) = (block for block in BLOCKS if block.startswith("envs.register"))
+    exec(call.replace("envs.corridor:", "corridor:"), {"envs": envs})
+    yield "corridor"
+    gym.registry.pop(envs.DOMAINS.pop("corridor"))
+    sys.modules.pop("corridor")
+
+
+def test_the_pages_domain_keeps_the_contract(corridor):
+    (check,) = (block for block in BLOCKS if "contract(" in block)
+    exec(check, {})
+    env = domain(100, name=corridor)
+    env.reset(seed=0)
+    for _ in range(20):
+        last = env.step(env.expert())[2]
+    assert last.all()
+
+
 # --- beside others' code: what docs/domains.md says -------------------------------------------------------------------
 @every_domain
 def test_stable_baselines_wrappers_make_it_a_box(name):
-    env = gym.wrappers.FlattenObservation(gym.wrappers.FilterObservation(gym.make(envs.DOMAINS[name]), ["state"]))
-    assert isinstance(env.observation_space, gym.spaces.Box) and env.observation_space.contains(env.reset(seed=0)[0])
+    env = gym.wrappers.FlattenObservation(
+        gym.wrappers.FilterObservation(gym.make(envs.DOMAINS[name]), ["state"])
+    )
+    assert isinstance(env.observation_space, gym.spaces.Box) and env.observation_space.contains(
+        env.reset(seed=0)[0]
+    )
 
 
 def test_texts_arrive_from_other_processes_without_shared_memory():
@@ -385,18 +476,26 @@ def run_alone(code: str) -> subprocess.CompletedProcess:
     """In a process that has imported nothing of ours, on a machine without a display."""
     environ = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MUJOCO_GL", "PYOPENGL_PLATFORM")}
     root = Path(__file__).resolve().parents[1]
-    return subprocess.run([sys.executable, "-c", code], env=environ, cwd=root, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environ, cwd=root, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_a_spawned_child_needs_the_prefix_only():
-    out = run_alone("import gymnasium as gym; print(gym.make('envs:nanoEFM/Pointmass-v0').reset(seed=0)[0]['instruction'])")
+    out = run_alone(
+        "import gymnasium as gym; print(gym.make('envs:nanoEFM/Pointmass-v0').reset(seed=0)[0]['instruction'])"
+    )
     assert out.stdout.strip() == domain(1).reset(seed=0)[0]["instruction"][0], out.stderr
 
 
 def test_mujoco_imported_first_is_told_the_way_out():
     out = run_alone("import mujoco, envs; envs.make_vec('tabletop', 1, obs='images').reset(seed=0)")
     told = out.stderr.strip().splitlines()[-1]
-    assert "CannotRender" in told and "MUJOCO_GL=:" in told and "import envs before it, or set MUJOCO_GL=egl" in told
+    assert (
+        "CannotRender" in told
+        and "MUJOCO_GL=:" in told
+        and "import envs before it, or set MUJOCO_GL=egl" in told
+    )
 
 
 # --- the operator -----------------------------------------------------------------------------------------------------
@@ -425,10 +524,20 @@ def test_the_operator_resets_only_what_has_fallen_or_is_overdue():
     before, texts = domain.pos.copy(), list(domain.texts)
     obs, info = env.reset(seed=100)
     moved = (domain.pos != before).any((1, 2))
-    assert moved.tolist() == [False, True, False, bool(overdue[3]), False, False] and overdue[3] and not overdue[4]
+    assert (
+        moved.tolist() == [False, True, False, bool(overdue[3]), False, False]
+        and overdue[3]
+        and not overdue[4]
+    )
     assert env.interventions == 2 and env.steps.tolist() == [5, 0, 5, 0, 1799, 5]
-    assert not env.fallen.any() and not info["is_success"].any() and tuple(obs["instruction"]) == tuple(domain.texts)
-    assert sum(a != b for a, b in zip(texts, domain.texts, strict=True)) >= 5  # new ones where nothing moved as well
+    assert (
+        not env.fallen.any()
+        and not info["is_success"].any()
+        and tuple(obs["instruction"]) == tuple(domain.texts)
+    )
+    assert (
+        sum(a != b for a, b in zip(texts, domain.texts, strict=True)) >= 5
+    )  # new ones where nothing moved as well
     assert (domain.t == 0).all()
 
 
@@ -436,7 +545,17 @@ def test_the_operator_is_the_domain_in_all_else():
     domain = envs.make_vec("tabletop,look=real", 3)
     env = Operator(domain, seed=0, every=(100, 100))
     assert isinstance(env, gym.vector.VectorWrapper) and env.unwrapped is domain and env.num_envs == 3
-    for name in ("name", "horizon", "obs", "size", "action_tokens", "steps_cap", "stage2_defaults", "simultaneous", "metadata"):
+    for name in (
+        "name",
+        "horizon",
+        "obs",
+        "size",
+        "action_tokens",
+        "steps_cap",
+        "stage2_defaults",
+        "simultaneous",
+        "metadata",
+    ):
         assert getattr(env, name) == getattr(domain, name)
     assert env.due.tolist() == [1000] * 3 and env.call("_max_episode_steps") == (100,) * 3
     with pytest.raises(AttributeError):
@@ -465,7 +584,11 @@ def test_an_operators_state_is_data_and_goes_on_exactly(name):
 def test_starts_are_as_documented():
     env = domain(2000)
     env.reset(seed=0)
-    assert np.abs(env.pos).max() <= pointmass.START and np.abs(env.goals).max() <= pointmass.GOAL and not env.vel.any()
+    assert (
+        np.abs(env.pos).max() <= pointmass.START
+        and np.abs(env.goals).max() <= pointmass.GOAL
+        and not env.vel.any()
+    )
     assert np.abs(env.pos).max() > 0.95 and np.abs(env.goals).max() > 0.85
     assert np.linalg.norm(env.goals - env.pos[:, None], axis=-1).min() >= 0.3
     for i, j in ((0, 1), (0, 2), (1, 2)):
@@ -483,7 +606,9 @@ def test_the_state_is_the_one_in_the_docstring():
     np.testing.assert_allclose(state[:, 0], env.pos, atol=1e-6)
     np.testing.assert_allclose(state[:, 1], env.vel * 100, atol=1e-6)
     for k, colour in enumerate(COLOURS):
-        np.testing.assert_allclose(state[:, env.state_names.index(colour)], env.goals[:, k] - env.pos, atol=1e-6)
+        np.testing.assert_allclose(
+            state[:, env.state_names.index(colour)], env.goals[:, k] - env.pos, atol=1e-6
+        )
 
 
 def test_the_dynamics_are_the_papers():
@@ -552,7 +677,10 @@ def test_experts_reach_the_goal():
     straight.reset(seed=0), wandering.reset(seed=0)
     length = np.full((2, 200), straight.horizon)
     for t in range(straight.horizon):
-        for env, n, act in ((straight, length[0], straight.expert), (wandering, length[1], wandering.demonstrate)):
+        for env, n, act in (
+            (straight, length[0], straight.expert),
+            (wandering, length[1], wandering.demonstrate),
+        ):
             a = act()
             assert np.abs(a).max() <= ACTION_LIMIT
             terminated = env.step(a)[2]
@@ -585,13 +713,17 @@ def test_the_second_view_is_what_is_around_the_point():
     near = discs(env.step(np.zeros((200, 2)))[0]["images"][:, 1])
     for k in range(3):
         away = env.goals[:, k] - env.pos
-        whole = np.abs(away).max(1) < WALL / 2 - pointmass.GOAL_RADIUS  # in the frame, and not behind the wake
+        whole = (
+            np.abs(away).max(1) < WALL / 2 - pointmass.GOAL_RADIUS
+        )  # in the frame, and not behind the wake
         whole &= np.linalg.norm(away + 30 * env.vel, axis=1) > pointmass.GOAL_RADIUS + POINT_RADIUS + 0.05
         assert whole.sum() > 10
         np.testing.assert_allclose(centroid(near[..., k])[whole] / 2, away[whole], atol=0.1 * WALL / 64)
     env.goals[:] = env.pos[:, None] + 10  # out of sight
     black = 127 - env.step(np.zeros((200, 2)))[0]["images"][:, 1].min(-1).astype(float)
-    np.testing.assert_allclose(centroid(black.clip(0)) / 2, -30 * env.vel, atol=0.1 * WALL / 64)  # three steps of ten substeps
+    np.testing.assert_allclose(
+        centroid(black.clip(0)) / 2, -30 * env.vel, atol=0.1 * WALL / 64
+    )  # three steps of ten substeps
 
 
 def discs(frames: np.ndarray) -> np.ndarray:
@@ -604,7 +736,9 @@ def centroid(disc: np.ndarray) -> np.ndarray:
     """(N, size, size) -> (N, 2): x and y in lengths; row 0 is up."""
     size = disc.shape[1]
     axis = ((np.arange(size) + 0.5) / size * 2 - 1) * WALL
-    return np.stack([disc.sum(1) @ axis, -disc.sum(2) @ axis], 1) / np.maximum(disc.sum((1, 2)), 1e-9)[:, None]
+    return (
+        np.stack([disc.sum(1) @ axis, -disc.sum(2) @ axis], 1) / np.maximum(disc.sum((1, 2)), 1e-9)[:, None]
+    )
 
 
 @pytest.mark.parametrize("size", [32, 48])
@@ -615,7 +749,9 @@ def test_the_drawn_point_is_where_the_point_is(size):
         images = env.step(np.sign(actions(rng, 200)) * ACTION_LIMIT)[0]["images"]
     assert images.shape == (200, 2, size, size, 3)
     pixel = 2 * WALL / size
-    white = discs(draw(env.pos, env.pos, env.goals, size)).min(-1)  # without a wake only the point is in all channels
+    white = discs(draw(env.pos, env.pos, env.goals, size)).min(
+        -1
+    )  # without a wake only the point is in all channels
     inside = np.abs(env.pos).max(1) < WALL - POINT_RADIUS - pixel
     assert inside.sum() > 150
     assert np.abs(centroid(white) - env.pos)[inside].max() < 0.1 * pixel
@@ -631,7 +767,9 @@ def test_each_goal_has_its_colour():
     for k in range(3):
         clear = (env.goals[:, k] < 0.9 - pointmass.GOAL_RADIUS).any(1)  # a goal that the cut did not touch
         assert clear.sum() > 50
-        np.testing.assert_allclose(centroid(frame[..., k])[clear], env.goals[clear, k], atol=0.1 * 2 * WALL / 64)
+        np.testing.assert_allclose(
+            centroid(frame[..., k])[clear], env.goals[clear, k], atol=0.1 * 2 * WALL / 64
+        )
 
 
 def test_render_is_one_picture_per_simulation():

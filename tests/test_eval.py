@@ -24,7 +24,7 @@ PICTURES = ("trajectories.png", "steps_to_go.png", "episodes.gif")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """An untrained model in a Stage 2 run's folder, with two iterations of metrics; Stage 1's is beside it."""
+    """An untrained model in a Stage 2 run's folder, with two iterations' metrics; Stage 1's is beside it."""
     folder = tmp_path_factory.mktemp("runs") / "pointmass-stage2-s0"
     stage1_run(folder.with_name("pointmass-stage1-s0"), "state")
     folder.mkdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import signal
 import subprocess
@@ -14,24 +13,10 @@ import numpy as np
 import pytest
 import safetensors
 
-import stage0
-import stage1
-import stage2
 from common.runs import Run
-from envs.pointmass import PointmassVectorEnv
-from model import PRESETS
+from tests.runs import train
 
-ROOT = Path(stage1.__file__).resolve().parent
-TINY = {"width": 16, "depth": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp_dim": 16,
-        "vit_width": 16, "vit_heads": 2, "vit_mlp_dim": 16}  # fmt: skip
-# Stage 0's and Stage 1's last look comes before eval_every updates are over; Stage 2 saves its policy from
-# iteration 5 on, and its threshold is about what an untrained model says: the detector ends some episodes
-PRACTICE = {"iterations": 8, "updates": 2, "batch": 8, "num_envs": 4, "lr": 1e-2, "eval_episodes": 2}
-CONFIGS = {
-    "stage0": (stage0, {"updates": 5, "batch": 4, "eval_every": 2}),
-    "stage1": (stage1, {"episodes": 30, "updates": 5, "eval_every": 2, "batch": 16, "eval_episodes": 2}),
-    "stage2": (stage2, PRACTICE | {"success_threshold": 72.1}),
-}
+ROOT = Path(__file__).resolve().parents[1]
 
 
 # Runs are named by absolute paths: the TensorBoard writer of an interrupted one outlives its test.
@@ -61,31 +46,6 @@ def assert_same(run: Path, reference: Path) -> None:
     assert (run / "config.json").read_bytes() == (reference / "config.json").read_bytes()
     assert (run / "summary.json").exists()
     assert not list(run.glob("*.tmp"))
-
-
-def train(stage: str, out: Path | str, resume: bool = False) -> None:
-    """A stage's main; practice has short episodes, demonstrations need long ones."""
-    script, settings = CONFIGS[stage]
-    with pytest.MonkeyPatch.context() as patch:
-        if stage == "stage2":
-            settings = settings | {"stage1": "runs/stage1"}
-            patch.setattr(PointmassVectorEnv, "horizon", 24)
-        script.main(script.Config(**settings, out=str(out), resume=resume))
-
-
-@pytest.fixture(scope="module")
-def references(tmp_path_factory) -> Path:
-    """A folder with an uninterrupted run of each stage, Stage 2's on Stage 1's, and the demonstrations."""
-    folder = tmp_path_factory.mktemp("references")
-    with pytest.MonkeyPatch.context() as patch:
-        for preset in ("nano", "nano-vision"):
-            patch.setitem(PRESETS, preset, dataclasses.replace(PRESETS[preset], **TINY))
-        for script in (stage1, stage2):
-            patch.setattr(script, "evaluate", lambda *_, **__: {})  # after training, and tested elsewhere
-        patch.chdir(folder)
-        for stage in CONFIGS:
-            train(stage, f"runs/{stage}")
-        yield folder
 
 
 def test_the_references_are_worth_comparing(references):
@@ -152,7 +112,7 @@ def test_interrupted_twice(references, tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(Run, "checkpoint", interrupt)
-            train("stage1", tmp_path / "runs/stage1", resume)
+            train("stage1", tmp_path / "runs/stage1", resume=resume)
     train("stage1", tmp_path / "runs/stage1", resume=True)
     assert_same(Path("runs/stage1"), references / "runs/stage1")
 

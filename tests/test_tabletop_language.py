@@ -26,7 +26,11 @@ COUNTS = {  # measured in Language-Table: distinct strings with full names, for 
     "block2block_relative_location": (1_560, 7_280),
     "separate_blocks": (36, 144),
 }
-POINT2BLOCK = {"point", "at", "arm"}  # the words that only its sixth family, which is not ours, has; in (52, 104) strings
+POINT2BLOCK = {
+    "point",
+    "at",
+    "arm",
+}  # the words that only its sixth family, which is not ours, has; in (52, 104) strings
 
 
 def words(sentences: list[str]) -> set[str]:
@@ -42,7 +46,9 @@ def test_enumerated_counts(family, blocks):
     assert len(strings) == len(set(strings)) == COUNTS[family][blocks == 8]
 
 
-@pytest.mark.parametrize(("blocks", "unique", "vocabulary", "longest"), [(4, 12_580 - 52, 57, 76), (8, 29_904 - 104, 60, 78)])
+@pytest.mark.parametrize(
+    ("blocks", "unique", "vocabulary", "longest"), [(4, 12_580 - 52, 57, 76), (8, 29_904 - 104, 60, 78)]
+)
 def test_enumerated_totals(blocks, unique, vocabulary, longest):
     strings = {s for f in FAMILIES for s in enumerated(f, blocks)}
     assert len(strings) == unique
@@ -116,19 +122,32 @@ def test_sampling_is_uniform_choice_by_choice():
     """ "slightly" at the front is one of three forms, not one of eleven; and three neighbours are a group every other time."""
     rng = np.random.default_rng(0)
     near = [sample(Meaning("block2relativelocation", 0, ("up", "near")), 8, rng) for _ in range(3000)]
-    assert np.mean([s.startswith("slightly") for s in near]) == pytest.approx(1 / 3, abs=0.04)  # 4.6 standard errors
+    assert np.mean([s.startswith("slightly") for s in near]) == pytest.approx(
+        1 / 3, abs=0.04
+    )  # 4.6 standard errors
     three = [sample(Meaning("separate_blocks", 0, (1, 2, 3)), 4, rng) for _ in range(3000)]
     assert np.mean(["," in s for s in three]) == pytest.approx(1 / 2, abs=0.04)
 
 
 def test_sentences():
-    assert "push the red moon diagonally up and to the left" in texts(Meaning("block2relativelocation", 0, ("up left", "far")), 8)
-    assert "slide the moon a little bit downwards" in texts(Meaning("block2relativelocation", 0, ("down", "near")), 4)
+    assert "push the red moon diagonally up and to the left" in texts(
+        Meaning("block2relativelocation", 0, ("up left", "far")), 8
+    )
+    assert "slide the moon a little bit downwards" in texts(
+        Meaning("block2relativelocation", 0, ("down", "near")), 4
+    )
     assert "put the cube to the towards your base" in texts(Meaning("block2absolutelocation", 1, "top"), 4)
-    assert "move the star just right of the blue block" in texts(Meaning("block2block_relative_location", 2, ("right", 1)), 4)
+    assert "move the star just right of the blue block" in texts(
+        Meaning("block2block_relative_location", 2, ("right", 1)), 4
+    )
     three = texts(Meaning("separate_blocks", 0, (2, 1, 3)), 4)
-    assert {"separate the red moon from the star, blue cube, and yellow block", "separate the moon from the clump"} < set(three)
-    assert "pull the red moon apart from the blue cube and red pentagon" in texts(Meaning("separate_blocks", 0, (3, 1)), 8)
+    assert {
+        "separate the red moon from the star, blue cube, and yellow block",
+        "separate the moon from the clump",
+    } < set(three)
+    assert "pull the red moon apart from the blue cube and red pentagon" in texts(
+        Meaning("separate_blocks", 0, (3, 1)), 8
+    )
 
 
 # --- instructions -----------------------------------------------------------------------------------------------------
@@ -136,10 +155,14 @@ def test_sentences():
 def test_instructions(blocks, longest):
     every = instructions(FAMILIES, blocks)
     assert len(every) == len(set(every))
-    assert max(map(len, every)) == longest  # three neighbours with long names: more than Language-Table enumerates
+    assert (
+        max(map(len, every)) == longest
+    )  # three neighbours with long names: more than Language-Table enumerates
     assert "rest" not in words(every)
     known = set(every)
-    rng = np.random.default_rng(0)  # neighbours in any order and number, also those that `meanings` leaves out
+    rng = np.random.default_rng(
+        0
+    )  # neighbours in any order and number, also those that `meanings` leaves out
     for _ in range(300):
         block, *others = rng.permutation(blocks)[: rng.integers(2, blocks + 1)].tolist()
         assert set(texts(Meaning("separate_blocks", block, tuple(others)), blocks)) <= known
@@ -156,7 +179,12 @@ def test_directions_match_their_words():
         np.testing.assert_allclose(vector, total / np.linalg.norm(total), atol=1e-15)
         told = {w for t in texts(Meaning("block2relativelocation", 0, (name, "far")), 8) for w in t.split()}
         assert {p for p in parts if p in told} == set(name.split())
-        beside = {"up": {"above", "top", "up"}, "down": {"below", "bottom", "down"}, "left": {"left"}, "right": {"right"}}
+        beside = {
+            "up": {"above", "top", "up"},
+            "down": {"below", "bottom", "down"},
+            "left": {"left"},
+            "right": {"right"},
+        }
         for t in texts(Meaning("block2block_relative_location", 0, (name, 1)), 8):
             assert {p for p, some in beside.items() if some & set(t.split())} == set(name.split())
 
@@ -168,4 +196,7 @@ def test_places_match_their_words():
     for name, place in PLACES.items():
         for t in texts(Meaning("block2absolutelocation", 0, name), 8):
             said = t.split()
-            assert place == (max([x[w] for w in said if w in x], default=0.35), sum(y[w] for w in said if w in y))
+            assert place == (
+                max([x[w] for w in said if w in x], default=0.35),
+                sum(y[w] for w in said if w in y),
+            )
