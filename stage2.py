@@ -52,7 +52,7 @@ class Config(ScaleFlags):
     success_bonus: Size | None = None  # added to the last reward on ground-truth success; 0
     updates: Count = 16  # N, optimiser steps per iteration
     batch: Count | None = None  # B, tuples per optimiser step; 64
-    lr: Positive = 1e-4  # AdamW
+    lr: Positive | None = None  # AdamW; 1e-4
     learns: Literal["all", "blocks"] | None = None  # all weights, or the transformer's blocks alone; all
     keep_optimizer: bool = False  # go on with Stage 1's last AdamW moments, as the authors' notebook does
     num_envs: Count | None = None  # simulations that practise at once, at most; 128, an operator's stations 16

@@ -219,7 +219,7 @@ def initial_model(cfg: Any, env: VectorEnv, init: Path | None) -> EFM:
 # --- Stage 2 ------------------------------------------------------------------------------------------------
 # what a domain that says nothing else in `stage2_defaults` takes
 USUAL = {"gamma": 0.9, "temperature": 1.0, "clip_reward": 0.0, "success_bonus": 0.0, "batch": 64, "learns": "all",
-         "num_envs": 128}  # fmt: skip
+         "num_envs": 128, "lr": 1e-4}  # fmt: skip
 STATIONS = {"num_envs": 16}  # that an operator looks after
 
 
