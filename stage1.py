@@ -144,7 +144,7 @@ def calibrate_and_evaluate(run: Path, valid: demos.Demonstrations, cfg: Config) 
     episodes = 20 if cfg.weights or cfg.vit else 300
     before, final = predicted_steps(reward_model, valid, StepsToGo(env.steps_cap, env.steps_bins), episodes)
     s, precision, recall = calibrate(before, final)
-    told = {"held_out_precision": precision, "held_out_recall": recall}
+    told = {"success_threshold": s, "held_out_precision": precision, "held_out_recall": recall}
     return told | evaluate(run, cfg.eval_episodes, cfg.seed, s)
 
 
