@@ -49,7 +49,7 @@ class EFMConfig:
     mlp_dim: int = 256
     vocab_size: int = 0  # 0: as many as the tokenizer has
     rope_theta: float = 10_000.0
-    sinusoidal_numbers: float = 0.0  # share of number tokens that is on a curve at first, near numbers near each other
+    sinusoidal_numbers: float = 0.0  # the share of a curve in number tokens at first: near numbers are alike
     action_head: int = 0  # width of an MLP added to what scores number tokens, 0 at first; 0: none
     # vision tower (SigLIP layout); image_size 0: no images, the model reads states
     image_size: int = 0
@@ -62,7 +62,7 @@ class EFMConfig:
     # state: the names of its quantities, one token each, and the numbers in each quantity; (): no state
     state_names: tuple[str, ...] = ()
     state_dim: int = 0
-    state_sinusoids: int = 0  # each number is also read as sines and cosines, this many wavelengths: 16, 8, 4, ...
+    state_sinusoids: int = 0  # a number also enters as waves, this many: of length 16, 8, 4, ...
     state_mlp: int = 0  # width of an MLP that reads the whole state, standardised, ...
     state_bias_tokens: int = 0  # ... and adds to where so many of an answer's first tokens are predicted
 
@@ -77,7 +77,7 @@ PRESETS = {
     "nano-deep": EFMConfig(depth=4, **NUMBERS),  # a table's geometry takes more blocks in a row
     # two arms: answers of 70 tokens, the first target's 14 joints with the help of an MLP
     "nano-arms": EFMConfig(depth=4, sinusoidal_numbers=1.0, state_mlp=512, state_bias_tokens=14),
-    "nano-wide": EFMConfig(width=128, depth=3, head_dim=32, mlp_dim=512, **NUMBERS),  # Figure 3's smaller shares
+    "nano-wide": EFMConfig(width=128, depth=3, head_dim=32, mlp_dim=512, **NUMBERS),  # Figure 3
     "nano-sight": EFMConfig(depth=5, vit_width=128, vit_depth=2, vit_mlp_dim=512),  # a table's frames
     "small": EFMConfig(width=512, depth=8, heads=8, kv_heads=2, head_dim=64, mlp_dim=2048, **VIT_SMALL),
     "paligemma-3b": EFMConfig(**GEMMA_2B, **SO400M),
@@ -522,7 +522,7 @@ class EFM(nn.Module):
         with no_autocast(state):
             if self.cfg.state_mlp:
                 state = self.standardise(state.flatten(2)).view_as(state)
-            if self.cfg.state_sinusoids:  # a sum of cosines is nearly a distance: what a goal's radius asks for
+            if self.cfg.state_sinusoids:  # a sum of cosines is nearly a distance: a goal's radius
                 octaves = 2 ** torch.arange(self.cfg.state_sinusoids, device=state.device)
                 angle = (state[..., None] * (2 * math.pi / 16) * octaves).flatten(-2)
                 state = torch.cat([state, angle.sin(), angle.cos()], -1)

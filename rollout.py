@@ -183,10 +183,10 @@ def first_look(episodes: Episodes, threshold: float) -> str:
     """What a reader should know of Stage 1's own policy before it practises."""
     (detected,) = ranks.concat_ranks((episodes.d[:, -1] <= threshold).numpy())
     steps, error, n = count_steps([episodes])
-    told = f"the detector fires in {detected.mean():.0%} of {n:.0f} of Stage 1's own episodes, {steps:.1f} +- {error:.1f} steps"
-    if detected.mean() >= 0.1:
-        return told
-    return f"{told}: too few to practise on; give Stage 1 more --episodes or --updates"
+    share = f"the detector fires in {detected.mean():.0%} of {n:.0f} of Stage 1's own episodes"
+    if detected.mean() < 0.1:
+        share += ", too few to practise on: give Stage 1 more --episodes or --updates"
+    return f"{share}; {steps:.1f} +- {error:.1f} steps each"
 
 
 def confusion(detected: np.ndarray, truth: np.ndarray) -> dict[str, float]:

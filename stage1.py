@@ -58,7 +58,7 @@ class Config(ScaleFlags):
     batch: int | None = None  # samples per update, split evenly over the objectives
     lr: Positive | None = None  # AdamW: a warm-up of 100 updates, then a cosine down to a tenth
     policy: Literal["best", "last"] | None = None  # the policy: the best at cloning, or the last
-    symmetries: bool | None = None  # turn each tuple of a batch by a symmetry of the domain's; None: if not pre-trained
+    symmetries: bool | None = None  # turn tuples by the domain's symmetries; None: if not pre-trained
     average: Share | None = None  # decay of the weights' exponential average, which is kept; 0: none
     eval_every: Count = 500  # updates between two looks at the held-out episodes
 
@@ -82,7 +82,7 @@ def instruction_loss(model: EFM, obs: dict, goals: list[str]) -> Tensor:
 
 
 # --- the detector of Section 3.2 ----------------------------------------------------------------------------
-def calibrate(before: Tensor, final: Tensor, precision: float = 0.85) -> tuple[float, float, float]:
+def calibrate(before: Tensor, final: Tensor, precision: float = 0.9) -> tuple[float, float, float]:
     """The largest s whose detections on held-out demonstrations are right in a share of at least `precision`.
 
         s = max { s : right(s) / (right(s) + wrong(s)) >= precision }

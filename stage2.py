@@ -55,7 +55,7 @@ class Config(ScaleFlags):
     lr: Positive | None = None  # AdamW; 1e-4
     learns: Literal["all", "blocks"] | None = None  # all weights, or the transformer's blocks alone; all
     keep_optimizer: bool = False  # go on with Stage 1's last AdamW moments, as the authors' notebook does
-    num_envs: Count | None = None  # simulations that practise at once, at most; 128, an operator's stations 16
+    num_envs: Count | None = None  # simulations at once, at most; 128, of an operator's stations 16
     operator: bool = False  # practise without resets, but for an operator's: as on the paper's robots
     iterations: Count | None = None  # of Algorithm 1's loop, at most
     patience: Count = 100  # stop after so many iterations without a better policy
@@ -170,14 +170,19 @@ def main(cfg: Config) -> None:
     def ends(d: Tensor, truth: Tensor) -> Tensor:
         return detect_success(d, cfg.success_threshold) if cfg.success == "detector" else truth
 
-    how = (generator, ends, cfg.temperature)
-    seed = 10**9 * (cfg.seed + 1) + 10**7 * ranks.rank()  # of this process's first episode
-    if not run.resumed:  # what practice starts from; a better policy has to be better beyond this noise
+    def practise(seed: int) -> Episodes:
         with ranks.unsharded(policy, reward_model), ranks.autocast(cfg.bf16):
-            first = rollout(policy, reward_model, env, seed - env.num_envs, *how)
-        now.before = count_steps([first])
+            episodes = rollout(policy, reward_model, env, seed, generator, ends, cfg.temperature)
+        if cfg.operator:
+            env.steps += episodes.length
+        return episodes
+
+    seed = 10**9 * (cfg.seed + 1) + 10**7 * ranks.rank()  # of this process's first episode
+    if not run.resumed:  # a better policy has to be better beyond this noise
+        episodes = practise(seed - env.num_envs)
+        now.before = count_steps([episodes])
         now.best = now.before[0]
-        tqdm.write(first_look(first, cfg.success_threshold))
+        tqdm.write(first_look(episodes, cfg.success_threshold))
     size = cfg.batch // ranks.world()  # of this process's part of a batch
     n = cfg.updates * size  # tuples of an iteration
     for iteration in run.steps(now.iteration, cfg.iterations, "stage 2"):  # [Alg. 1, line 1]
@@ -185,15 +190,12 @@ def main(cfg: Config) -> None:
             tqdm.write(f"no better policy for {cfg.patience} iterations: a plateau")
             break
         rollouts, buffer = [], Buffer()
+        expected = pool(now.recent or [now.before])[0]  # steps of an episode
         if ranks.rank():  # the first rank's generator is in the checkpoint, the others' need not be
             generator.manual_seed(10**9 * (cfg.seed + 1) + 10**4 * iteration + ranks.rank())
         while min(ranks.all_gather(len(buffer))) < n:
-            expected = pool(now.recent or [now.before])[0]  # steps of an episode
             env = setup.resize(env, (n - len(buffer)) / expected, cfg.num_envs // ranks.world())
-            with ranks.unsharded(policy, reward_model), ranks.autocast(cfg.bf16):
-                episodes = rollout(policy, reward_model, env, seed + now.episodes, *how)  # [Alg. 1, line 2]
-            if cfg.operator:
-                env.steps += episodes.length
+            episodes = practise(seed + now.episodes)  # [Alg. 1, line 2]
             buffer.place(episodes, practice_returns(episodes, cfg))  # [Alg. 1, line 5]
             rollouts.append(episodes)
             now.episodes += sum(ranks.all_gather(env.num_envs))
