@@ -200,8 +200,8 @@ def main(cfg: Config) -> None:
         _, _, reward_model = setup.load_run(run.folder, 1)
         episodes = 20 if cfg.weights or cfg.vit else 300  # large models take their time
         s, precision, recall = calibrate(*demos.arrivals(reward_model, valid, steps, episodes))
-        held_out = {"held_out_precision": precision, "held_out_recall": recall}
-        return evaluate(run.folder, cfg.eval_episodes, cfg.seed, s) | held_out
+        measured = {"success_threshold": s, "held_out_precision": precision, "held_out_recall": recall}
+        return measured | evaluate(run.folder, cfg.eval_episodes, cfg.seed, s)
 
     run.finish(told, evaluated)
 

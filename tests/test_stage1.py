@@ -243,7 +243,7 @@ def test_the_threshold_is_measured_and_handed_on(quick):
     cfg = types.SimpleNamespace(**json.loads(Path("run/config.json").read_text()))
     _, valid = demos.load(cfg, env)
     steps = StepsToGo(env.steps_cap, env.steps_bins)
-    before, final = stage1.predicted_steps(reward_model, valid, steps, 300)
+    before, final = demos.arrivals(reward_model, valid, steps, 300)
     assert len(before) == len(final) == 2
     for episode in range(2):  # by hand, one observation after another
         rows = np.flatnonzero(valid.episode == episode)
