@@ -56,12 +56,8 @@ class Config(ScaleFlags):
     updates: Count | None = None  # optimiser steps
     batch: int | None = None  # samples per update, split evenly over the objectives
     lr: Positive | None = None  # AdamW: a warm-up of 100 updates, then a cosine down to a tenth
-    symmetries: bool | None = (
-        None  # turn each tuple by one of the domain's; None: unless pre-trained. Not the paper's
-    )
-    average: Share | None = (
-        None  # decay of the average of the weights that is kept; None: 0.998 unless pre-trained
-    )
+    symmetries: bool | None = None  # turn each tuple by one of the domain's; None: unless pre-trained
+    average: Share | None = None  # decay of the average of the weights that is kept; 0.998; pre-trained: 0
     policy: Literal["best", "last"] | None = None  # the policy: the best at cloning, or the last
     success_threshold: Size | None = None  # s; None: measured on held-out demonstrations
     eval_every: Count = 500  # updates between two looks at the held-out episodes
@@ -86,13 +82,13 @@ def instruction_loss(model: EFM, obs: dict, goals: list[str]) -> Tensor:
 
 
 # --- the detector's threshold -------------------------------------------------------------------------------
-def calibrate(before: Tensor, final: Tensor, precision: float = 0.85) -> tuple[float, float, float]:
+def calibrate(before: Tensor, final: Tensor, precision: float = 0.9) -> tuple[float, float, float]:
     """s = max {s : right(s) / (right(s) + wrong(s)) >= precision}, right: final <= s < before.
 
     final: d of a held-out demonstration's last observation, float (n,); before: the least d of all before it.
     The largest, as whoever practises arrives faster than a demonstrator, where d is higher, and a miss costs
-    more than an early alarm. Returns s, its precision and its recall; if none is precise enough, the one that
-    is right most often.
+    more than an early alarm. Returns s, its precision and its recall (of the demonstrations that no alarm
+    ended before); if none is precise enough, the one that is right most often.
     """
     candidates = torch.cat([before, final]).sort().values  # (2 n,)
     wrong = (before <= candidates[:, None]).sum(1)
@@ -100,7 +96,8 @@ def calibrate(before: Tensor, final: Tensor, precision: float = 0.85) -> tuple[f
     share = right / (right + wrong).clamp(min=1)
     good = share >= precision
     k = int(good.nonzero().max()) if good.any() else int(right.argmax())
-    return candidates[k].item(), share[k].item(), (right[k] / len(final)).item()
+    recall = right[k] / (len(final) - wrong[k]).clamp(min=1)
+    return candidates[k].item(), share[k].item(), recall.item()
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -200,7 +197,8 @@ def main(cfg: Config) -> None:
 
     def evaluated() -> dict[str, float]:
         _, _, reward_model = setup.load_run(run.folder, 1)
-        s, precision, recall = calibrate(*demos.arrivals(reward_model, valid, steps))
+        most = 20 if cfg.weights or cfg.vit else 300
+        s, precision, recall = calibrate(*demos.arrivals(reward_model, valid, steps, most))
         s = s if cfg.success_threshold is None else cfg.success_threshold
         held_out = {"held_out_precision": precision, "held_out_recall": recall}
         return evaluate(run.folder, cfg.eval_episodes, cfg.seed, s) | held_out

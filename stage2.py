@@ -58,13 +58,11 @@ class Config(ScaleFlags):
     success_bonus: Size | None = None  # added to the last reward on ground-truth success; 0
     updates: Count = 16  # N, optimiser steps per iteration
     batch: Count | None = None  # B, tuples per optimiser step; 64
-    lr: Positive = 1e-4  # AdamW
+    lr: Positive | None = None  # AdamW; 1e-4
     learns: Literal["all", "blocks"] | None = None  # all weights, or the transformer's blocks alone; all
     keep_optimizer: bool = False  # go on with Stage 1's last AdamW moments, as the authors' notebook does
     num_envs: Count | None = None  # simulations that practise at once, at most; 128
-    first_look: Count = (
-        200  # practice episodes of Stage 1's own policy: a better one has to beat them beyond noise
-    )
+    first_look: Count = 200  # practice episodes of Stage 1's own policy, which a better one has to beat
     operator: bool = False  # practise without resets, but for an operator's: as on the paper's robots
     iterations: Count | None = None  # of Algorithm 1's loop, at most
     patience: Count = 100  # stop after so many iterations without a better policy
@@ -112,20 +110,17 @@ class Progress:
     iteration: int = 0
     env_steps: int = 0
     episodes: int = 0
-    recent: list[list[float]] = field(
-        default_factory=list
-    )  # of five iterations: episodes, mean steps, variance
-    first: list[float] = field(
-        default_factory=list
-    )  # Stage 1's own policy in practice: mean steps, standard error
+    recent: list[list[float]] = field(default_factory=list)  # five iterations' episodes, mean, variance
+    first: list[float] = field(default_factory=list)  # of Stage 1's own policy: mean, standard error
     best: list[float] = field(default_factory=list)  # likewise of the policy that is kept
     best_at: int = 0  # iteration
 
     def better(self, length: np.ndarray) -> bool:
-        """Whether practice is faster than ever, beyond noise: by two standard errors of the difference."""
+        """Whether practice is faster than ever, and than Stage 1's policy by three standard errors."""
         self.recent = [*self.recent, [len(length), float(length.mean()), float(length.var())]][-5:]
         now = pooled_mean(self.recent)
-        if len(self.recent) < 5 or self.best[0] - now[0] <= 2 * math.hypot(now[1], self.best[1]):
+        beyond_noise = self.first[0] - now[0] > 3 * math.hypot(now[1], self.first[1])
+        if len(self.recent) < 5 or now[0] >= 0.99 * self.best[0] or not beyond_noise:
             return False
         self.best, self.best_at = now, self.iteration
         return True
@@ -146,7 +141,7 @@ def main(cfg: Config) -> None:
 
     def practise(tuples: int) -> Episodes:
         """One episode of as many simulations as the tuples take; whole episodes, of the present policy."""
-        steps = now.recent[-1][1] if now.recent else env.horizon
+        steps = (now.recent or [[0, *(now.first or [env.horizon])]])[-1][1]  # of an episode, as far as is known
         stations = setup.simulations(
             env, min(cfg.num_envs // ranks.world(), 8 * math.ceil(tuples / steps / 8))
         )

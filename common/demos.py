@@ -209,13 +209,17 @@ def load(cfg: Any, env: VectorEnv) -> tuple[Demonstrations, Demonstrations]:
 
 
 @torch.no_grad()
-def arrivals(reward_model: EFM, demos: Demonstrations, steps: StepsToGo) -> tuple[Tensor, Tensor]:
-    """(the least d of each demonstration's observations but the last, d of the last), float (episodes,) each."""
+def arrivals(
+    reward_model: EFM, demos: Demonstrations, steps: StepsToGo, most: int = 300
+) -> tuple[Tensor, Tensor]:
+    """(the least d of a demonstration's observations but the last, d of the last), float (episodes,) each, of
+    the first `most` demonstrations."""
     d, before, final = [], [], []
-    for rows in np.array_split(np.arange(len(demos.index)), len(demos.index) // 256 + 1):
+    wanted = np.flatnonzero(demos.episode < most)
+    for rows in np.array_split(wanted, len(wanted) // 256 + 1):
         obs, _, goals, _ = demos.batch(rows, reward_model.device)
         d.append(reward_model.steps_to_go(obs, goals, steps).cpu())
-    for episode in torch.cat(d).split(demos.lengths.tolist()):
+    for episode in torch.cat(d).split(demos.lengths[:most].tolist()):
         before.append(episode[:-1].min())
         final.append(episode[-1])
     return torch.stack(before), torch.stack(final)

@@ -133,7 +133,9 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     cfg.obs = cfg.obs or ("images" if pretrained else env.default_obs)
     env = make_env(cfg.domain, 1, obs=cfg.obs)
     defaults = env.stage1_defaults[cfg.obs]
-    usual = {"batch": 128, "lr": 1e-3, "symmetries": not pretrained, "average": 0.0 if pretrained else 0.998}
+    usual = {"batch": 128, "lr": 1e-3, "symmetries": not pretrained, "average": 0.998}
+    if pretrained and not cfg.lora_rank:  # it takes the memory of another model
+        usual["average"] = 0.0
     uses_domains_model = (cfg.model or defaults["model"]) == defaults["model"]
     # a domain's batch and learning rate are for its model
     options.fill(cfg, usual | defaults if uses_domains_model else defaults | usual)
@@ -212,7 +214,7 @@ def initial_model(cfg: Any, env: VectorEnv, init: Path | None) -> EFM:
 # --- Stage 2 ------------------------------------------------------------------------------------------------
 # what a domain that says nothing else in `stage2_defaults` takes
 USUAL = {"gamma": 0.9, "temperature": 1.0, "clip_reward": 0.0, "success_bonus": 0.0, "batch": 64, "learns": "all",
-         "num_envs": 128}  # fmt: skip
+         "num_envs": 128, "lr": 1e-4}  # fmt: skip
 
 
 def stage1_run(cfg: Any) -> tuple[Path, dict]:
@@ -240,10 +242,10 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, torch.opti
     options.fill(cfg, {"domain": settings["domain"]})
     obs = settings["obs"]
     env = make_env(cfg.domain, 1, obs=obs)
-    threshold = settings.get("success_threshold") or env.success_threshold
+    reward_folder = Path(cfg.reward_run) if cfg.reward_run else stage1
+    threshold = run_settings(reward_folder).get("success_threshold") or env.success_threshold  # of this d
     options.fill(cfg, USUAL | {"success_threshold": threshold} | env.stage2_defaults[obs])
     ranks.require_divisible(cfg, "batch", "num_envs")
-    reward_folder = Path(cfg.reward_run) if cfg.reward_run else stage1
     reward_settings = read_json(reward_folder / "config.json")
     of_domain = reward_settings.get("domain") in (settings["domain"], cfg.domain)
     moments = "--keep-optimizer: the moments are of all weights, not of the blocks'; leave it out or add --learns all"

@@ -109,10 +109,10 @@ class PointmassVectorEnv(Domain):
     success_threshold = 3.0
     text_length, letters = 40, "abcdefghijklmnopqrstuvwxyz "
     stage1_defaults = {
-        "state": {"model": "nano", "episodes": 5000, "updates": 9000, "policy": "best"},
+        "state": {"model": "nano", "episodes": 1000, "updates": 4000, "lr": 3e-3, "policy": "best"},
         "images": {"model": "nano-vision", "episodes": 6000, "updates": 18_000, "policy": "best"},
     }
-    stage2_defaults = {"state": {"iterations": 200}, "images": {"iterations": 300}}
+    stage2_defaults = {"state": {"iterations": 110, "lr": 5e-4}, "images": {"iterations": 300}}
     symmetries = PointmassTurns(COLOURS)
     STATE_FIELDS = ("pos", "vel", "goals", "colour", "waypoints", "waypoint")
     instructions, questions = staticmethod(instructions), staticmethod(questions)

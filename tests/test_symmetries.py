@@ -29,7 +29,7 @@ def set_pointmass(env, g: int, like) -> None:
     env.colour = (source == like.colour[:, None]).argmax(1)
     env.texts = [turns.words(g, text) for text in like.texts]
     env.t, env.waypoint = like.t.copy(), like.waypoint.copy()
-    env._draw(np.ones(n, bool))
+    env._draw(np.arange(n), first=True)
 
 
 def set_tabletop(env, g: int, like) -> None:
@@ -55,7 +55,7 @@ def set_tabletop(env, g: int, like) -> None:
     for field in ("fixed", "offset", "anchor"):
         setattr(env.tasks, field, getattr(like.tasks, field) * [1, sign])
     env.t = like.t.copy()
-    env._draw(np.ones(n, bool), first=True)
+    env._draw(np.arange(n), first=True)
 
 
 def turned(target, becomes: np.ndarray, mirrored: bool):
