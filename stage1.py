@@ -200,8 +200,8 @@ def main(cfg: Config) -> None:
         most = 20 if cfg.weights or cfg.vit else 300
         s, precision, recall = calibrate(*demos.arrivals(reward_model, valid, steps, most))
         s = s if cfg.success_threshold is None else cfg.success_threshold
-        held_out = {"held_out_precision": precision, "held_out_recall": recall}
-        return evaluate(run.folder, cfg.eval_episodes, cfg.seed, s) | held_out
+        held_out = {"success_threshold": s, "held_out_precision": precision, "held_out_recall": recall}
+        return held_out | evaluate(run.folder, cfg.eval_episodes, cfg.seed, s)
 
     run.finish(told, evaluated)
 

@@ -263,7 +263,7 @@ def test_symmetries_are_for_those_who_have_seen_nothing_else(quick):
         setup.stage1(cfg)
         train, valid = demos.load(cfg, env)
         assert train.symmetries.order == order and valid.symmetries.order == 1
-        drawn = train.draw(np.arange(500) % len(train.index), np.random.default_rng(0))
+        drawn = train.turned(np.arange(500) % len(train.index), np.random.default_rng(0))
         assert drawn[:, 1].max() == order - 1 and drawn[:, 1].min() == 0
 
 
