@@ -310,17 +310,26 @@ def baseline(cfg: Any, domains: tuple[str, ...], name: str) -> tuple[list, Run, 
     and its demonstrations, learnt from and held out; no models if the run is done. Raises UserError."""
     check_scale(cfg)
     stage1, settings = stage1_run(cfg)
+    taught_here = {"episodes", "dataset", "data_fraction"} <= settings.keys()
+    must([
+        (domains, "--tasks: name at least one domain"),
+        (taught_here, f"--stage1 {stage1}: has no demonstrations of its own; name a Stage 1 run"),
+        (settings["obs"] == "state", f"--stage1 {stage1}: reads images, the baselines only states; name another"),
+        (not (cfg.lora_rank or cfg.bf16 or cfg.checkpointing or cfg.compile),
+         "--lora-rank, --bf16, --checkpointing, --compile: for stage1.py and stage2.py alone; leave them out"),
+    ])  # fmt: skip
     made = [make_env(domain, cfg.num_envs, obs=settings["obs"]) for domain in domains]
     taught = make_env(settings["domain"], 1, obs=settings["obs"])
     for env in made:
         require_alike(env, taught)
     policy = load_checkpoint(stage1 / "policy.safetensors", taught)
-    if policy.lora_rank:
-        raise UserError(f"--stage1 {stage1}: has LoRA adapters, which the baselines do not train; name another")
+    adapters = f"--stage1 {stage1}: has LoRA adapters, which no baseline trains; name another"
+    practised = f"--stage1 {stage1}: has no demonstrations of its own; name a Stage 1 run"
+    must([(not policy.lora_rank, adapters), ("episodes" in settings, practised)])
     ranks.choose_threads(cfg, sum(p.numel() for p in policy.parameters()))
     run = open_run(cfg, made[0], name, obs=settings["obs"], domain=domains[0])
     if run.done:
-        return made, run, None, None, None
+        return made, run, None, None, (None, None)
     reward_model = load_checkpoint(stage1 / "reward.safetensors", taught).requires_grad_(False)
     data = demos.load(SimpleNamespace(**settings), taught)
     return made, run, policy, reward_model, data

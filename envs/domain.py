@@ -88,9 +88,10 @@ class Domain(VectorEnv):
     def _views(self, rows: np.ndarray) -> np.ndarray:
         """The two images of obs="images" of simulations `rows`, uint8 (n, 2, size, size, 3).
 
-        Where they are not `simultaneous`, the first of them is taken, as the current frame.
+        Where they are not `simultaneous`, the first of them is taken, as the current frame. A domain without
+        this method has no images.
         """
-        raise ValueError(f"--obs images: {self.name} has no images; choose state")
+        raise NotImplementedError
 
     def _info(self) -> dict[str, np.ndarray]:
         """What `reset` and `step` tell beside the observation: (N,) each."""
@@ -117,6 +118,8 @@ class Domain(VectorEnv):
             raise NotImplementedError(f"{cls.__name__} lacks {', '.join(lacks)}: see envs.Domain")
         if obs not in ("state", "images"):
             raise ValueError(f"--obs {obs}: choose state or images")
+        if obs == "images" and cls._views is Domain._views:
+            raise ValueError(f"--obs images: {self.name} has no images; choose state")
         if not isinstance(size, int) or not 16 <= size <= 640:
             raise ValueError(f"size {size}: choose 16 to 640 pixels")
         if render_mode not in (None, *self.metadata["render_modes"]):

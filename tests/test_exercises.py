@@ -1,0 +1,275 @@
+"""The exercises: every stub is unsolved, every solution passes, every typical mistake fails."""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import model
+import rollout
+import stage2
+import tokens
+from exercises import checks
+from exercises import ex09_algorithm1 as bandit
+from exercises.test_yours import NAMES
+
+returns_of, loss_of = stage2.monte_carlo_returns, stage2.reinforce_loss
+
+
+# --- solutions ------------------------------------------------------------------------------------------------------------
+def labels(lengths):
+    return torch.cat([torch.arange(n - 1, -1, -1) for n in lengths.tolist()])
+
+
+def number_tokens(action, limit):
+    return tokens.SignMagnitude(limit, action.shape[1]).encode(action)
+
+
+def numbers(ids, limit):
+    return tokens.SignMagnitude(limit, ids.shape[1] // 2).decode(ids)
+
+
+def missing(value, gamma):
+    T = value.shape[1] - 1
+    return gamma ** torch.arange(T, 0, -1.0) * value[:, -1:]
+
+
+def counts(detected, truth):
+    table = rollout.confusion(detected.numpy(), truth.numpy())
+    return {k: v for k, v in table.items() if not k.endswith("rate")}
+
+
+def confirmed(d, truth, s):
+    return rollout.confirmed_detections(d.numpy(), truth.numpy(), s)
+
+
+def algorithm1(policy, optimizer, rng, *, forget=True, shuffle=True, clear=True, replace=False, sign=1, kept=None):
+    buffer = [] if forget else kept
+    while sum(len(obs) for obs, _, _ in buffer) < bandit.N * bandit.B:
+        obs, answer, d = bandit.collect(policy, rng)
+        returns = returns_of(sign * stage2.rewards(d), bandit.GAMMA)[:, 0]
+        buffer.append((obs, answer, returns))
+    obs, answer, returns = (torch.cat(x) for x in zip(*buffer, strict=True))
+    order = torch.randperm(len(obs), generator=rng) if shuffle else torch.arange(len(obs))
+    order = torch.randint(len(obs), (len(obs),), generator=rng) if replace else order
+    for i in order[: bandit.N * bandit.B].split(bandit.B):
+        loss = loss_of(policy.log_prob(obs[i], answer[i]), returns[i], bandit.C)
+        if clear:
+            optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+SOLUTIONS = {
+    "ex01_labels": {"steps_to_go": labels},
+    "ex02_bins": {
+        "encode": lambda steps, cap, bins: tokens.StepsToGo(cap, bins).encode(steps)[:, 0],
+        "expected": lambda p, cap, bins: p @ tokens.StepsToGo(cap, bins).edges,
+    },
+    "ex03_numbers": {"encode": number_tokens, "decode": numbers},
+    "ex04_returns": {"rewards": stage2.rewards, "monte_carlo_returns": returns_of},
+    "ex05_reinforce": {"reinforce_loss": loss_of},
+    "ex06_appendix_e": {"missing_term": missing},
+    "ex07_prefix_mask": {"prefix_mask": model.prefix_mask},
+    "ex08_detector": {"confusion": counts, "confirmed_within": confirmed},
+    "ex09_algorithm1": {"iteration": algorithm1},
+}
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------------
+def no_minus_zero_forgotten(action, limit):
+    sign = torch.where(action < 0, 12, 11)
+    return torch.stack([sign, number_tokens(action, limit)[:, 1::2]], -1).flatten(1)
+
+
+def truncated(action, limit):
+    magnitude = (action.abs() / limit * 10).clamp(max=10).long()
+    return torch.stack([torch.where((action < 0) & (magnitude > 0), 12, 11), magnitude], -1).flatten(1)
+
+
+def unclamped(action, limit):
+    magnitude = (action.abs() / limit * 10).round().long()
+    return torch.stack([torch.where((action < 0) & (magnitude > 0), 12, 11), magnitude], -1).flatten(1)
+
+
+def grouped(action, limit):
+    ids = number_tokens(action, limit)
+    return torch.cat([ids[:, ::2], ids[:, 1::2]], 1)
+
+
+def in_place(reward, gamma):
+    for t in reversed(range(reward.shape[1] - 1)):
+        reward[:, t] += gamma * reward[:, t + 1]
+    return reward
+
+
+def undiscounted(reward, gamma):
+    return returns_of(reward, 1.0)
+
+
+def past_rewards(reward, gamma):
+    return returns_of(reward.flip(1), gamma).flip(1)
+
+
+def whole_episode(reward, gamma):
+    return returns_of(reward, gamma)[:, :1].expand_as(reward)
+
+
+def causal(valid, answers):
+    T = valid.shape[1] + answers
+    keys = torch.cat([valid, valid.new_ones(len(valid), answers)], 1)
+    return (torch.ones(T, T, dtype=torch.bool).tril() & keys[:, None] | torch.eye(T, dtype=torch.bool))[:, None]
+
+
+def everything(valid, answers):
+    T = valid.shape[1] + answers
+    keys = torch.cat([valid, valid.new_ones(len(valid), answers)], 1)
+    return (keys[:, None].expand(-1, T, -1) | torch.eye(T, dtype=torch.bool))[:, None]
+
+
+def padding_seen(valid, answers):
+    return model.prefix_mask(torch.ones_like(valid), answers)
+
+
+def blind_padding(valid, answers):
+    keys = torch.cat([valid, valid.new_ones(len(valid), answers)], 1)
+    return model.prefix_mask(valid, answers) & keys[:, None, None]
+
+
+def swapped(detected, truth):
+    table = counts(detected, truth)
+    table["false_positives"], table["false_negatives"] = table["false_negatives"], table["false_positives"]
+    return table
+
+
+def at_once(d, truth, s):
+    return [bool(truth[i][d[i] <= s][0]) for i in range(len(d)) if (d[i] <= s).any()]
+
+
+def whenever(d, truth, s):
+    return [bool(truth[i].any()) for i in range(len(d)) if (d[i] <= s).any()]
+
+
+def every_episode(d, truth, s):
+    found = iter(confirmed(d, truth, s))
+    return [next(found) if (row <= s).any() else False for row in d]
+
+
+def rounded_down(d, truth, s):
+    first = [(row, int((row <= s).float().argmax())) for row in d]
+    return [bool(t[i : i + int(s) + 1].any()) for (row, i), t in zip(first, truth, strict=True) if (row <= s).any()]
+
+
+def one_large_update(policy, optimizer, rng):
+    for _ in range(bandit.N):
+        obs, answer, d = bandit.collect(policy, rng)
+        loss = loss_of(policy.log_prob(obs, answer), stage2.rewards(d)[:, 0], bandit.C)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+KEPT: list = []  # a buffer that nobody empties
+WRONG = {
+    "ex01_labels": {
+        "the final observation forgotten": {"steps_to_go": lambda n: labels(n - 1)},
+        "1 at the goal": {"steps_to_go": lambda n: labels(n) + 1},
+        "counted up": {"steps_to_go": lambda n: torch.cat([torch.arange(i) for i in n.tolist()])},
+        "one episode": {"steps_to_go": lambda n: torch.arange(int(n.sum()) - 1, -1, -1)},
+    },
+    "ex02_bins": {
+        "centres": {"expected": lambda p, cap, bins: p @ ((torch.arange(bins) + 0.5) * cap / bins)},
+        "tokens, not steps": {"expected": lambda p, cap, bins: p @ torch.arange(float(bins))},
+        "the most probable": {"expected": lambda p, cap, bins: p.argmax(1) * cap / bins},
+        "rounded": {"encode": lambda s, cap, bins: (s * bins / cap).round().long().clamp(max=bins - 1)},
+        "not clamped": {"encode": lambda s, cap, bins: s * bins // cap},
+        "a whole width": {"encode": lambda s, cap, bins: (s // (cap // bins)).clamp(max=bins - 1)},
+    },
+    "ex03_numbers": {
+        "minus zero": {"encode": no_minus_zero_forgotten},
+        "truncated": {"encode": truncated},
+        "not clamped": {"encode": unclamped},
+        "signs first": {"encode": grouped},
+        "the sign lost": {"decode": lambda ids, limit: numbers(ids, limit).abs()},
+        "no limit": {"decode": lambda ids, limit: numbers(ids, 1.0)},
+    },
+    "ex04_returns": {
+        "swapped sign": {"rewards": lambda d: d[:, 1:] - d[:, :-1]},
+        "no last step": {"rewards": lambda d: d[:, :-2] - d[:, 1:-1]},
+        "no discount": {"monte_carlo_returns": undiscounted},
+        "in place": {"monte_carlo_returns": in_place},
+        "the past": {"monte_carlo_returns": past_rewards},
+        "one for the episode": {"monte_carlo_returns": whole_episode},
+    },
+    "ex05_reinforce": {
+        "swapped sign": {"reinforce_loss": lambda log_p, R, c: c * (R * log_p).mean()},
+        "p, not log p": {"reinforce_loss": lambda log_p, R, c: -c * (R * log_p.exp()).mean()},
+        "summed": {"reinforce_loss": lambda log_p, R, c: -c * (R * log_p).sum()},
+        "no c": {"reinforce_loss": lambda log_p, R, c: -(R * log_p).mean()},
+        "no negative returns": {"reinforce_loss": lambda log_p, R, c: -c * (R.clamp(min=0) * log_p).mean()},
+    },
+    "ex06_appendix_e": {
+        "nothing": {"missing_term": lambda V, gamma: torch.zeros_like(V[:, 1:])},
+        "off by one": {"missing_term": lambda V, gamma: missing(V, gamma) / max(gamma, 1e-9)},
+        "not discounted": {"missing_term": lambda V, gamma: gamma * V[:, -1:].expand_as(V[:, 1:])},
+        "swapped sign": {"missing_term": lambda V, gamma: -missing(V, gamma)},
+        "forwards": {"missing_term": lambda V, gamma: missing(V, gamma).flip(1)},
+    },
+    "ex07_prefix_mask": {
+        "causal": {"prefix_mask": causal},
+        "the answer foreseen": {"prefix_mask": everything},
+        "padding seen": {"prefix_mask": padding_seen},
+        "NaN": {"prefix_mask": blind_padding},
+        "no heads": {"prefix_mask": lambda valid, L: model.prefix_mask(valid, L)[:, 0]},
+    },
+    "ex08_detector": {
+        "swapped": {"confusion": swapped},
+        "shares": {"confusion": lambda d, t: {k: v / len(d) for k, v in counts(d, t).items()}},
+        "at once": {"confirmed_within": at_once},
+        "whenever": {"confirmed_within": whenever},
+        "every episode": {"confirmed_within": every_episode},
+        "rounded down": {"confirmed_within": rounded_down},
+    },
+    "ex09_algorithm1": {
+        "the buffer kept": {"iteration": lambda *args: algorithm1(*args, forget=False, kept=KEPT)},
+        "with replacement": {"iteration": lambda *args: algorithm1(*args, replace=True)},
+        "not shuffled": {"iteration": lambda *args: algorithm1(*args, shuffle=False)},
+        "gradients add up": {"iteration": lambda *args: algorithm1(*args, clear=False)},
+        "swapped sign": {"iteration": lambda *args: algorithm1(*args, sign=-1)},
+        "a rollout, an update": {"iteration": one_large_update},
+    },
+}
+
+
+# --- the tests ------------------------------------------------------------------------------------------------------------
+def check(name: str, **changes) -> None:
+    module = importlib.import_module(f"exercises.{name}")
+    checks.check(name, SimpleNamespace(**{**vars(module), **changes}))
+
+
+def test_every_exercise_has_a_check_a_solution_and_two_mistakes():
+    assert len(NAMES) >= 17
+    assert set(NAMES) == set(SOLUTIONS) == set(WRONG) == {name for name in vars(checks) if name.startswith("ex")}
+    assert all(len(mistakes) >= 2 for mistakes in WRONG.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_stub_is_unsolved(name):
+    with pytest.raises(NotImplementedError):
+        check(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_solution_passes(name):
+    check(name, **SOLUTIONS[name])
+
+
+@pytest.mark.parametrize(("name", "mistake"), [(name, mistake) for name in NAMES for mistake in WRONG.get(name, [])])
+def test_the_mistake_fails_with_a_lesson(name, mistake):
+    KEPT.clear()
+    with pytest.raises(AssertionError) as lesson:
+        check(name, **{**SOLUTIONS[name], **WRONG[name][mistake]})
+    assert len(str(lesson.value)) > 25
