@@ -267,7 +267,7 @@ def test_a_share_of_a_curve_keeps_numbers_apart():
     first = model.tokenizer.loc
     numbers = model.language_model.embed_tokens.weight[first : first + N_LOC].detach()
     near, far = ((numbers[:-k] * numbers[k:]).sum(1).mean() for k in (1, 200))
-    assert cfg.sinusoidal_numbers == 0.9 and 0.8 < near < 0.95 and far < 0.5
+    assert cfg.sinusoidal_numbers == 0.9 and 0.7 < near < 0.9 and far < 0.5
 
 
 def test_state_sinusoids_by_hand():
