@@ -17,7 +17,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from envs.symmetries import NoTurns
+from envs.symmetries import Symmetries
 
 BASE_FIELDS = ("t", "texts", "frames", "rngs")  # what every domain's state has
 
@@ -52,9 +52,9 @@ class Domain(VectorEnv):
     default_obs = "state"
     temperature = 1.0  # at which the policy's answers are drawn when it is evaluated
     simultaneous = True  # the two images are views of one moment; else the previous frame and the current one
-    symmetries = NoTurns()  # what is as true turned round: Stage 1 turns each tuple by one of them
     predicts_instruction = False  # Stage 1 asks which instruction led from the first observation to the last
     text_length, letters = 200, "abcdefghijklmnopqrstuvwxyz ,"  # the longest instruction; what it is made of
+    symmetries = Symmetries()  # what Stage 1 may turn a demonstration into: envs/symmetries.py
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"],
                 "render_fps": 10}  # fmt: skip  # steps a second
     # with BASE_FIELDS, all that the future depends on: arrays, numbers, texts, lists of them

@@ -243,7 +243,7 @@ def test_the_threshold_is_measured_and_handed_on(quick):
     cfg = types.SimpleNamespace(**json.loads(Path("run/config.json").read_text()))
     _, valid = demos.load(cfg, env)
     steps = StepsToGo(env.steps_cap, env.steps_bins)
-    before, final = demos.arrivals(reward_model, valid, steps)
+    before, final = demos.arrivals(reward_model, valid, steps, 300)
     assert len(before) == len(final) == 2
     for episode in range(2):  # by hand, one observation after another
         rows = np.flatnonzero(valid.episode == episode)
@@ -253,7 +253,8 @@ def test_the_threshold_is_measured_and_handed_on(quick):
         torch.testing.assert_close(final[episode], d[left == 0][0])
         torch.testing.assert_close(before[episode], d[left > 0].min())
     assert summary["success_threshold"] == pytest.approx(stage1.calibrate(before, final)[0])
-    assert setup.run_settings(Path("run"))["success_threshold"] == summary["success_threshold"] != env.success_threshold
+    assert setup.measured_threshold(Path("run"), env) == summary["success_threshold"] != env.success_threshold
+    assert setup.measured_threshold(Path("nowhere"), env) == env.success_threshold
 
 
 def test_symmetries_are_for_those_who_have_seen_nothing_else(quick):
@@ -263,7 +264,7 @@ def test_symmetries_are_for_those_who_have_seen_nothing_else(quick):
         setup.stage1(cfg)
         train, valid = demos.load(cfg, env)
         assert train.symmetries.order == order and valid.symmetries.order == 1
-        drawn = train.turned(np.arange(500) % len(train.index), np.random.default_rng(0))
+        drawn = train.draw(np.arange(500) % len(train.index), np.random.default_rng(0))
         assert drawn[:, 1].max() == order - 1 and drawn[:, 1].min() == 0
 
 

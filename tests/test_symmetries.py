@@ -8,7 +8,7 @@ import torch
 
 import envs
 from envs import tabletop_language as language
-from envs.symmetries import NoTurns, TabletopTurns
+from envs.symmetries import Symmetries, TabletopSymmetries
 
 
 def observed(env, obs: dict) -> dict[str, torch.Tensor]:
@@ -124,8 +124,8 @@ def replayed(domain: str, obs: str, g: int, steps: int, n: int = 8, again: bool 
 
 def test_without_symmetries_nothing_changes():
     obs, action = {"state": torch.rand(3, 5, 2)}, torch.rand(3, 2)
-    assert NoTurns().order == 1
-    same = NoTurns()(np.zeros(3, int), obs, action, ["a", "b", "c"])
+    assert Symmetries().order == 1
+    same = Symmetries()(np.zeros(3, int), obs, action, ["a", "b", "c"])
     assert same[0] is obs and same[1] is action and same[2] == ["a", "b", "c"]
 
 
@@ -209,7 +209,7 @@ def test_tabletop_permutations(g):
 def test_tabletop_words(blocks):
     """Every sentence of every family becomes a sentence of the transformed meaning."""
     every = [language.names(k, blocks) for k in range(blocks)]
-    turns = TabletopTurns(every, permute=True)
+    turns = TabletopSymmetries(every, permute=True)
     rng, said = np.random.default_rng(0), 0
     for family in language.FAMILIES:
         meanings = language.meanings(family, blocks)
