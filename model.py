@@ -62,7 +62,7 @@ class EFMConfig:
     # state: the names of its quantities, one token each, and the numbers in each quantity; (): no state
     state_names: tuple[str, ...] = ()
     state_dim: int = 0
-    state_sinusoids: int = 0  # a number also enters as waves, this many: of length 16, 8, 4, ...
+    state_sinusoids: int = 0  # a quantity's first two also enter as waves, so many: of length 16, 8, ...
     state_mlp: int = 0  # width of an MLP that reads the whole state, standardised, ...
     state_bias_tokens: int = 0  # ... and adds to where so many of an answer's first tokens are predicted
 
@@ -495,7 +495,7 @@ class EFM(nn.Module):
         """Weights that read a state: a linear map for each quantity and, perhaps, an MLP for them all."""
         cfg = self.cfg
         S = len(cfg.state_names)
-        d = cfg.state_dim * (1 + 2 * cfg.state_sinusoids)
+        d = cfg.state_dim + 2 * 2 * cfg.state_sinusoids
         weight = torch.randn(S, d, cfg.width) / math.sqrt(d)
         self.state_weight = nn.Parameter(weight)
         # on the CPU even where the weights are made on the meta device: no file brings these two
@@ -524,7 +524,9 @@ class EFM(nn.Module):
                 state = self.standardise(state.flatten(2)).view_as(state)
             if self.cfg.state_sinusoids:  # a sum of cosines is nearly a distance: a goal's radius
                 octaves = 2 ** torch.arange(self.cfg.state_sinusoids, device=state.device)
-                angle = (state[..., None] * (2 * math.pi / 16) * octaves).flatten(-2)
+                # of places alone: waves would make legible how far the tool lags behind its target, the last
+                # action, and a policy that copies it clones better and does not arrive
+                angle = (state[..., :2, None] * (2 * math.pi / 16) * octaves).flatten(-2)
                 state = torch.cat([state, angle.sin(), angle.cos()], -1)
             state = torch.einsum("bfsd,sdw->bfsw", state, self.state_weight) + names
         return state.flatten(1, 2)

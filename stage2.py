@@ -147,7 +147,7 @@ def main(cfg: Config) -> None:
 
     def practise(tuples: int) -> Episodes:
         """One episode of as many simulations as the tuples take; whole episodes, of the present policy."""
-        steps = now.recent[-1][1] if now.recent else env.horizon
+        steps = (now.recent or [[0, *(now.first or [env.horizon])]])[-1][1]  # of an episode, as far as is known
         stations = setup.simulations(
             env, min(cfg.num_envs // ranks.world(), 8 * math.ceil(tuples / steps / 8))
         )
