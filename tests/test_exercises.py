@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,8 +14,10 @@ import model
 import rollout
 import stage2
 import tokens
-from exercises import checks
+from envs import SingleView
+from exercises import checks, ex19_domain, practice
 from exercises import ex09_algorithm1 as bandit
+from exercises.ex19_domain import MARKS, NEAR
 from exercises.test_yours import NAMES
 
 returns_of, loss_of = stage2.monte_carlo_returns, stage2.reinforce_loss
@@ -77,6 +81,58 @@ SOLUTIONS = {
     "ex08_detector": {"confusion": counts, "confirmed_within": confirmed},
     "ex09_algorithm1": {"iteration": algorithm1},
 }
+
+
+class Dial(ex19_domain.DialVectorEnv):
+    def left(self):
+        return (self.mark - self.angle + 180) % 360 - 180
+
+    def _place(self, rows):
+        names = list(MARKS)
+        for i in rows:
+            word = names[self.rngs[i].integers(len(names))]
+            self.mark[i], self.texts[i] = MARKS[word], f"turn the dial {word}"
+            self.angle[i] = (self.mark[i] + self.rngs[i].uniform(2 * NEAR, 360 - 2 * NEAR)) % 360
+
+    def _move(self, actions):
+        self.angle = (self.angle + actions[:, 0]) % 360
+
+    def _state(self):
+        angle = np.radians(self.angle)
+        return np.stack([np.sin(angle), np.cos(angle)], 1).astype(np.float32)
+
+    def _success(self):
+        return np.abs(self.left()) < NEAR
+
+    def expert(self):
+        return np.clip(self.left(), self.low, self.high)[:, None]
+
+    def demonstrate(self):
+        return self.expert() / 2
+
+
+class DialAlone(SingleView):
+    vector_class = Dial
+
+
+TESTS = {
+    "stage2.monte_carlo_returns": "tests/test_stage2.py::test_monte_carlo_returns",
+    "tokens.StepsToGo.encode": "tests/test_tokens.py::test_steps_to_go_labels",
+    "model.prefix_mask": "tests/test_model.py::test_prefix_mask_is_the_one_drawn_in_the_docstring",
+    "model.EFM.log_prob": "tests/test_model.py::test_log_prob_sums_to_one_over_all_answers",
+    "rollout.confirmed_detections": "tests/test_rollout.py::test_success_before_the_detection_alone_does_not_count",
+}
+SOLUTIONS |= {
+    "ex18_bug_hunt": {"TESTS": TESTS},
+    "ex19_domain": {"DialVectorEnv": Dial, "DialEnv": DialAlone},
+}
+
+
+def solution(name: str) -> dict:
+    """Of a negative exercise it is what was measured."""
+    if name in SOLUTIONS:
+        return SOLUTIONS[name]
+    return {"PREDICTION": {variant: practice.outcome(name, variant) for variant in practice.load(name).VARIANTS}}
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------------
@@ -172,6 +228,31 @@ def one_large_update(policy, optimizer, rng):
         optimizer.step()
 
 
+def dial(**methods):
+    """The dial with a mistake, and its single view."""
+    wrong = type("wrong", (Dial,), methods)
+    sys.modules[__name__].wrong = wrong  # for pickle
+    return {"DialVectorEnv": wrong, "DialEnv": type("DialEnv", (SingleView,), {"vector_class": wrong})}
+
+
+def of_one_generator(self, rows):
+    self.rngs, own = [self.rngs[0]] * self.num_envs, self.rngs
+    Dial._place(self, rows)
+    self.rngs = own
+
+
+def anywhere(self, rows):
+    Dial._place(self, rows)
+    for i in rows:
+        self.angle[i] = self.rngs[i].uniform(0, 360)
+
+
+def shared(self):
+    self.kept = getattr(self, "kept", np.zeros((self.num_envs, 2), np.float32))
+    self.kept[:] = Dial._state(self)
+    return self.kept
+
+
 KEPT: list = []  # a buffer that nobody empties
 WRONG = {
     "ex01_labels": {
@@ -241,7 +322,33 @@ WRONG = {
         "swapped sign": {"iteration": lambda *args: algorithm1(*args, sign=-1)},
         "a rollout, an update": {"iteration": one_large_update},
     },
+    "ex18_bug_hunt": {
+        "another test": {"TESTS": TESTS | {"stage2.monte_carlo_returns": "tests/test_stage2.py::test_returns"}},
+        "it passes": {"TESTS": TESTS | {"tokens.StepsToGo.encode": "tests/test_stage2.py::test_rewards"}},
+    },
+    "ex19_domain": {
+        "the long way": dial(left=lambda self: self.mark - self.angle),
+        "one generator for all": dial(_place=of_one_generator),
+        "a start at the mark": dial(_place=anywhere),
+        "an observation that changes later": dial(_state=shared),
+        "as fast as the expert": dial(demonstrate=Dial.expert),
+    },
 }
+for negative in practice.NAMES:  # every other word, for each variant
+    shifts = [f"{variant}: word {i} off" for variant in practice.load(negative).VARIANTS for i in (1, 2)]
+    WRONG[negative] = dict.fromkeys([*shifts, "no such word"])
+
+
+def mistaken(name: str, mistake: str) -> dict:
+    if name not in practice.NAMES:
+        return WRONG[name][mistake]
+    words = solution(name)["PREDICTION"]
+    if mistake == "no such word":
+        return {"PREDICTION": dict.fromkeys(words, "slower")}
+    variant, shift = mistake.split(": word ")
+    choices = practice.WORDS[getattr(practice.load(name), "MEASURE", "mean_steps")]
+    other = choices[(choices.index(words[variant]) + int(shift[0])) % 3]
+    return {"PREDICTION": words | {variant: other}}
 
 
 # --- the tests ------------------------------------------------------------------------------------------------------------
@@ -252,7 +359,9 @@ def check(name: str, **changes) -> None:
 
 def test_every_exercise_has_a_check_a_solution_and_two_mistakes():
     assert len(NAMES) >= 17
-    assert set(NAMES) == set(SOLUTIONS) == set(WRONG) == {name for name in vars(checks) if name.startswith("ex")}
+    positive = {name for name in vars(checks) if name.startswith(("ex0", "ex1"))}
+    assert positive == set(SOLUTIONS) and positive | set(checks.WHY) == set(NAMES) == set(WRONG)
+    assert set(checks.WHY) == set(practice.NAMES)
     assert all(len(mistakes) >= 2 for mistakes in WRONG.values())
 
 
@@ -264,12 +373,12 @@ def test_the_stub_is_unsolved(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_solution_passes(name):
-    check(name, **SOLUTIONS[name])
+    check(name, **solution(name))
 
 
-@pytest.mark.parametrize(("name", "mistake"), [(name, mistake) for name in NAMES for mistake in WRONG.get(name, [])])
+@pytest.mark.parametrize(("name", "mistake"), [(name, mistake) for name in NAMES for mistake in WRONG[name]])
 def test_the_mistake_fails_with_a_lesson(name, mistake):
     KEPT.clear()
     with pytest.raises(AssertionError) as lesson:
-        check(name, **{**SOLUTIONS[name], **WRONG[name][mistake]})
+        check(name, **{**solution(name), **mistaken(name, mistake)})
     assert len(str(lesson.value)) > 25
