@@ -6,6 +6,7 @@ The text of an assertion is all that a student sees of it.
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
 from unittest import mock
 
@@ -37,16 +38,15 @@ def equal(got: Tensor, want: Tensor | list, lesson: str) -> None:
     want = torch.as_tensor(want)
     assert isinstance(got, Tensor), f"returns {type(got).__name__}, not a Tensor"
     assert got.shape == want.shape, f"shape {tuple(got.shape)}, not {tuple(want.shape)}. {lesson}"
-    whole = got.is_floating_point() == want.is_floating_point()
-    assert whole, f"{got.dtype}, where {want.dtype} is due. {lesson}"
-    got, want = got.detach().double(), want.double()
-    off = (got - want).abs()
-    if (off <= 1e-4 * (1 + want.abs())).all():
+    floating = want.is_floating_point()
+    assert got.is_floating_point() == floating, f"{got.dtype}, where {want.dtype} is due. {lesson}"
+    off = (got.detach().double() - want.double()).abs()
+    if (off <= 1e-4 * (1 + want.double().abs())).all():
         return
     if want.numel() > 25:
         raise AssertionError(f"off by up to {off.max():.3g}. {lesson}")
-    came, due = ((x * 1e4).round().div(1e4).tolist() for x in (got, want))
-    raise AssertionError(f"{came} should be {due}. {lesson}")
+    came, due = (x.detach().numpy() if floating else x.long().numpy() for x in (got, want))
+    raise AssertionError(f"{lesson}.\nYours:\n{came}\nshould be\n{due}")
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -280,8 +280,8 @@ def prediction(name: str, m) -> None:
 # --- tests, and a domain ------------------------------------------------------------------------------------
 def passes(test: str) -> bool:
     """Whether a test of this repository does, run within this process."""
-    how = ["-q", "-p", "no:cacheprovider", "-p", "no:terminal"]
-    return pytest.main([*how, "--rootdir", str(practice.ROOT), str(practice.ROOT / test)]) == 0
+    how = ["-p", "no:cacheprovider", "-p", "no:terminal", "--rootdir", str(practice.ROOT)]
+    return pytest.main([*how, str(practice.ROOT / test)]) == 0
 
 
 def ex18_bug_hunt(m) -> None:
@@ -293,7 +293,8 @@ def ex18_bug_hunt(m) -> None:
         right = sys.modules[owner]
         for part in path:
             right = getattr(right, part)
-        with mock.patch.object(right, "__code__", getattr(m, path[-1]).__code__):  # wherever it is imported
+        with pytest.MonkeyPatch.context() as patch:  # wherever it has been imported to
+            patch.setattr(right, "__code__", getattr(m, path[-1]).__code__)
             found = not passes(test)
         assert found, f"{bug}: {test} passes with the bug, too; which input would show it?"
 
@@ -323,7 +324,11 @@ def ex19_domain(m) -> None:
         )
         from tests.test_envs import contract
 
-        contract("dial", modes=("state",))
+        try:
+            contract("dial", modes=("state",))
+        except AssertionError as broken:
+            where = [frame.name for frame in traceback.extract_tb(broken.__traceback__)]
+            raise AssertionError(f"tests/test_envs.py: {where[2]}: {broken}") from None
 
 
 def steps_of(env: envs.Domain, who: str) -> int:

@@ -1,21 +1,32 @@
-"""The exercises: every stub is unsolved, every solution passes, every typical mistake fails."""
+"""The exercises: every stub is unsolved, every solution passes, every typical mistake fails; what is published of them."""
 
 from __future__ import annotations
 
+import ast
 import importlib
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import model
+import pointmass
 import rollout
 import stage2
 import tokens
-from exercises import checks
+from envs import SingleView
+from exercises import checks, ex19_domain, practice, release
 from exercises import ex09_algorithm1 as bandit
+from exercises.ex19_domain import MARKS, NEAR
 from exercises.test_yours import NAMES
 
+ROOT = Path(__file__).resolve().parents[1]
 returns_of, loss_of = stage2.monte_carlo_returns, stage2.reinforce_loss
 
 
@@ -77,6 +88,58 @@ SOLUTIONS = {
     "ex08_detector": {"confusion": counts, "confirmed_within": confirmed},
     "ex09_algorithm1": {"iteration": algorithm1},
 }
+
+
+class Dial(ex19_domain.DialVectorEnv):
+    def left(self):
+        return (self.mark - self.angle + 180) % 360 - 180
+
+    def _place(self, rows):
+        names = list(MARKS)
+        for i in rows:
+            word = names[self.rngs[i].integers(len(names))]
+            self.mark[i], self.texts[i] = MARKS[word], f"turn the dial {word}"
+            self.angle[i] = (self.mark[i] + self.rngs[i].uniform(2 * NEAR, 360 - 2 * NEAR)) % 360
+
+    def _move(self, actions):
+        self.angle = (self.angle + actions[:, 0]) % 360
+
+    def _state(self):
+        angle = np.radians(self.angle)
+        return np.stack([np.sin(angle), np.cos(angle)], 1).astype(np.float32)
+
+    def _success(self):
+        return np.abs(self.left()) < NEAR
+
+    def expert(self):
+        return np.clip(self.left(), self.low, self.high)[:, None]
+
+    def demonstrate(self):
+        return self.expert() / 2
+
+
+class DialAlone(SingleView):
+    vector_class = Dial
+
+
+TESTS = {
+    "stage2.monte_carlo_returns": "tests/test_stage2.py::test_monte_carlo_returns",
+    "tokens.StepsToGo.encode": "tests/test_tokens.py::test_steps_to_go_labels",
+    "model.prefix_mask": "tests/test_model.py::test_prefix_mask_is_the_one_drawn_in_the_docstring",
+    "model.EFM.log_prob": "tests/test_model.py::test_log_prob_sums_to_one_over_all_answers",
+    "rollout.confirmed_detections": "tests/test_rollout.py::test_success_before_the_detection_alone_does_not_count",
+}
+SOLUTIONS |= {
+    "ex18_bug_hunt": {"TESTS": TESTS},
+    "ex19_domain": {"DialVectorEnv": Dial, "DialEnv": DialAlone},
+}
+
+
+def solution(name: str) -> dict:
+    """Of a negative exercise it is what was measured."""
+    if name in SOLUTIONS:
+        return SOLUTIONS[name]
+    return {"PREDICTION": {variant: practice.outcome(name, variant) for variant in practice.load(name).VARIANTS}}
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------------
@@ -172,6 +235,31 @@ def one_large_update(policy, optimizer, rng):
         optimizer.step()
 
 
+def dial(**methods):
+    """The dial with a mistake, and its single view."""
+    wrong = type("wrong", (Dial,), methods)
+    sys.modules[__name__].wrong = wrong  # for pickle
+    return {"DialVectorEnv": wrong, "DialEnv": type("DialEnv", (SingleView,), {"vector_class": wrong})}
+
+
+def of_one_generator(self, rows):
+    self.rngs, own = [self.rngs[0]] * self.num_envs, self.rngs
+    Dial._place(self, rows)
+    self.rngs = own
+
+
+def anywhere(self, rows):
+    Dial._place(self, rows)
+    for i in rows:
+        self.angle[i] = self.rngs[i].uniform(0, 360)
+
+
+def shared(self):
+    self.kept = getattr(self, "kept", np.zeros((self.num_envs, 2), np.float32))
+    self.kept[:] = Dial._state(self)
+    return self.kept
+
+
 KEPT: list = []  # a buffer that nobody empties
 WRONG = {
     "ex01_labels": {
@@ -241,7 +329,33 @@ WRONG = {
         "swapped sign": {"iteration": lambda *args: algorithm1(*args, sign=-1)},
         "a rollout, an update": {"iteration": one_large_update},
     },
+    "ex18_bug_hunt": {
+        "another test": {"TESTS": TESTS | {"stage2.monte_carlo_returns": "tests/test_stage2.py::test_returns"}},
+        "it passes": {"TESTS": TESTS | {"tokens.StepsToGo.encode": "tests/test_stage2.py::test_rewards"}},
+    },
+    "ex19_domain": {
+        "the long way": dial(left=lambda self: self.mark - self.angle),
+        "one generator for all": dial(_place=of_one_generator),
+        "a start at the mark": dial(_place=anywhere),
+        "an observation that changes later": dial(_state=shared),
+        "as fast as the expert": dial(demonstrate=Dial.expert),
+    },
 }
+for negative in practice.NAMES:  # every other word, for each variant
+    shifts = [f"{variant}: word {i} off" for variant in practice.load(negative).VARIANTS for i in (1, 2)]
+    WRONG[negative] = dict.fromkeys([*shifts, "no such word"])
+
+
+def mistaken(name: str, mistake: str) -> dict:
+    if name not in practice.NAMES:
+        return WRONG[name][mistake]
+    words = solution(name)["PREDICTION"]
+    if mistake == "no such word":
+        return {"PREDICTION": dict.fromkeys(words, "slower")}
+    variant, shift = mistake.split(": word ")
+    choices = practice.WORDS[getattr(practice.load(name), "MEASURE", "mean_steps")]
+    other = choices[(choices.index(words[variant]) + int(shift[0])) % 3]
+    return {"PREDICTION": words | {variant: other}}
 
 
 # --- the tests ------------------------------------------------------------------------------------------------------------
@@ -252,7 +366,9 @@ def check(name: str, **changes) -> None:
 
 def test_every_exercise_has_a_check_a_solution_and_two_mistakes():
     assert len(NAMES) >= 17
-    assert set(NAMES) == set(SOLUTIONS) == set(WRONG) == {name for name in vars(checks) if name.startswith("ex")}
+    positive = {name for name in vars(checks) if name.startswith(("ex0", "ex1"))}
+    assert positive == set(SOLUTIONS) and positive | set(checks.WHY) == set(NAMES) == set(WRONG)
+    assert set(checks.WHY) == set(practice.NAMES)
     assert all(len(mistakes) >= 2 for mistakes in WRONG.values())
 
 
@@ -264,12 +380,132 @@ def test_the_stub_is_unsolved(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_solution_passes(name):
-    check(name, **SOLUTIONS[name])
+    check(name, **solution(name))
 
 
-@pytest.mark.parametrize(("name", "mistake"), [(name, mistake) for name in NAMES for mistake in WRONG.get(name, [])])
+@pytest.mark.parametrize(("name", "mistake"), [(name, mistake) for name in NAMES for mistake in WRONG[name]])
 def test_the_mistake_fails_with_a_lesson(name, mistake):
     KEPT.clear()
     with pytest.raises(AssertionError) as lesson:
-        check(name, **{**SOLUTIONS[name], **WRONG[name][mistake]})
+        check(name, **{**solution(name), **mistaken(name, mistake)})
     assert len(str(lesson.value)) > 25
+
+
+# --- the runs of the negative ones ----------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A run of everything at a size of seconds: what changes, in, and its row, out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pointmass, "HORIZON", 12)
+        patch.chdir(tmp_path_factory.mktemp("runs"))
+        small = {"episodes": 200, "stage1_updates": 20, "stage2_steps": 12_288}
+        yield lambda changes: practice.run(changes | {k: v for k, v in small.items() if k not in changes}, 0)
+
+
+def test_every_variant_runs_and_is_not_the_unchanged_run(tiny):
+    rows = {key: tiny(changes) for key, changes in practice.every_run().items()}
+    assert len(rows) >= 1 + len(practice.NAMES) == 9
+    for key, row in rows.items():
+        assert 0 <= row["success"] <= 1 and 0 <= row["detected"] <= 1 and 0 < row["mean_steps"] <= 12
+        assert key == practice.UNCHANGED or row["mean_steps"] != rows[practice.UNCHANGED]["mean_steps"], key
+    trained = list(Path("runs/exercises").glob("*.pt"))
+    assert len(trained) == 4  # unchanged, 50 and 140 bins without the final observations, labels as classes
+
+
+def test_a_stage_1_from_the_cache_goes_on_as_the_trained_one(tiny):
+    changes = {"gamma": 0.5}
+    first, again = tiny(changes), tiny(changes)
+    assert first | {"seconds": 0} == again | {"seconds": 0}
+    cfg = pointmass.Config(episodes=200, stage1_updates=20, stage2_steps=12_288, gamma=0.5)
+    rng = torch.manual_seed(0)  # as pointmass.py itself
+    data = pointmass.demonstrate(cfg.episodes, rng)
+    agent = pointmass.Agent(data, cfg.bins)
+    optimizer = pointmass.stage1(agent, data, cfg, rng)
+    pointmass.stage2(agent, optimizer, pointmass.calibrate(agent, data), cfg, rng)
+    assert pointmass.evaluate(agent, rng)["mean_steps"] == first["mean_steps"]
+
+
+def test_patches_end(tiny):
+    before = dict(vars(pointmass)), dict(vars(pointmass.Agent))
+    for changes in practice.every_run().values():
+        with practice.patched(changes):
+            pass
+    assert before == (dict(vars(pointmass)), dict(vars(pointmass.Agent)))
+
+
+def test_a_run_wants_a_prediction_first(tmp_path):
+    script = ROOT / "exercises" / "practice.py"
+    for argument, told in (("ex12", "ex12_baseline.py: write your PREDICTION"), ("ex99", "ex99: choose one of ex10")):
+        done = subprocess.run([sys.executable, script, argument], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1
+
+
+# --- what is published ----------------------------------------------------------------------------------------
+def test_every_exercise_has_its_row_and_minutes():
+    text = (ROOT / "exercises" / "README.md").read_text()
+    rows = dict(re.findall(r"^\| \[\d+\]\((\w+)\.py\)[^|]*\| (\d+) \|", text, re.M))
+    assert set(rows) == set(NAMES)
+    for name, minutes in rows.items():
+        docstring = importlib.import_module(f"exercises.{name}").__doc__
+        assert f". {minutes} minutes" in docstring.splitlines()[0], name
+        assert f"pytest exercises -k {name[:4]}" in docstring
+
+
+def test_the_readmes_numbers_are_the_measured_ones():
+    table = practice.measured()
+    assert set(table) == set(practice.every_run())
+    assert all(len(rows) >= 3 for rows in table.values())  # seeds
+    text = (ROOT / "exercises" / "README.md").read_text()
+    assert text.split("<!-- measured -->\n")[1].split("<!-- end -->")[0].splitlines() == practice.readme_table()
+
+
+def test_an_afternoon_is_ten_minutes_of_computing():
+    table = practice.measured()
+    afternoon = [key for key in table if key[0] in ("unchanged", "ex10_discount", "ex12_baseline")]
+    assert len(afternoon) == 3
+    assert sum(practice.mean(table[key], "seconds") for key in afternoon) < 600
+
+
+# --- the copy for a graded class ------------------------------------------------------------------------------
+def graded(out: Path, *tests: str) -> dict[str, str]:
+    """Tests of a copy: the text of what went wrong, "" where nothing did, by file::name."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml", "report.xml", *tests]
+    subprocess.run(command, cwd=out, capture_output=True)
+    told = {}
+    for case in xml.etree.ElementTree.parse(out / "report.xml").iter("testcase"):
+        wrong = case.find("failure") if case.find("failure") is not None else case.find("error")
+        name = f"{case.get('classname').split('.')[-1]}::{case.get('name').split('[')[0]}"
+        told[name] = told.get(name, "") + ("" if wrong is None else wrong.text)
+    return told
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("graded") / "out"
+    release.release(out)
+    return out
+
+
+def test_the_copy_lacks_the_functions_and_the_exercises(copied):
+    assert not (copied / "exercises").exists() and not (copied / "tests" / "test_exercises.py").exists()
+    for name, functions in release.FUNCTIONS.items():
+        text = (copied / name).read_text()
+        assert text.count("raise NotImplementedError") == len(functions)
+        assert ast.get_docstring(ast.parse(text)) == ast.get_docstring(ast.parse((ROOT / name).read_text()))
+    assert '    """r_t = d(o_t, g) - d(o_t+1, g)' in (copied / "stage2.py").read_text()
+
+
+def test_what_fails_in_the_copy_is_what_was_taken_out(copied):
+    told = graded(copied, "tests/test_tokens.py", "tests/test_rollout.py", "-k", "not rollout_ and not evaluate")
+    failed = {name for name, text in told.items() if text}
+    assert failed == FAILS
+    assert all("NotImplementedError" in told[name] for name in failed)
+    assert len(told) > len(failed) + 8
+
+
+@pytest.mark.slow
+def test_nothing_else_fails_in_the_whole_copy(copied):
+    told = graded(copied)
+    failed = {name for name, text in told.items() if text}
+    assert failed >= FAILS and len(told) > 2 * len(failed)
+    assert [name for name in failed if "NotImplementedError" not in told[name]] == []
