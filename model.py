@@ -70,14 +70,13 @@ class EFMConfig:
 VIT_SMALL = dict(vit_width=384, vit_depth=12, vit_heads=6, vit_mlp_dim=1536)
 SO400M = dict(image_size=224, patch_size=14, vit_width=1152, vit_depth=27, vit_heads=16, vit_mlp_dim=4304)
 GEMMA_2B = dict(width=2048, depth=18, heads=8, kv_heads=1, head_dim=256, mlp_dim=16_384, vocab_size=257_216)
-NUMBERS = dict(sinusoidal_numbers=0.9, state_sinusoids=7)
 PRESETS = {
-    "nano": EFMConfig(**NUMBERS),  # reads states
-    "nano-vision": EFMConfig(depth=3, **NUMBERS),  # reads frames: one block more, to relate what it sees
-    "nano-deep": EFMConfig(depth=4, **NUMBERS),  # a table's geometry takes more blocks in a row
+    "nano": EFMConfig(sinusoidal_numbers=0.9, state_sinusoids=7),  # reads states
+    "nano-vision": EFMConfig(depth=3),  # reads frames: one block more, to relate what it sees
+    "nano-deep": EFMConfig(depth=4),  # a table's geometry takes more blocks in a row
     # two arms: answers of 70 tokens, the first target's 14 joints with the help of an MLP
     "nano-arms": EFMConfig(depth=4, sinusoidal_numbers=1.0, state_mlp=512, state_bias_tokens=14),
-    "nano-wide": EFMConfig(width=128, depth=3, head_dim=32, mlp_dim=512, **NUMBERS),  # Figure 3
+    "nano-wide": EFMConfig(width=128, depth=3, head_dim=32, mlp_dim=512),  # a table, few demonstrations
     "nano-sight": EFMConfig(depth=5, vit_width=128, vit_depth=2, vit_mlp_dim=512),  # a table's frames
     "small": EFMConfig(width=512, depth=8, heads=8, kv_heads=2, head_dim=64, mlp_dim=2048, **VIT_SMALL),
     "paligemma-3b": EFMConfig(**GEMMA_2B, **SO400M),
