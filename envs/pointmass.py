@@ -1,23 +1,25 @@
 """Pointmass-v0: three coloured goals on a table; the instruction says to which of them the point must go.
 
 Description
-    The paper's toy task (Appendix E) for the foundation model: dynamics and PD expert of `pointmass.py`, made a domain
-    by three goals, language, a speed limit that walls impose, and actions that are tokens.
+    The paper's toy task (Appendix E) for the foundation model: dynamics and PD expert of `pointmass.py`, made
+    a domain by three goals, language, a speed limit that walls impose, and actions that are tokens.
 Action space
     Box(-A, A, (2,), float32), the acceleration added at each of 10 substeps [length / substep²], A = 3e-4.
 Observation space (Dict)
     instruction  text, e.g. "move to the red goal"
     obs="state"  state float32 (10,): position, velocity [0.01 length / substep], and the red,
                  the green and the blue goal as seen from the point; x then y of each
-    obs="images" images uint8 (2, size, size, 3), two views of now, y up: the table, 2.8 x 2.8 lengths, the point white;
-                 and what is around the point, 1.4 x 1.4 lengths, without it. Black, the wake: where the point was three
-                 steps before, if it has moved as it moves now. An observation is the state and nothing of what was before
+    obs="images" images uint8 (2, size, size, 3), two views of now, y up: the table, 2.8 x 2.8 lengths, the
+                 point white; and what is around the point, 1.4 x 1.4 lengths, without it. Black, the wake:
+                 where the point was three steps before, if it has moved as it moves now. An observation is
+                 the state and nothing of what was before
 Rewards
     1 on success, else 0. Stage 2 never reads it.
 Starting state
     position ~ U[-1, 1]², at rest, at least 0.3 from every goal; goals ~ U[-0.9, 0.9]², at least 0.45 apart.
 Episode end
-    terminated: within 0.15 (`pointmass.GOAL_RADIUS`) of the goal named in the instruction; truncated: 140 steps.
+    terminated: within 0.15 (`pointmass.GOAL_RADIUS`) of the goal named in the instruction; truncated: 140
+    steps.
 Arguments
     obs "state" | "images"; size, the frame's pixels (32).
 Version history
@@ -27,16 +29,13 @@ Version history
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 
 import pointmass
-from envs import SingleView, require_size, reseed
+from envs import Domain, SingleView
+from envs.symmetries import PointmassSymmetries
 
 COLOURS = ("red", "green", "blue")
 VERBS, NOUNS = ("move", "go", "drive", "steer"), ("goal", "target", "spot")
@@ -57,7 +56,8 @@ def instructions() -> list[str]:
 
 
 def questions() -> list[str]:
-    """What Stage 0 asks of a scene: each goal by each of its names, in the frame and from the point; the point; its wake.
+    """What Stage 0 asks of a scene: each goal by each of its names, in the frame and from the point; the
+    point; its wake.
 
     A goal's name comes last, as in an instruction: what is learnt about it here is found again there.
     """
@@ -67,20 +67,27 @@ def questions() -> list[str]:
 
 
 def draw(pos: np.ndarray, wake: np.ndarray, goals: np.ndarray, size: int, zoom: float = 1) -> np.ndarray:
-    """Frames uint8 (N, size, size, 3) of anti-aliased discs: goals (N, 3, 2), the point in white, its wake in black.
+    """Frames uint8 (N, size, size, 3) of anti-aliased discs: goals (N, 3, 2), the point in white, its wake in
+    black.
 
-    pos, wake float (N, 2): a step moves the point by half a pixel, so the wake is what shows its velocity. Each goal
-    brightens one channel of a grey table, and a batch is one distance computation. With a zoom the frame is centred on
-    the point, and the point is not drawn.
+    pos, wake float (N, 2): a step moves the point by half a pixel, so the wake is what shows its velocity.
+    Each goal brightens one channel of a grey table, and a batch is one distance computation. With a zoom the
+    frame is centred on the point, and the point is not drawn.
     """
     if zoom != 1:
         goals, wake, pos = (goals - pos[:, None]) * zoom, (wake - pos) * zoom, np.full_like(pos, 100 * WALL)
     pixel = 2 * WALL / size
     axis = (torch.arange(size) + 0.5) * pixel - WALL
-    centres = torch.as_tensor(np.concatenate([goals, pos[:, None], wake[:, None]], 1), dtype=torch.float32)  # (N, 5, 2)
-    dx2, dy2 = (axis - centres[..., :1]) ** 2, (axis.flip(0) - centres[..., 1:]) ** 2  # (N, 5, size): row 0 is y = +WALL
+    centres = torch.as_tensor(
+        np.concatenate([goals, pos[:, None], wake[:, None]], 1), dtype=torch.float32
+    )  # (N, 5, 2)
+    dx2, dy2 = (
+        (axis - centres[..., :1]) ** 2,
+        (axis.flip(0) - centres[..., 1:]) ** 2,
+    )  # (N, 5, size): row 0 is y = +WALL
     radius = zoom * torch.tensor([pointmass.GOAL_RADIUS] * 3 + [POINT_RADIUS] * 2)[:, None]
-    # coverage of a pixel ~ (r² - dist²) / (2 r pixel) + 1/2: linear in the squared distance, which is separable
+    # coverage of a pixel ~ (r² - dist²) / (2 r pixel) + 1/2: linear in the squared distance, which is
+    # separable
     scale = 255 / (2 * radius * pixel)
     rows, columns = (radius**2 - dy2) * scale + 127.5, dx2 * scale  # (N, 5, size)
     discs = (rows[..., :, None] - columns[..., None, :]).clamp_(0, 255)  # (N, 5, size, size)
@@ -90,52 +97,36 @@ def draw(pos: np.ndarray, wake: np.ndarray, goals: np.ndarray, size: int, zoom: 
     return frames.permute(0, 2, 3, 1).contiguous().numpy()
 
 
-class PointmassVectorEnv(VectorEnv):
+class PointmassVectorEnv(Domain):
     """N pointmasses at once. See the module's docstring for spaces, success and episode end."""
 
-    name, default_obs = "pointmass", "state"
-    recipes = {"state": {"model": "nano", "episodes": 5000, "updates": 9000, "policy": "best"},
-               "images": {"model": "nano-vision", "episodes": 6000, "updates": 18_000, "policy": "best"}}  # fmt: skip
-    practice = {"state": {"iterations": 200}, "images": {"iterations": 300}}
+    name = "pointmass"
     horizon = pointmass.HORIZON
-    steps_cap, steps_bins = 140, 140  # a bin is a step: near the goal, where the detector decides, d is sharp
+    low, high = np.full(2, -ACTION_LIMIT), np.full(2, ACTION_LIMIT)
     action_tokens = {"kind": "uniform", "bins": 21, "low": -ACTION_LIMIT, "high": ACTION_LIMIT, "dims": 2}
     state_names, state_dim = ("position", "velocity", *COLOURS), 2
-    success_threshold, temperature = 3.0, 1.0
-    simultaneous = True
-    predicts_instruction = False  # the paper asks it on LanguageTable only
-    metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"], "render_fps": 10}
+    steps_cap, steps_bins = 140, 140  # a bin is a step: near the goal, where the detector decides, d is sharp
+    success_threshold = 3.0
+    symmetries = PointmassSymmetries(COLOURS)
+    text_length, letters = 40, "abcdefghijklmnopqrstuvwxyz "
+    stage1_defaults = {
+        "state": {"model": "nano", "episodes": 1000, "updates": 4000, "lr": 3e-3, "policy": "best"},
+        "images": {"model": "nano-vision", "episodes": 6000, "updates": 18_000, "policy": "best"},
+    }
+    stage2_defaults = {"state": {"iterations": 110, "lr": 5e-4}, "images": {"iterations": 300}}
+    STATE_FIELDS = ("pos", "vel", "goals", "colour", "waypoints", "waypoint")
     instructions, questions = staticmethod(instructions), staticmethod(questions)
 
     def __init__(self, num_envs: int = 1, obs: str = "state", size: int = 32, render_mode: str | None = None):
-        if obs not in ("state", "images"):
-            raise ValueError(f"--obs {obs}: choose state or images")
-        require_size(size)
-        self.num_envs, self.obs, self.size, self.render_mode = num_envs, obs, size, render_mode
-        limit = np.float32(ACTION_LIMIT)
-        self.single_action_space = gym.spaces.Box(-limit, limit, (2,), np.float32)
-        charset = frozenset("abcdefghijklmnopqrstuvwxyz ")
-        spaces = {"instruction": gym.spaces.Text(40, charset=charset)}
-        if obs == "state":
-            spaces["state"] = gym.spaces.Box(-np.inf, np.inf, (10,), np.float32)
-        else:
-            spaces["images"] = gym.spaces.Box(0, 255, (2, size, size, 3), np.uint8)
-        self.single_observation_space = gym.spaces.Dict(spaces)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.rngs: list[np.random.Generator] = [np.random.default_rng() for _ in range(num_envs)]
+        super().__init__(num_envs, obs, size, render_mode)
         self.pos, self.vel = np.zeros((num_envs, 2)), np.zeros((num_envs, 2))
-        self.goals = np.zeros((num_envs, 3, 2))
+        self.goals, self.colour = np.zeros((num_envs, 3, 2)), np.zeros(num_envs, int)
+        # the demonstrator's way: five places to pass by, and the one that is next
         self.waypoints = np.zeros((num_envs, pointmass.N_WAYPOINTS, 2))
-        self.colour, self.waypoint = np.zeros(num_envs, int), np.zeros(num_envs, int)
-        self.t = np.zeros(num_envs, int)
-        self.texts = [""] * num_envs
-        self.frames = np.zeros((num_envs, 2, size, size, 3), np.uint8)
+        self.waypoint = np.zeros(num_envs, int)
 
-    def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        """Reset all simulations, or those of options["reset_mask"] (bool (N,)). Simulation i gets seed + i."""
-        mask = reseed(self, seed, options)
-        for i in np.flatnonzero(mask):
+    def _place(self, rows: np.ndarray) -> None:
+        for i in rows:
             rng = self.rngs[i]
             while True:
                 pos = rng.uniform(-pointmass.START, pointmass.START, 2)
@@ -147,26 +138,18 @@ class PointmassVectorEnv(VectorEnv):
             self.colour[i] = rng.integers(3)
             self.texts[i] = instruction(self.colour[i], rng)
             self.waypoints[i] = rng.uniform(-pointmass.GOAL, pointmass.GOAL, (pointmass.N_WAYPOINTS, 2))
-        self.t[mask], self.waypoint[mask] = 0, 0
-        self._draw(mask)
-        return self._observe(), {"is_success": self._success()}
+        self.waypoint[rows] = 0
 
-    def step(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
-        """One step of every simulation; actions float (N, 2), clipped to the action space."""
-        actions = np.clip(np.asarray(actions, float), -ACTION_LIMIT, ACTION_LIMIT)
+    def _move(self, actions: np.ndarray) -> None:
         pos, vel = pointmass.step(self.pos, self.vel, actions)
         self.vel = np.where(np.abs(pos) > WALL, 0.0, vel)
         self.pos = np.clip(pos, -WALL, WALL)
-        target = self._target()
-        passed = np.linalg.norm(self.pos - target, axis=1) < pointmass.GOAL_RADIUS
+        passed = np.linalg.norm(self.pos - self._target(), axis=1) < pointmass.GOAL_RADIUS
         self.waypoint = np.minimum(self.waypoint + passed, pointmass.N_WAYPOINTS)
-        self.t += 1
-        self._draw(np.ones(self.num_envs, bool))
-        success = self._success()
-        return self._observe(), success.astype(float), success.copy(), self.t >= self.horizon, {"is_success": success}
 
     def demonstrate(self) -> np.ndarray:
-        """The demonstrator's actions, float (N, 2): the PD expert by way of five random waypoints, then the goal."""
+        """The demonstrator's actions, float (N, 2): the PD expert by way of five random waypoints, then the
+        goal."""
         return np.clip(pointmass.expert(self.pos, self.vel, self._target()), -ACTION_LIMIT, ACTION_LIMIT)
 
     def expert(self) -> np.ndarray:
@@ -174,16 +157,19 @@ class PointmassVectorEnv(VectorEnv):
         return np.clip(pointmass.expert(self.pos, self.vel, self._goal()), -ACTION_LIMIT, ACTION_LIMIT)
 
     def scenes(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str], np.ndarray, None]:
-        """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers float (n, 2) in [0, 1].
-        Where everything is (None) is not told: the questions are enough here.
+        """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers
+        float (n, 2) in [0, 1]. Where everything is (None) is not told: the questions are enough here.
 
-        Positions are shares of the first view, "from the point" of two of them; "was" is the wake, in the second view.
+        Positions are shares of the first view, "from the point" of two of them; "was" is the wake, in the
+        second view.
         """
         pos, goals = rng.uniform(-WALL, WALL, (n, 2)), rng.uniform(-pointmass.GOAL, pointmass.GOAL, (n, 3, 2))
         wake = pos - np.clip(rng.normal(0, 0.06 * WAKE, (n, 2)), -WALL / ZOOM, WALL / ZOOM)
-        images = self._views(pos, wake, goals)
+        images = self._pictures(pos, wake, goals)
         asked, names = rng.integers(8, size=n), rng.integers(len(NOUNS), size=n)
-        every = np.concatenate([goals, (goals - pos[:, None]) / 2, pos[:, None], ZOOM * (wake - pos)[:, None]], 1)  # (n, 8, 2)
+        every = np.concatenate(
+            [goals, (goals - pos[:, None]) / 2, pos[:, None], ZOOM * (wake - pos)[:, None]], 1
+        )  # (n, 8, 2)
         places = every[np.arange(n), asked]  # (n, 2)
         texts = [questions()[3 * a + b if a < 6 else 12 + a] for a, b in zip(asked, names, strict=True)]
         return images, texts, np.clip(places / (2 * WALL) + 0.5, 0, 1).astype(np.float32), None
@@ -208,23 +194,16 @@ class PointmassVectorEnv(VectorEnv):
     def _wake(self) -> np.ndarray:
         return self.pos - WAKE * 10 * self.vel  # ten substeps a step
 
-    def _views(self, pos: np.ndarray, wake: np.ndarray, goals: np.ndarray) -> np.ndarray:
+    def _pictures(self, pos: np.ndarray, wake: np.ndarray, goals: np.ndarray) -> np.ndarray:
         """uint8 (N, 2, size, size, 3): the table, and what is around the point."""
         return np.stack([draw(pos, wake, goals, self.size, zoom) for zoom in (1, ZOOM)], 1)
 
-    def _draw(self, mask: np.ndarray) -> None:
-        if self.obs == "images":
-            self.frames = self.frames.copy()  # observations handed out before stay as they were
-            self.frames[mask] = self._views(self.pos[mask], self._wake()[mask], self.goals[mask])
+    def _views(self, rows: np.ndarray) -> np.ndarray:
+        return self._pictures(self.pos[rows], self._wake()[rows], self.goals[rows])
 
-    def _observe(self) -> dict[str, Any]:
-        obs: dict[str, Any] = {"instruction": tuple(self.texts)}
-        if self.obs == "images":
-            obs["images"] = self.frames
-        else:
-            quantities = [self.pos[:, None], self.vel[:, None] * 100, self.goals - self.pos[:, None]]
-            obs["state"] = np.concatenate(quantities, 1).reshape(self.num_envs, 10).astype(np.float32)
-        return obs
+    def _state(self) -> np.ndarray:
+        quantities = [self.pos[:, None], self.vel[:, None] * 100, self.goals - self.pos[:, None]]
+        return np.concatenate(quantities, 1).reshape(self.num_envs, 10).astype(np.float32)
 
 
 class PointmassEnv(SingleView):

@@ -1,16 +1,20 @@
-"""The instructions of Google's Language-Table (google-research/language-table, Apache-2.0): its grammar as data, in own code.
+"""The instructions of Google's Language-Table (google-research/language-table, Apache-2.0).
 
-A Meaning is what a task asks for; its sentences are one `Choice`, which `sample` draws from and `texts` writes out.
+Its grammar as data, in own code.
 
-    family                          target                                 a sentence
-    block2block                     another block                          slide the red moon next to the blue cube
-    block2absolutelocation          a name in PLACES                       put the red moon to the top side
-    block2relativelocation          (a name in DIRECTIONS, "near" | "far") push the red moon slightly up and to the left
-    block2block_relative_location   (a name in DIRECTIONS, another block)  move the red moon just left of the blue cube
-    separate_blocks                 its neighbours, nearest first          separate the red moon from the clump
+A Meaning is what a task asks for; its sentences are one `Choice`, which `sample` draws from and `texts`
+writes out.
 
-A block is its index in BLOCK_SETS[blocks]. Language-Table *samples* sentences for its tasks and *enumerates* others for its
-vocabulary: `_choice` says how they differ. Neither has its "rest of the blocks": its code always overwrites those words.
+    family                         target                                  a sentence
+    block2block                    another block                           slide the moon next to the star
+    block2absolutelocation         a name in PLACES                        put the red moon to the top side
+    block2relativelocation         (a name in DIRECTIONS, "near" | "far")  push the red moon slightly up
+    block2block_relative_location  (a name in DIRECTIONS, another block)   move the moon below the blue cube
+    separate_blocks                its neighbours, nearest first           separate the moon from the clump
+
+A block is its index in BLOCK_SETS[blocks]. Language-Table *samples* sentences for its tasks and *enumerates*
+others for its vocabulary: `_choice` says how they differ. Neither has its "rest of the blocks": its code
+always overwrites those words.
 """
 
 from __future__ import annotations
@@ -25,7 +29,16 @@ Choice = str | list | tuple  # words | a uniform choice of one of the items | al
 
 BLOCK_SETS = {
     4: ("red moon", "blue cube", "green star", "yellow pentagon"),
-    8: ("red moon", "red pentagon", "blue moon", "blue cube", "green cube", "green star", "yellow star", "yellow pentagon"),
+    8: (
+        "red moon",
+        "red pentagon",
+        "blue moon",
+        "blue cube",
+        "green cube",
+        "green star",
+        "yellow star",
+        "yellow pentagon",
+    ),
 }
 PLACES = {  # (x, y) in metres: x grows downwards in the image, y to its right
     "top": (0.125, 0.0), "top_left": (0.125, -0.3048), "top_right": (0.125, 0.3048),
@@ -58,19 +71,45 @@ _PLACE = {  # after "to the": "to the towards your base" is Language-Table's own
     "center_right": ["right side of the board", "center right", "right side"],
     "bottom": ["bottom side", "bottom"],
     "bottom_left": ["bottom left of the board", "bottom left", "lower left corner", "bottom left corner"],
-    "bottom_right": ["bottom right of the board", "bottom right", "lower right corner", "bottom right corner"],
+    "bottom_right": [
+        "bottom right of the board",
+        "bottom right",
+        "lower right corner",
+        "bottom right corner",
+    ],
 }
-_WAY = dict(up=["up", "upwards"], down=["down", "downwards"], left=["to the left", "left"], right=["to the right", "right"])
+_WAY = dict(
+    up=["up", "upwards"],
+    down=["down", "downwards"],
+    left=["to the left", "left"],
+    right=["to the right", "right"],
+)
 _SLIGHTLY = ["slightly", "a bit", "a little", "a little bit", "somewhat"]
 _BESIDE = {
     "up": ["above the", "to the top side of the", "to the top of the"],
     "down": ["below the", "to the bottom side of the", "to the bottom of the"],
     "left": ["just left of the", "to the left of the", "left of the", "to the left side of the"],
     "right": ["just right of the", "to the right of the", "right of the", "to the right side of the"],
-    "up left": ["to the top left side of the", "to the top left of the", "diagonally up and to the left of the"],
-    "up right": ["to the top right side of the", "to the top right of the", "diagonally up and to the right of the"],
-    "down left": ["to the bottom left side of the", "to the bottom left of the", "diagonally down and to the left of the"],
-    "down right": ["to the bottom right side of the", "to the bottom right of the", "diagonally down and to the right of the"],
+    "up left": [
+        "to the top left side of the",
+        "to the top left of the",
+        "diagonally up and to the left of the",
+    ],
+    "up right": [
+        "to the top right side of the",
+        "to the top right of the",
+        "diagonally up and to the right of the",
+    ],
+    "down left": [
+        "to the bottom left side of the",
+        "to the bottom left of the",
+        "diagonally down and to the left of the",
+    ],
+    "down right": [
+        "to the bottom right side of the",
+        "to the bottom right of the",
+        "diagonally down and to the right of the",
+    ],
 }
 _SEPARATE = (("pull the", "apart from the"), ("move the", "away from the"), ("separate the", "from the"))
 _GROUP = ["group", "clump", "group of blocks"]
@@ -83,14 +122,20 @@ class Meaning(NamedTuple):
 
 
 def names(block: int, blocks: int) -> list[str]:
-    """What a block may be called: in full; "<colour> block" if no other has its colour; "<shape>" if no other has its shape."""
+    """What a block may be called: in full; "<colour> block" if no other has its colour; "<shape>" if no other
+    has its shape."""
     colour, shape = BLOCK_SETS[blocks][block].split()
     words = " ".join(BLOCK_SETS[blocks]).split()
-    return [f"{colour} {shape}", *[f"{colour} block"] * (words.count(colour) == 1), *[shape] * (words.count(shape) == 1)]
+    return [
+        f"{colour} {shape}",
+        *[f"{colour} block"] * (words.count(colour) == 1),
+        *[shape] * (words.count(shape) == 1),
+    ]
 
 
 def meanings(family: str, blocks: int) -> list[Meaning]:
-    """Every meaning of a family; but four neighbours or more, whom no sentence names, stand here once for each block."""
+    """Every meaning of a family; but four neighbours or more, whom no sentence names, stand here once for
+    each block."""
 
     def targets(block: int) -> Iterable:
         others = [b for b in range(blocks) if b != block]
@@ -107,7 +152,8 @@ def meanings(family: str, blocks: int) -> list[Meaning]:
 
 
 def _choice(meaning: Meaning, blocks: int, enumerating: bool = False) -> Choice:
-    """A meaning's sentences, as they are sampled, or as they are enumerated: full names, other verbs, no group of three."""
+    """A meaning's sentences, as they are sampled, or as they are enumerated: full names, other verbs, no
+    group of three."""
     family, block, target = meaning
 
     def name(b: int, comma: str = "") -> list[str]:
@@ -122,7 +168,11 @@ def _choice(meaning: Meaning, blocks: int, enumerating: bool = False) -> Choice:
         return verb, who, _BESIDE[target[0]], name(target[1])
     if family == "block2relativelocation":
         a, *b = [_WAY[d] for d in target[0].split()]
-        way = [(a, "and", *b), (a, "and then", *b), ("diagonally", a, "and", *b), (a, "and", *b, "diagonally")] if b else a
+        way = (
+            [(a, "and", *b), (a, "and then", *b), ("diagonally", a, "and", *b), (a, "and", *b, "diagonally")]
+            if b
+            else a
+        )
         near = [("slightly", verb, who, way), (verb, who, _SLIGHTLY, way), (verb, who, way, _SLIGHTLY)]
         return near if target[1] == "near" else (verb, who, way)
     others: Choice = _GROUP
@@ -148,7 +198,8 @@ def _draw(choice: Choice, rng: np.random.Generator) -> str:
 
 
 def sample(meaning: Meaning, blocks: int, rng: np.random.Generator) -> str:
-    """One sentence. Each choice in it is uniform, as in Language-Table; so not every sentence is as likely as another."""
+    """One sentence. Each choice in it is uniform, as in Language-Table; so not every sentence is as likely as
+    another."""
     return _draw(_choice(meaning, blocks), rng)
 
 

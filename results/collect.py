@@ -1,8 +1,11 @@
-"""From runs/ to results/: python results/collect.py adds each run's summary and metrics there and draws the figures.
+"""From runs/ to results/ and the pages: `python results/collect.py`. Some ten seconds.
 
-The runs themselves are made by the commands in results/README.md. Writes summaries.csv (a row per run) and metrics/*.csv
-(each run's raw metrics), in which runs that are not in runs/ any more stay, and from these two table.md (the README's),
-learning.png (practice, every seed a line), figure3.png and figure8.png.
+1. Adds each finished run in runs/ to summaries.csv (a row a run) and to metrics/ (its raw metrics.csv). Runs that
+   are not in runs/ any more stay, unless their Stage 1 has been run again.
+2. Writes the tables between `<!-- collected: NAME -->` and `<!-- end -->` in README.md and docs/results.md,
+   and the README's numbers of lines.
+3. Draws learning.png, figure3.png and figure8.png, and copies the pictures that eval.py made of some runs.
+   A picture shows on its page, at `<!-- collected: picture NAME -->`, as soon as it is in results/.
 """
 
 import contextlib
@@ -10,38 +13,69 @@ import csv
 import json
 import re
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common.pictures import BLUE, ORANGE, WIDTH, plt  # noqa: E402 - the repository's root is not installed
 
 OUT = Path("results")
-GROUPS = {  # title: runs, and the steps of the scripted expert that goes straight to it
-    "pointmass.py": ("pointmass-toy-s", 12.5),
-    "pointmass, states": ("pointmass-stage2-s", 13.1),
-    "pointmass, images": ("pointmass-images-stage2-s", 13.1),
-    "tabletop, states": ("tabletop-stage2-s", 17.1),
-    "tabletop, 40 % of the data": ("tabletop-p40-stage2-s", 17.1),
-    "tabletop, images": ("tabletop-images-stage2-s", 17.1),
-    "aloha, states": ("aloha-stage2-s", 13.6),
+PAGES = (Path("README.md"), Path("docs/results.md"))
+TOY = "pointmass.py"
+GROUPS = {  # title: the Stage 2 runs but for their seed, their scripted expert's row in experts.csv, a remark
+    TOY: ("pointmass-toy", "pointmass.py", ""),
+    "pointmass, states": ("pointmass-stage2", "pointmass", ""),
+    "pointmass, images": ("pointmass-images-stage2", "pointmass", ""),
+    "tabletop, states": ("tabletop-stage2", "tabletop family=block2block blocks=4", ""),
+    "tabletop, images": ("tabletop-images-stage2", "tabletop family=block2block blocks=4", ""),
+    "aloha": ("aloha-stage2", "aloha", " (earlier physics)"),
 }
-
-
-# the runs of figure3.png, shares of 20,000 demonstrations, and of figure8.png, of 5,000, by model
-FIGURE3 = {
+MORE = {  # further screens of docs/results.md, not in the README's table
+    "tabletop, 40 %": ("tabletop-p40-stage2", "", ""),
+    "tabletop, operator": ("tabletop-operator-stage2", "", ""),
+    "tabletop, images, twice the data": ("tabletop-images-continued-stage2", "", ""),
+    "tabletop, images, GPU": ("tabletop-images-gpu-stage2", "", ""),
+    "aloha, timed": ("aloha-timed-stage2", "", ""),
+    "pointmass, kept optimiser": ("pointmass-keep-stage2", "", ""),
+}
+FIGURE3 = {  # a panel: the runs but for stage and seed, by their share of 20,000 demonstrations
     "nano-wide": ("tabletop-10percent", "tabletop-20percent", "tabletop-80percent"),
     "nano-deep": ("tabletop-p10", "tabletop-p40", "tabletop"),
 }
-FIGURE8 = {"nano-arms": ("aloha-25percent", "aloha-50percent", "aloha")}
+FIGURE8 = {"nano-arms (earlier physics)": ("aloha-25percent", "aloha-50percent", "aloha")}  # of 5,000
+ABLATIONS = (
+    "",
+    "--gamma 0",
+    "--gamma 1",
+    "--success-threshold 3",
+    "--no-keep-optimizer",
+    "--episodes 1000",
+)  # README's
+# name: the run that eval.py drew it of, if one did, and what it shows
+PICTURES = {
+    "before_after.gif": ("", "The same scenes before practice, above, and after it, below"),
+    "trajectories.png": ("pointmass-stage2-s0/trajectories.png", "Eight episodes after practice"),
+    "images_trajectories.png": (
+        "pointmass-images-stage2-s0/trajectories.png",
+        "Eight episodes after practice",
+    ),
+    "tabletop_trajectories.png": ("tabletop-stage2-s1/trajectories.png", "Eight episodes after practice"),
+    "tabletop_steps_to_go.png": ("tabletop-stage2-s0/steps_to_go.png", "d over an episode after practice"),
+    "tabletop_images_trajectories.png": (
+        "tabletop-images-stage2-s0/trajectories.png",
+        "Eight episodes after practice",
+    ),
+    "aloha_trajectories.png": ("aloha-stage2-s0/trajectories.png", "Eight episodes after practice"),
+}
+Runs = dict[str, dict[str, Any]]  # name: summary.json
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Mean and, in brackets, least and greatest over the seeds."""
-    mean, low, high = (f"{v:,.{digits}f}" for v in (sum(values) / len(values), min(values), max(values)))
-    return f"{mean} ({low}-{high})"
+# --- rows -------------------------------------------------------------------------------------------------------------
+def read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
 
 
 def parse(value: str) -> Any:
@@ -52,99 +86,316 @@ def parse(value: str) -> Any:
     return value
 
 
-def main() -> None:
-    (OUT / "metrics").mkdir(exist_ok=True)
-    if not (OUT / "summaries.csv").exists():
-        (OUT / "summaries.csv").write_text("run\n")
-    with open(OUT / "summaries.csv", newline="") as f:
-        by_run = {row["run"]: {k: v if k == "commit" else parse(v) for k, v in row.items() if v} for row in csv.DictReader(f)}
-    new: dict[str, dict] = {}
-    for run in (p.parent for p in Path("runs").glob("*/summary.json") if re.fullmatch(r".*-s\d+", p.parent.name)):
-        new[run.name] = {"run": run.name} | json.loads((run / "summary.json").read_text())
-        shutil.copy(run / "metrics.csv", OUT / "metrics" / f"{run.name}.csv")
-    again = {name for name in new.keys() & by_run.keys() if new[name]["seconds"] != by_run[name]["seconds"]}
-    gone = {name for name, run in by_run.items() if Path(str(run.get("stage1"))).name in again} - new.keys()
-    if gone:
-        print(f"dropped, their Stage 1 has been run again: {', '.join(sorted(gone))}")
-    by_run = {name: run for name, run in by_run.items() if name not in gone} | new
-    by_run = dict(sorted(by_run.items()))
-    columns = list(dict.fromkeys(key for summary in by_run.values() for key in summary))
+def collect() -> Runs:
+    """summaries.csv and metrics/ with what is in runs/."""
+    runs: Runs = {}
+    for row in read(OUT / "summaries.csv"):
+        runs[row["run"]] = {k: v if k == "commit" else parse(v) for k, v in row.items() if v}
+    new: Runs = {}
+    for path in Path("runs").glob("*/summary.json"):
+        name = path.parent.name
+        if re.fullmatch(r".*-s\d+", name):
+            new[name] = {"run": name} | json.loads(path.read_text())
+            shutil.copy(path.parent / "metrics.csv", OUT / "metrics" / f"{name}.csv")
+    again = {name for name in new.keys() & runs.keys() if new[name]["seconds"] != runs[name]["seconds"]}
+    stale = {name for name, run in runs.items() if Path(str(run.get("stage1"))).name in again} - new.keys()
+    if stale:
+        print(f"dropped, their Stage 1 has been run again: {', '.join(sorted(stale))}")
+    for name in stale:
+        del runs[name]
+        (OUT / "metrics" / f"{name}.csv").unlink(missing_ok=True)
+    runs = dict(sorted((runs | new).items()))
+    columns = list(dict.fromkeys(key for run in runs.values() for key in run))
     with open(OUT / "summaries.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(by_run.values())
-    groups = {k: [run for run in by_run if re.fullmatch(re.escape(prefix) + r"\d+", run)] for k, (prefix, _) in GROUPS.items()}
-    groups = {title: group for title, group in groups.items() if group}
-    header = "command|seeds|Stage 1 success|steps|Stage 2 success|steps|practice episodes|environment steps|seconds, all stages"
-    lines = ["| " + header.replace("|", " | ") + " |", "|" + "---|" * 9]
-    for title, group in groups.items():
-        second, toy = [by_run[run] for run in group], title == "pointmass.py"
-        first = second if toy else [by_run[Path(s["stage1"]).name] for s in second]
-        a, b = ("stage1_", "stage2_") if toy else ("", "")
-        seconds = [s["seconds"] if toy else s["seconds"] + f["seconds"] for s, f in zip(second, first, strict=True)]
-        cells = [spread([f[a + "success"] for f in first], 3), spread([f[a + "mean_steps"] for f in first], 1),
-                 spread([s[b + "success"] for s in second], 3), spread([s[b + "mean_steps"] for s in second], 1),
-                 spread([s[b + "episodes"] for s in second], 0), spread([s[b + "env_steps"] for s in second], 0),
-                 spread(seconds, 0)]  # fmt: skip
-        lines.append(f"| {title} | {len(second)} | " + " | ".join(cells) + " |")
-    (OUT / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-    fig, axes = plt.subplots(2, len(groups), figsize=(4 * len(groups), 6), sharex="col")
-    for (title, group), (top, bottom) in zip(groups.items(), axes.T, strict=True):
-        for run, colour in zip(group, plt.get_cmap("viridis")([i / max(1, len(group)) for i in range(len(group))]), strict=True):
-            with open(OUT / "metrics" / f"{run}.csv") as f:
-                rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
-            x = [r["env_steps"] for r in rows]
-            top.plot(x, [r["detected"] for r in rows], color=colour, lw=0.9)
-            bottom.plot(x, [r["mean_steps"] for r in rows], color=colour, lw=0.9, label=run.split("-")[-1])
-        top.set_title(f"{title} (n = {len(group)} seeds)", fontsize=9)
-        top.set(ylabel="share of episodes ended by the detector", ylim=(0, 1.05))
-        bottom.axhline(GROUPS[title][1], color="#D55E00", ls="--", label="scripted, straight to the goal")
-        bottom.set(xlabel="environment steps", ylabel="steps per practice episode", yscale="log")
-        bottom.legend(fontsize=7)
-        bottom.xaxis.set_major_locator(plt.MaxNLocator(4))
-    fig.tight_layout()
-    fig.savefig(OUT / "learning.png", dpi=130)
-    against_imitation(by_run, "figure3", FIGURE3, "steps (a failure counts 100)", 100, 17.1)
-    against_imitation(by_run, "figure8", FIGURE8, "decisions (a failure counts 40)", 40, 13.6)
+        writer.writerows(runs.values())
+    return runs
 
 
-def against_imitation(by_run: dict[str, dict], name: str, models: dict[str, tuple], ylabel: str, cap: int, expert: float) -> None:
-    """Figure 3's first panel, or Figure 8's right one, at our scale: imitation alone and with practice, by episodes of both."""
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    blue, orange = "#0072B2", "#D55E00"
-    for model, prefixes in models.items():
-        fill = "none" if model == "nano-deep" else "full"
-        pattern = rf"({'|'.join(prefixes)})-stage%d-s\d+"
-        starts, ends = ([s for name, s in by_run.items() if re.fullmatch(pattern % stage, name)] for stage in (1, 2))
-        shares = sorted({s["episodes"] for s in starts})
-        groups = [[s for s in starts if s["episodes"] == n] for n in shares]
-        began = [by_run[Path(s["stage1"]).name] for s in ends]
-        seeds = [", ".join(str(sum(s["episodes"] == n for s in runs)) for n in shares) for runs in (starts, began)]
-        for ax, key in zip(axes, ("success", "mean_steps"), strict=True):
-            ax.plot(
-                shares, [sum(s[key] for s in g) / len(g) for g in groups], color=blue, lw=1, ls="--" if fill == "none" else "-"
+def group(runs: Runs, prefix: str) -> list[tuple[dict, dict]]:
+    """(Stage 1's row, Stage 2's row) of each seed; the toy's one row is taken apart."""
+    pairs = []
+    for name, run in runs.items():
+        if not re.fullmatch(re.escape(prefix) + r"-s\d+", name):
+            continue
+        if prefix == "pointmass-toy":
+            halves = [
+                {k.removeprefix(s): v for k, v in run.items() if k.startswith(s)}
+                for s in ("stage1_", "stage2_")
+            ]
+            pairs.append(
+                (
+                    halves[0] | {"seconds": 0, "run": name},
+                    halves[1] | {"seconds": run["seconds"], "run": name},
+                )
             )
-            ax.plot([f["episodes"] for f in starts], [f[key] for f in starts], "o", color=blue, ms=5, fillstyle=fill,
-                    label=f"{model}, Stage 1 (n = {seeds[0]} seeds)")  # fmt: skip
-            for k, (f, s) in enumerate(zip(began, ends, strict=True)):
-                x = [f["episodes"], f["episodes"] + s["episodes"]]
-                ax.plot(x, [f[key], s[key]], color=orange, lw=0.7, ls=":")
-                ax.plot(x[1:], [s[key]], "s", color=orange, ms=5, fillstyle=fill,
-                        label=None if k else f"{model}, Stage 1 + 2 (n = {seeds[1]} seeds)")  # fmt: skip
-            drawn = [s.get("temperature", 1.0) for s in starts]  # rows from before there was one
-            usual = max(drawn, key=drawn.count, default=1.0)
-            for f, temperature in zip(starts, drawn, strict=True):
-                if temperature != usual:
-                    ax.annotate(f" drawn at {temperature}", (f["episodes"], f[key]), fontsize=7, va="center")
-            ax.set(xlabel="episodes, demonstrations and practice")
-    axes[0].set(ylabel="true success", ylim=(0, 1.02))
-    axes[1].set(ylabel=ylabel, ylim=(0, 1.02 * cap))
-    axes[1].axhline(expert, color="0.5", ls="--", lw=1, label="scripted expert")
-    axes[0].legend(fontsize=7)
-    fig.tight_layout()
-    fig.savefig(OUT / f"{name}.png", dpi=130)
+        else:
+            pairs.append((runs[Path(run["stage1"]).name], run))
+    return pairs
+
+
+def expert_steps() -> dict[str, float]:
+    steps = {
+        "pointmass.py": 12.5
+    }  # its PD controller, straight to the goal; tests/test_pointmass.py measures it
+    for row in read(OUT / "experts.csv"):
+        if row["who"] == "expert":
+            steps[f"{row['domain']} {row['settings']}".strip()] = float(row["mean_steps_of_successes"])
+    return steps
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+def table(header: str, rows: list[list[str]]) -> str:
+    lines = [header.split("|"), ["---"] * len(header.split("|")), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def mean(rows: list[dict], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def spread(rows: list[dict], key: str, digits: int) -> str:
+    """Mean and, in brackets, the least and greatest seed; of one seed its 95 % interval."""
+    low, high = (min(r[key] for r in rows), max(r[key] for r in rows))
+    if len(rows) == 1:
+        low, high = rows[0].get(f"{key}_low", low), rows[0].get(f"{key}_high", high)
+    return f"{mean(rows, key):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def results_table(runs: Runs) -> str:
+    rows, experts = [], expert_steps()
+    for title, (prefix, expert, remark) in GROUPS.items():
+        pairs = group(runs, prefix)
+        if pairs:
+            first, second = ([pair[stage] for pair in pairs] for stage in (0, 1))
+            steps = f"{mean(first, 'mean_steps'):.1f} → {mean(second, 'mean_steps'):.1f}"
+            rows.append([title + remark, str(len(pairs)), spread(first, "success", 2), spread(second, "success", 2),
+                         steps, f"{experts[expert]:.1f}", f"{mean(second, 'episodes'):,.0f}"])  # fmt: skip
+    return table("domain|seeds|imitation|after practice|steps|expert|practice episodes", rows)
+
+
+def seeds_table(runs: Runs, prefix: str) -> str:
+    rows = []
+    for first, second in group(runs, prefix):
+        success = [
+            f"{r['success']:.3f} ({r['success_low']:.3f}-{r['success_high']:.3f})" for r in (first, second)
+        ]
+        steps = [f"{r['mean_steps']:.1f}" for r in (first, second)]
+        confirmed = [
+            f"{r['confirmed_detections']:.2f}" if "confirmed_detections" in r else "" for r in (first, second)
+        ]
+        minutes = " + ".join(f"{r['seconds'] / 60:.0f}" for r in (first, second) if r["seconds"])
+        rows.append([second["run"].rsplit("-s", 1)[1], success[0], steps[0], success[1], steps[1],
+                     f"{second['episodes']:,}", " ".join(confirmed).strip(), minutes])  # fmt: skip
+    return table("seed|imitation|steps|after practice|steps|episodes|confirmed|minutes", rows)
+
+
+def shares_table(runs: Runs, panels: dict[str, tuple]) -> str:
+    rows = []
+    for title, prefixes in panels.items():
+        for prefix in prefixes:
+            for name, first in runs.items():
+                if re.fullmatch(re.escape(prefix) + r"-stage1-s\d+", name):
+                    second = runs.get(name.replace("stage1", "stage2"))
+                    cells = [f"{r['success']:.3f} ({r['success_low']:.3f}-{r['success_high']:.3f})" if r else "-"
+                             for r in (first, second)]  # fmt: skip
+                    told = [f"{r['mean_steps']:.1f}" if r else "-" for r in (first, second)]
+                    more = [
+                        f"{first['confirmed_detections']:.2f}",
+                        f"{second['episodes']:,}" if second else "-",
+                    ]
+                    rows.append([title, f"{first['episodes']:,}", name.rsplit("-s", 1)[1], cells[0], told[0], cells[1],
+                                 told[1], *more])  # fmt: skip
+    return table("model|demonstrations|seed|imitation|steps|after practice|steps|confirmed|episodes", rows)
+
+
+def ablations_table(chosen: Callable[[str], bool]) -> str:
+    rows: dict[str, list[dict]] = {}
+    for row in read(OUT / "pointmass_ablations.csv"):
+        if chosen(row["flags"]):
+            rows.setdefault(row["flags"], []).append({k: parse(v) for k, v in row.items()})
+    cells = []
+    for flags, seeds in rows.items():
+        title = f"`{flags}`" if flags else "default"
+        cells.append(
+            [
+                title,
+                str(len(seeds)),
+                spread(seeds, "stage2_success", 3),
+                spread(seeds, "stage2_mean_steps", 1),
+            ]
+        )
+    return table("flags|seeds|success after practice|steps", cells)
+
+
+def experts_table() -> str:
+    rows = []
+    for row in read(OUT / "experts.csv"):
+        rows.append([row["domain"], row["settings"], row["who"], f"{row['success']} ({row['low']}-{row['high']})",
+                     row["mean_steps_of_successes"]])  # fmt: skip
+    return table("domain|settings|who|success|steps", rows)
+
+
+def counted(row: re.Match) -> str:
+    """A row of the reading list with the file's number of lines, where it is more than a tenth off."""
+    lines = len((Path(__file__).resolve().parent.parent / row[2]).read_text().splitlines())
+    said = int(row[3])
+    return row[0] if abs(lines - said) <= max(10, said // 10) else f"{row[1]}{round(lines, -1)} |"
+
+
+def fill(page: Path, tables: dict[str, str]) -> None:
+    """Puts each table and picture between its marks, where the page has them, and lines into the reading list."""
+    tables = dict(tables)
+    for name, (_, shows) in PICTURES.items():
+        file = Path(*[".."] * (len(page.parts) - 1)) / OUT / name
+        tables[f"picture {name}"] = f"![{shows}]({file.as_posix()})" if (OUT / name).exists() else ""
+    text = re.sub(r"^(\| `(\w+\.py)` \| )(\d+) \|", counted, page.read_text(), flags=re.M)
+    for name in re.findall(r"<!-- collected: (.*?) -->", text):
+        block = rf"(<!-- collected: {re.escape(name)} -->\n).*?(<!-- end -->)"
+        text = re.sub(
+            block,
+            lambda m, name=name: "\n".join(filter(None, (m[1].rstrip(), tables[name], m[2]))),
+            text,
+            flags=re.S,
+        )
+    page.write_text(text)
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+def learning(runs: Runs) -> plt.Figure:
+    """A row a domain: shares of practice episodes, with evaluated success at both ends; steps. Every seed a line."""
+    titles = [title for title, (prefix, *_) in GROUPS.items() if group(runs, prefix)]
+    size = WIDTH, 1.75 * len(titles) + 0.5
+    fig, axes = plt.subplots(len(titles), 2, figsize=size, layout="constrained", squeeze=False)
+    experts = expert_steps()
+    for title, (left, right) in zip(titles, axes, strict=True):
+        prefix, expert, remark = GROUPS[title]
+        pairs = group(runs, prefix)
+        for first, second in pairs:
+            rows = [
+                {k: float(v) for k, v in row.items()}
+                for row in read(OUT / "metrics" / f"{second['run']}.csv")
+            ]
+            x = [row["env_steps"] / 1000 for row in rows]
+            left.plot(x, [row["detected"] for row in rows], color=ORANGE, lw=0.8)
+            left.plot(x, [row["true_at_end"] for row in rows], color=BLUE, lw=0.8)
+            left.plot(
+                [0, x[-1]],
+                [first["success"], second["success"]],
+                "s:",
+                color=BLUE,
+                ms=4,
+                lw=0.6,
+                clip_on=False,
+            )
+            right.plot(x, [row["mean_steps"] for row in rows], color=BLUE, lw=0.8)
+        left.set(ylim=(-0.03, 1.05), ylabel="share of episodes", title=f"{title}{remark} (n = {len(pairs)})")
+        right.axhline(experts[expert], color="0.3", ls="--", lw=1)
+        right.text(0.99, experts[expert], "scripted expert ", transform=right.get_yaxis_transform(),
+                   ha="right", va="top", fontsize=8)  # fmt: skip
+        right.set(ylim=(0, None), ylabel="steps", title="steps of a practice episode")
+    for ax in axes[-1]:
+        ax.set_xlabel("environment steps [thousands]")
+    names = {"detected": (ORANGE, "-", ""), "true at the end": (BLUE, "-", ""),
+             "true success, evaluated before and after": (BLUE, ":", "s")}  # fmt: skip
+    lines = [
+        plt.Line2D([], [], color=c, ls=ls, marker=m, ms=4, label=name) for name, (c, ls, m) in names.items()
+    ]
+    fig.legend(handles=lines, loc="outside lower center", ncols=3)
+    return fig
+
+
+def against_imitation(
+    runs: Runs, panels: dict[str, tuple], steps: str, cap: int, expert: float
+) -> plt.Figure:
+    """Imitation alone and with practice, by episodes of both kinds: the paper's Figure 3, or Figure 8's right half."""
+    how = {"layout": "constrained", "squeeze": False, "sharex": True}
+    if len(panels) == 1:  # success and steps side by side
+        fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.2), **how)
+        axes = axes.T
+    else:  # one above the other, a model a column
+        fig, axes = plt.subplots(2, len(panels), figsize=(WIDTH, 5.2), sharey="row", **how)
+    for column, (title, prefixes) in zip(axes.T, panels.items(), strict=True):
+        firsts, pairs = [], []
+        for prefix in prefixes:
+            firsts += [
+                run for name, run in runs.items() if re.fullmatch(re.escape(prefix) + r"-stage1-s\d+", name)
+            ]
+            pairs += group(runs, f"{prefix}-stage2")
+        by_size: dict[int, list[dict]] = {}
+        for first in firsts:
+            by_size.setdefault(first["episodes"], []).append(first)
+        for ax, key in zip(column, ("success", "mean_steps"), strict=True):
+            ax.plot(list(by_size), [mean(rows, key) for rows in by_size.values()], "--", color=BLUE, lw=1)
+            ax.plot(
+                [r["episodes"] for r in firsts],
+                [r[key] for r in firsts],
+                "o",
+                color=BLUE,
+                ms=5,
+                label="imitation",
+            )
+            for k, (first, second) in enumerate(pairs):
+                x = [first["episodes"], first["episodes"] + second["episodes"]]
+                ax.plot(x, [first[key], second[key]], ":", color=ORANGE, lw=0.8)
+                ax.plot(
+                    x[1:], [second[key]], "s", color=ORANGE, ms=5, label="" if k else "imitation and practice"
+                )
+            ax.set_xscale("log")
+            ax.grid(alpha=0.3)
+        counts = ", ".join(f"{len(rows)} at {n:,}" for n, rows in by_size.items())
+        column[0].set_title(f"{title}\nseeds: {counts}", fontsize=8)
+        column[0].set_ylim(0, 1.03)
+        column[1].set_ylim(0, 1.03 * cap)
+        for ax in column[-1:] if len(panels) > 1 else column:
+            ax.set_xlabel("episodes: demonstrations and practice")
+        column[1].axhline(expert, color="0.3", ls="--", lw=1)
+        column[1].text(
+            0.02,
+            expert,
+            "scripted expert",
+            transform=column[1].get_yaxis_transform(),
+            va="bottom",
+            fontsize=8,
+        )
+        ticks = sorted(by_size)
+        column[1].set_xticks(ticks, [f"{n:,}" for n in ticks])
+        column[1].minorticks_off()
+    axes[0, 0].set_ylabel("true success")
+    axes[1, 0].set_ylabel(steps)
+    axes[0, 0].legend(loc="lower right")
+    return fig
+
+
+def main() -> None:
+    (OUT / "metrics").mkdir(exist_ok=True)
+    runs = collect()
+    tables = {
+        "results": results_table(runs),
+        "figure3": shares_table(runs, FIGURE3),
+        "figure8": shares_table(runs, FIGURE8),
+        "ablations": ablations_table(lambda flags: True),
+        "five ablations": ablations_table(lambda flags: flags in ABLATIONS),
+        "experts": experts_table(),
+    }
+    for title, (prefix, *_) in (GROUPS | MORE).items():
+        tables[title] = seeds_table(runs, prefix)
+    for name, (source, _) in PICTURES.items():
+        if source and (Path("runs") / source).exists():
+            shutil.copy(Path("runs") / source, OUT / name)
+    for page in PAGES:
+        fill(page, tables)
+    print(tables["results"])
+
+    experts = expert_steps()
+    learning(runs).savefig(OUT / "learning.png")
+    block2block = experts["tabletop family=block2block blocks=4"]
+    against_imitation(runs, FIGURE3, "steps (a failure counts 100)", 100, block2block).savefig(
+        OUT / "figure3.png"
+    )
+    decisions = "decisions (a failure counts 40)"
+    against_imitation(runs, FIGURE8, decisions, 40, experts["aloha"]).savefig(OUT / "figure8.png")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
-"""What a sample costs, by counting: `python results/cost.py` writes the README's table, results/cost.md.
+"""What a sample costs, by counting: `python results/cost.py` writes the table results/cost.md.
 
 A sample is a pair of frames (64 x 64 pixels; 3B: 224), a prompt of 16 tokens and an answer of 4, as on the tabletop.
 
-FLOPs: a matrix of a x b takes 2 a b a token forward, 2 a b backward for its input's gradient and, if it is trained, 2 a b for
-its own. A Stage 1 sample is one forward and backward pass, half of them over an action's tokens and half over one
-steps-to-go token. A Stage 2 sample is a step of practice: both models' ViTs see the new frame, the policy decodes an
-action (KV cache), the reward model answers d; then comes one forward and backward pass of the decoder on kept features.
+FLOPs: a matrix of a x b takes 2 a b a token forward, 2 a b backward for its input's gradient and, if it is trained,
+2 a b for its own. A Stage 1 sample is one forward and backward pass, half of them over an action's tokens and half
+over one steps-to-go token. A Stage 2 sample is a step of practice: both models' ViTs see the new frame, the policy
+decodes an action (KV cache), the reward model answers d; then comes one forward and backward pass of the decoder on
+kept features.
 
-Memory: weights, gradients and AdamW's two moments of what is trained, in float32, 16 bytes a parameter; 4 a frozen one. Stage
-2 trains the decoder only and keeps a second, frozen model for d (LoRA: a second set of adapters on the same weights). FSDP2,
-for 3B trained whole, spreads all of it over the devices and gathers, whole, the embeddings and one block at a time to train,
-both models to roll out; the others run DDP, which spreads the samples only. Activations are what autograd keeps for one
-sample, as `activations` lists it, with fused attention, in float32 and not recomputed. The caching allocator, PyTorch
-itself, a block's short-lived results and the all-vocabulary logits of instruction prediction come on top.
+Memory: weights, gradients and AdamW's two moments of what is trained, in float32, 16 bytes a parameter; 4 a frozen
+one. Stage 2 trains the decoder only and keeps a second, frozen model for d (LoRA: a second set of adapters on the
+same weights). FSDP2, for 3B trained whole, spreads all of it over the devices and gathers, whole, the embeddings and
+one block at a time to train, both models to roll out; the others run DDP, which spreads the samples only. Activations
+are what autograd keeps for one sample, as `activations` lists it, with fused attention, in float32 and not
+recomputed. The caching allocator, PyTorch itself, a block's short-lived results and the all-vocabulary logits of
+instruction prediction come on top.
 
 tests/test_cost.py holds all three to 10 % of what small runs on one device take; several devices are arithmetic.
 """
@@ -24,7 +26,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import PRESETS, EFMConfig  # noqa: E402
 
-PROMPT, ANSWER, ALLOWED = 16, 4, 50  # tokens: of a prompt, of a tabletop action; numbers allowed at a position
+PROMPT, ANSWER, ALLOWED = (
+    16,
+    4,
+    50,
+)  # tokens: of a prompt, of a tabletop action; numbers allowed at a position
 NANO = replace(PRESETS["nano-vision"], image_size=64, vocab_size=1100)
 ROWS = {  # title: sizes, rank of LoRA (0: full fine-tuning), whether FSDP2 spreads it
     "nano": (NANO, 0, False),
@@ -50,7 +56,9 @@ def parameters(cfg: EFMConfig, rank: int = 0) -> dict[str, int]:
     block = sum(a * b for a, b in gemma) + 2 * D
     tower = (3 * cfg.patch_size**2 + 1) * V + N * V + cfg.vit_depth * vit_block + 2 * V
     embeddings = cfg.vocab_size * D
-    vit_adapters, adapters = (depth * rank * sum(a + b for a, b in m) for depth, m in ((cfg.vit_depth, vit), (cfg.depth, gemma)))
+    vit_adapters, adapters = (
+        depth * rank * sum(a + b for a, b in m) for depth, m in ((cfg.vit_depth, vit), (cfg.depth, gemma))
+    )
     return {"block": block, "tower": tower, "embeddings": embeddings,
             "all": tower + (V + 1) * D + embeddings + cfg.depth * block + D,
             "vit_adapters": vit_adapters, "adapters": adapters}  # fmt: skip
@@ -60,14 +68,18 @@ def parameters(cfg: EFMConfig, rank: int = 0) -> dict[str, int]:
 def vit_flops(cfg: EFMConfig, rank: int = 0, train: bool = False) -> float:
     """Of one frame, forward or, `train`, forward and backward."""
     N, once = (cfg.image_size // cfg.patch_size) ** 2, 2 if rank else 3
-    patches = 2 * N * 3 * cfg.patch_size**2 * cfg.vit_width * (1 + (train and not rank))  # pixels take no gradient
+    patches = (
+        2 * N * 3 * cfg.patch_size**2 * cfg.vit_width * (1 + (train and not rank))
+    )  # pixels take no gradient
     matrix = sum(2 * N * a * b for a, b in matrices(cfg)[0]) * (once if train else 1)
     adapters = sum(2 * N * rank * (a + b) for a, b in matrices(cfg)[0]) * (3 if train else 1)
     attention = 4 * N * N * cfg.vit_width * (3 if train else 1)
     return patches + cfg.vit_depth * (matrix + adapters + attention)
 
 
-def decoder_flops(cfg: EFMConfig, T: int, keep: int, keys: int = 0, rank: int = 0, train: bool = False) -> float:
+def decoder_flops(
+    cfg: EFMConfig, T: int, keep: int, keys: int = 0, rank: int = 0, train: bool = False
+) -> float:
     """Of T tokens that attend to `keys` (0: to one another); the last block computes no more than the last `keep`."""
     keys, passes, once = keys or T, 3 if train else 1, (2 if rank else 3) if train else 1
     total = 2 * keep * cfg.width * ALLOWED * passes  # logits
@@ -93,7 +105,15 @@ def activations(cfg: EFMConfig, T: int, keep: int, vit: bool) -> float:
     N, D, M = (cfg.image_size // cfg.patch_size) ** 2, cfg.width, cfg.mlp_dim
     q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
     # x and its norm, twice; q, k, v, what attention returns; before and after GELU
-    tower = 2 * N * (3 * cfg.patch_size**2 + cfg.vit_depth * (8 * cfg.vit_width + 2 * cfg.vit_mlp_dim) + 2 * cfg.vit_width)
+    tower = (
+        2
+        * N
+        * (
+            3 * cfg.patch_size**2
+            + cfg.vit_depth * (8 * cfg.vit_width + 2 * cfg.vit_mlp_dim)
+            + 2 * cfg.vit_width
+        )
+    )
     # x, x at length 1 and that times the norm's weight, twice; q, attention's; gate, its GELU, up, their product
     per_token, keys = 6 * D + 2 * q + 4 * M, 2 * kv
     decoder = (cfg.depth - 1) * T * (per_token + keys) + T * (3 * D + keys) + keep * per_token
@@ -108,7 +128,9 @@ class Cost:
     trained: int
     flops: float  # a sample
     states: float  # bytes: weights, gradients, moments
-    gathered: tuple[float, float]  # bytes that each of several devices holds whole at a time: to train, to roll out
+    gathered: tuple[
+        float, float
+    ]  # bytes that each of several devices holds whole at a time: to train, to roll out
     activations: float  # bytes a sample
 
     def memory(self, devices: int, shard: bool) -> float:
@@ -126,7 +148,9 @@ def cost(cfg: EFMConfig, rank: int, stage: int) -> Cost:
     if stage == 1:
         flops = sum(train) / 2 + 2 * vit_flops(cfg, rank, train=True) + projector * (2 if rank else 3)
     else:
-        decode = decoder_flops(cfg, P, 1, rank=rank) + sum(decoder_flops(cfg, 1, 1, P + i, rank) for i in range(1, ANSWER))
+        decode = decoder_flops(cfg, P, 1, rank=rank) + sum(
+            decoder_flops(cfg, 1, 1, P + i, rank) for i in range(1, ANSWER)
+        )
         d = decoder_flops(cfg, P, 1, rank=rank)
         # the projector: once in each question, forward and, for its own gradient, backward in training
         flops = 2 * vit_flops(cfg, rank) + decode + d + train[0] + projector * (3 if rank else 4)
@@ -134,10 +158,11 @@ def cost(cfg: EFMConfig, rank: int, stage: int) -> Cost:
     trained = (n["adapters"] + vit * n["vit_adapters"]) if rank else n["all"] - (not vit) * n["tower"]
     frozen = n["all"] + adapters - trained
     second = 0 if stage == 1 else adapters if rank else n["all"]  # the reward model's own weights
-    gathered = 8 * (n["embeddings"] + n["block"]), 0 if stage == 1 else 8 * n["all"]  # with gradients; two models
-    return Cost(
-        n["all"] + adapters, trained, flops, 16 * trained + 4 * (frozen + second), gathered, activations(cfg, T, ANSWER, vit)
-    )
+    to_train = 8 * (n["embeddings"] + n["block"])  # with gradients
+    to_roll_out = 0 if stage == 1 else 8 * n["all"]  # two models
+    states = 16 * trained + 4 * (frozen + second)
+    kept = activations(cfg, T, ANSWER, vit)
+    return Cost(n["all"] + adapters, trained, flops, states, (to_train, to_roll_out), kept)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -150,14 +175,14 @@ def short(x: float) -> str:
 
 
 def table() -> str:
-    header = (
-        "model|stage|parameters|trained|FLOPs a sample|bytes a sample's activations|bytes on 1 device|on each of 8|on each of 64"
-    )
-    lines = ["| " + header.replace("|", " | ") + " |", "|" + "---|" * 9]
+    columns = ["model", "stage", "parameters", "trained", "FLOPs a sample", "bytes a sample's activations"]
+    columns += ["bytes on 1 device", "on each of 8", "on each of 64"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for title, (cfg, rank, shard) in ROWS.items():
         for stage in (1, 2):
             c = cost(cfg, rank, stage)
-            cells = [c.parameters, c.trained, c.flops, c.activations, *(c.memory(n, shard) for n in (1, 8, 64))]
+            cells = [c.parameters, c.trained, c.flops, c.activations]
+            cells += [c.memory(n, shard) for n in (1, 8, 64)]
             lines.append(f"| {title} | {stage} | " + " | ".join(map(short, cells)) + " |")
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,6 @@
 """How often the scripted experts succeed: python results/experts.py writes results/experts.csv (500 episodes a row).
 
-`expert` is the best we can script, `demonstrator` what Stage 1's data is recorded from (of which only successes are kept).
+`expert` is the best we can script, `demonstrator` what Stage 1's data is recorded from, successes only.
 """
 
 import csv
@@ -11,7 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import envs  # noqa: E402 - the repository's root is not installed
-from common import wilson  # noqa: E402
+from common.runs import wilson  # noqa: E402
 from envs.tabletop_language import FAMILIES  # noqa: E402
 
 EPISODES = 500
@@ -32,8 +32,9 @@ def main() -> None:
                 done |= terminated
             low, high = wilson(int(done.sum()), EPISODES)
             told = " ".join(f"{k}={v}" for k, v in settings.items())
-            rows.append({"domain": name, "settings": told, "who": who, "success": f"{done.mean():.3f}", "low": f"{low:.3f}",
-                         "high": f"{high:.3f}", "mean_steps_of_successes": f"{steps[done].mean():.1f}"})  # fmt: skip
+            row = {"domain": name, "settings": told, "who": who, "success": f"{done.mean():.3f}"}
+            row |= {"low": f"{low:.3f}", "high": f"{high:.3f}"}
+            rows.append(row | {"mean_steps_of_successes": f"{steps[done].mean():.1f}"})
             print(*rows[-1].values(), flush=True)
     with open(Path(__file__).parent / "experts.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0], lineterminator="\n")

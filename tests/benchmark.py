@@ -3,11 +3,12 @@
     python -m tests.benchmark            # the domains
     python -m tests.benchmark training   # a step of the nano model and transformers' PaliGemma, two minutes
     python -m tests.benchmark slice      # for four layers of the 3B model: 12 GB of memory, eight minutes
-    python -m tests.benchmark rollout    # Stage 2's loop with and without features and keys kept, some minutes
+    python -m tests.benchmark rollout    # Stage 2's loop with and without features and keys kept, minutes
 
-What is compared runs in turns on one thread, and its clock is that thread's CPU time (medians), so that other processes
-on the machine weigh on both sides, and little. A line ends in the ratio by the clock on the wall. The slice keeps what
-memory it has freed (`keep_memory`), for both sides: else the kernel's handing it out anew takes half of the CPU time.
+What is compared runs in turns on one thread, and its clock is that thread's CPU time (medians), so that other
+processes on the machine weigh on both sides, and little. A line ends in the ratio by the clock on the wall.
+The slice keeps what memory it has freed (`keep_memory`), for both sides: else the kernel's handing it out
+anew takes half of the CPU time.
 """
 
 import ctypes
@@ -28,12 +29,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import envs
-import model as models
-import stage2
+import rollout as rollouts
+from common.demos import record
+from common.weights import rename
 from envs.pointmass import draw
-from model import EFM, PRESETS, QUESTION_ACTION, EFMConfig, Tokenizer
-from stage1 import record
+from model import EFM, PRESETS, EFMConfig
 from tests.conftest import declare_torchvision_ops
+from tokens import QUESTION_ACTION, Tokenizer
 
 
 def rate(function, amount: int, seconds: float = 2.0) -> float:
@@ -47,7 +49,7 @@ def rate(function, amount: int, seconds: float = 2.0) -> float:
 
 
 def aloha(seconds: float = 10.0) -> None:
-    """Decisions of 0.5 s, 16 at once, while the expert moves peg and socket; the expert's own time is not counted."""
+    """Decisions of 0.5 s, 16 at once, while the expert moves peg and socket; its time is not counted."""
     for obs in ("state", "images"):
         env, taken, decisions = envs.make_vec("aloha", 16, obs=obs), 0.0, 0
         while taken < seconds:
@@ -61,44 +63,61 @@ def aloha(seconds: float = 10.0) -> None:
 
 
 def keep_memory() -> None:
-    """glibc's malloc takes no tensor from, and gives none back to, the kernel by itself: MALLOC_MMAP_MAX_=0, no trimming."""
+    """glibc's malloc takes no tensor from the kernel and gives none back: MALLOC_MMAP_MAX_=0, no trimming."""
     libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
 
 
-# --- a training step against transformers' -----------------------------------------------------------------------------
+# --- a training step against transformers' ----------------------------------------------------------------
 def clocks() -> tuple[float, float, float]:
     return time.process_time(), time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
 
 
 def take_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, ...]]:
-    """Median seconds (CPU, wall, CPU without the kernel's part), called A, B, A, B, ...; the first round is not counted."""
+    """Median seconds (CPU, wall, CPU without the kernel's part), called A, B, A, B, ...; not of the first."""
     taken: dict[str, list] = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
             start = clocks()
             function()
             taken[name].append([b - a for a, b in zip(start, clocks(), strict=True)])
-    return {name: tuple(statistics.median(x) for x in zip(*times[1:], strict=True)) for name, times in taken.items()}
+    return {
+        name: tuple(statistics.median(x) for x in zip(*times[1:], strict=True))
+        for name, times in taken.items()
+    }
 
 
 def paligemma(cfg: EFMConfig, tokenizer: Tokenizer) -> tuple[EFM, nn.Module]:
     """Ours and transformers' with the *same* parameters: one copy in memory, one gradient, one optimiser."""
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-    vision = {"model_type": "siglip_vision_model", "hidden_size": cfg.vit_width, "intermediate_size": cfg.vit_mlp_dim,
-              "num_hidden_layers": cfg.vit_depth, "num_attention_heads": cfg.vit_heads, "image_size": cfg.image_size,
-              "patch_size": cfg.patch_size, "vision_use_head": False}  # fmt: skip
-    text = {"model_type": "gemma", "hidden_size": cfg.width, "intermediate_size": cfg.mlp_dim, "num_hidden_layers": cfg.depth,
-            "num_attention_heads": cfg.heads, "num_key_value_heads": cfg.kv_heads, "head_dim": cfg.head_dim,
-            "vocab_size": cfg.vocab_size}  # fmt: skip
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": cfg.vit_width,
+        "intermediate_size": cfg.vit_mlp_dim,
+        "num_hidden_layers": cfg.vit_depth,
+        "num_attention_heads": cfg.vit_heads,
+        "image_size": cfg.image_size,
+        "patch_size": cfg.patch_size,
+        "vision_use_head": False,
+    }
+    text = {
+        "model_type": "gemma",
+        "hidden_size": cfg.width,
+        "intermediate_size": cfg.mlp_dim,
+        "num_hidden_layers": cfg.depth,
+        "num_attention_heads": cfg.heads,
+        "num_key_value_heads": cfg.kv_heads,
+        "head_dim": cfg.head_dim,
+        "vocab_size": cfg.vocab_size,
+    }
     theirs = PaliGemmaForConditionalGeneration(PaliGemmaConfig(
         vision_config=vision, text_config=text, projection_dim=cfg.width, hidden_size=cfg.width,
         image_token_index=cfg.vocab_size)).train()  # fmt: skip
     with torch.device("meta"):
         ours = EFM(cfg, tokenizer)
     for key, p in theirs.named_parameters():
-        owner, _, leaf = models.rename(key).rpartition(".")
+        owner, _, leaf = rename(key).rpartition(".")
         setattr(ours.get_submodule(owner), leaf, p)
     assert not any(p.is_meta for p in ours.parameters())
     return ours, theirs
@@ -110,7 +129,7 @@ def descend(p: nn.Parameter) -> None:
 
 
 def training(cfg: EFMConfig, B: int, rounds: int) -> None:
-    """Samples per second of one optimiser step on two frames and two action tokens, among the whole vocabulary."""
+    """Samples per second of one optimiser step on two frames and two action tokens of all words."""
     env = envs.make_vec("pointmass", 1)
     tokenizer = Tokenizer.train(env.instructions())
     cfg = replace(cfg, vocab_size=cfg.vocab_size or tokenizer.tokenizer.get_vocab_size())
@@ -122,10 +141,13 @@ def training(cfg: EFMConfig, B: int, rounds: int) -> None:
     ids, valid = tokenizer.prompts(prompts)
     pictures = valid.new_ones(B, 2 * (cfg.image_size // cfg.patch_size) ** 2)
     suffix = valid.new_ones(B, 2)
-    batch = {"input_ids": torch.cat([pictures * cfg.vocab_size, ids, answer], 1),
-             "attention_mask": torch.cat([pictures, valid, suffix], 1).long(),
-             "token_type_ids": torch.cat([0 * pictures, 0 * ids, suffix], 1),
-             "pixel_values": images.flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1, "use_cache": False}  # fmt: skip
+    batch = {
+        "input_ids": torch.cat([pictures * cfg.vocab_size, ids, answer], 1),
+        "attention_mask": torch.cat([pictures, valid, suffix], 1).long(),
+        "token_type_ids": torch.cat([0 * pictures, 0 * ids, suffix], 1),
+        "pixel_values": images.flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1,
+        "use_cache": False,
+    }
 
     def loss() -> Tensor:
         logits = ours.logits(ours.hidden({"images": images}, prompts, answer), None)  # (B, 2, vocabulary)
@@ -135,10 +157,12 @@ def training(cfg: EFMConfig, B: int, rounds: int) -> None:
         return theirs(**batch, labels=batch["input_ids"].where(batch["token_type_ids"] == 1, -100)).loss
 
     def suffix_loss() -> Tensor:  # by hand: with `labels`, it computes the logits of the images, too
-        return F.cross_entropy(theirs(**batch, logits_to_keep=3).logits[:, :-1].flatten(0, 1), answer.flatten())
+        return F.cross_entropy(
+            theirs(**batch, logits_to_keep=3).logits[:, :-1].flatten(0, 1), answer.flatten()
+        )
 
     optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-9, fused=True) if cfg.width < 2048 else None
-    if optimizer is None:  # neither moments nor all gradients at once would fit: plain descent as soon as there is a gradient
+    if optimizer is None:  # no room for moments or all gradients at once: descent as soon as there is one
         for p in ours.parameters():
             p.register_post_accumulate_grad_hook(descend)
     seen: dict[str, float] = {}
@@ -156,21 +180,25 @@ def training(cfg: EFMConfig, B: int, rounds: int) -> None:
     side, how = (2048, "2,048 x 2,048")
     a = torch.randn(side, side)
     names = {"ours": loss, "transformers": their_loss, "transformers, logits of the suffix only": suffix_loss}
-    taken = take_turns({name: lambda name=name: step(name, names[name]) for name in names} | {how: lambda: a @ a}, rounds)
+    taken = take_turns(
+        {name: lambda name=name: step(name, names[name]) for name in names} | {how: lambda: a @ a}, rounds
+    )
     assert max(seen.values()) - min(seen.values()) < 1e-4 * seen["ours"], seen
     cpu, wall, user = taken["ours"]
     peak = 2 * side**3 / taken[how][0]
     rate = flops.get_total_flops() / cpu  # the CPU's fused attention is not counted
     size = sum(p.numel() for p in ours.parameters()) / 1e6
-    print(f"training step, {size:,.1f}M parameters, batch {B}, loss {seen['ours']:.5f}: {B / cpu:,.3g} samples/s")
-    print(f"    {rate / 1e9:,.1f} GFLOP/s, {rate / peak:.0%} of the {peak / 1e9:,.0f} of {how} products; "
-          f"{rate * cpu / user / peak:.0%} without the time in the kernel, which fresh memory costs")  # fmt: skip
+    print(f"training step, {size:,.1f}M parameters, batch {B}, loss {seen['ours']:.5f}: {B / cpu:,.3g} /s")
+    bare = rate * cpu / user / peak
+    print(f"    {rate / 1e9:,.1f} GFLOP/s, {rate / peak:.0%} of the {peak / 1e9:,.0f} of {how} products")
+    print(f"    {bare:.0%} without the time in the kernel, which fresh memory costs")
     for name in list(names)[1:]:
         theirs_cpu, theirs_wall, _ = taken[name]
-        print(f"    {name}: {B / theirs_cpu:,.3g} samples/s, ours {theirs_cpu / cpu:.2f} times (wall {theirs_wall / wall:.2f})")
+        ratio, on_the_wall = theirs_cpu / cpu, theirs_wall / wall
+        print(f"    {name}: {B / theirs_cpu:,.3g} samples/s, ours {ratio:.2f} times (wall {on_the_wall:.2f})")
 
 
-# --- Stage 2's rollout ------------------------------------------------------------------------------------------------
+# --- Stage 2's rollout ------------------------------------------------------------------------------------
 class Uncached(EFM):
     """`sample` by the book: for each token the whole sequence again."""
 
@@ -187,33 +215,48 @@ class Uncached(EFM):
         return tokens, torch.stack(entropies, 1)
 
 
-def look_again(model: EFM, obs: dict, rows: np.ndarray, before: dict | None, look=stage2.look) -> dict[str, Tensor]:
-    """`stage2.look` without features: each model's ViT sees both frames whenever the model is asked."""
+encode = rollouts.encode_observation
+
+
+def encode_nothing(model: EFM, obs: dict, rows: np.ndarray, before: dict | None = None) -> dict[str, Tensor]:
+    """`encode_observation` without features: each model's ViT sees both frames whenever it is asked."""
     if "state" in obs:
-        return look(model, obs, rows, None)
+        return encode(model, obs, rows)
     return {key: torch.from_numpy(obs[key][rows]) for key in ("images", "joints") if key in obs}
 
 
 def rollout(domain: str, obs: str, steps: int, rounds: int, n: int = 16) -> None:
-    """Stage 2's loop (policy, environment, d) on new models, policy and reward model equal, for `steps` steps."""
+    """Stage 2's loop (policy, environment, d) on new models, which are equal, of `steps` steps."""
     env = envs.make_vec(domain, n, obs=obs)
     env.horizon = steps
-    sizes = {"image_size": env.size} if obs == "images" else {"state_names": env.state_names, "state_dim": env.state_dim}
-    cfg = replace(PRESETS[env.recipes[obs]["model"]], **sizes)
+    sizes = (
+        {"image_size": env.size}
+        if obs == "images"
+        else {"state_names": env.state_names, "state_dim": env.state_dim}
+    )
+    cfg = replace(PRESETS[env.stage1_defaults[obs]["model"]], **sizes)
     torch.manual_seed(0)
     model = EFM(cfg, Tokenizer.train([*env.instructions(), *env.state_names]))
     slow, tokens = Uncached(cfg, model.tokenizer), {}
     slow.load_state_dict(model.state_dict())
 
-    def run(name: str, model: EFM, look: Callable = stage2.look) -> None:
-        with mock.patch.object(stage2, "look", look):  # s = -1: no episode ends early
-            tokens[name] = stage2.rollout(model, model, env, 0, torch.Generator().manual_seed(0), s=-1.0)["tokens"]
+    def never(d: Tensor, truth: Tensor) -> Tensor:
+        return torch.zeros_like(truth)
 
-    taken = take_turns({"kept": lambda: run("kept", model), "again": lambda: run("again", slow, look_again)}, rounds)
+    def run(name: str, model: EFM, encode: Callable = encode) -> None:
+        with mock.patch.object(rollouts, "encode_observation", encode):
+            episodes = rollouts.rollout(model, model, env, 0, torch.Generator().manual_seed(0), never)
+        tokens[name] = episodes.tokens
+
+    taken = take_turns(
+        {"kept": lambda: run("kept", model), "again": lambda: run("again", slow, encode_nothing)}, rounds
+    )
     assert torch.equal(tokens["kept"], tokens["again"])
     (cpu, wall, _), (again, again_wall, _), acted = taken["kept"], taken["again"], len(tokens["kept"])
-    print(f"rollout, {domain}, obs={obs}, {tokens['kept'].shape[1]} tokens an action, {n} at once: {acted / cpu:,.0f} steps/s")
-    print(f"    nothing kept: {acted / again:,.0f} steps/s, ours {again / cpu:.2f} times (wall {again_wall / wall:.2f})")
+    L = tokens["kept"].shape[1]
+    print(f"rollout, {domain}, obs={obs}, {L} tokens an action, {n} at once: {acted / cpu:,.0f} steps/s")
+    ratio, on_the_wall = again / cpu, again_wall / wall
+    print(f"    nothing kept: {acted / again:,.0f} steps/s, ours {ratio:.2f} times (wall {on_the_wall:.2f})")
 
 
 def domains() -> None:
@@ -224,7 +267,8 @@ def domains() -> None:
         env = envs.make_vec("pointmass", n, obs=obs)
         env.reset(seed=0)
         action = env.action_space.sample()
-        print(f"pointmass steps, obs={obs}, {n} at once: {rate(lambda env=env, a=action: env.step(a), n):,.0f} /s")
+        steps = rate(lambda env=env, a=action: env.step(a), n)
+        print(f"pointmass steps, obs={obs}, {n} at once: {steps:,.0f} /s")
     n = 64
     for obs in ("state", "images"):  # images: two views of 64 x 64, of a picture of 128 x 128
         batch = envs.make_vec("tabletop", n, obs=obs)
@@ -233,14 +277,20 @@ def domains() -> None:
         for i, env in enumerate(singles):
             env.reset(seed=i)
         # pushes there and back, so that blocks are touched but stay on the table
-        actions = itertools.cycle(s * rng.uniform(-0.03, 0.03, (n, 2)).astype(np.float32) for s in (1, -1) for _ in range(50))
+        actions = itertools.cycle(
+            s * rng.uniform(-0.03, 0.03, (n, 2)).astype(np.float32) for s in (1, -1) for _ in range(50)
+        )
         together = rate(lambda batch=batch, a=actions: batch.step(next(a)), n)
-        loop = rate(lambda singles=singles, a=actions: [env.step(x) for env, x in zip(singles, next(a), strict=True)], n)
+        loop = rate(
+            lambda singles=singles, a=actions: [env.step(x) for env, x in zip(singles, next(a), strict=True)],
+            n,
+        )
         print(f"tabletop control steps, obs={obs}, 4 blocks, {n} at once: {together:,.0f} /s; "
               f"{n} single environments in a loop: {loop:,.0f} /s; {together / loop:.1f} times")  # fmt: skip
     start = time.perf_counter()
     record("tabletop", "images", 512, seed=0)
-    print(f"tabletop demonstrations with frames: {512 / (time.perf_counter() - start) * 60:,.0f} episodes a minute")
+    minutes = (time.perf_counter() - start) / 60
+    print(f"tabletop demonstrations with frames: {512 / minutes:,.0f} episodes a minute")
     aloha()
 
 

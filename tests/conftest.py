@@ -1,4 +1,4 @@
-"""What every test needs: the repository's root on the path, one thread, the `slow` marker, the reference libraries."""
+"""What every test needs: the repository's root on the path, one thread, the `slow` marker, shared data."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,10 +27,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def declare_torchvision_ops() -> torch.library.Library | None:
-    """Make `import timm` and `import transformers` work with a torchvision whose compiled operators do not match torch.
+    """Make `import timm`, `import transformers` work with a torchvision that was compiled for another torch.
 
-    It then fails on describing torchvision::nms, an operator that does not exist; none of our tests calls it, so
-    declaring its name is enough. Returns what must stay alive, or None where torchvision imports as it is.
+    It then fails on describing torchvision::nms, an operator that does not exist; none of our tests calls it,
+    so declaring its name is enough. Returns what must stay alive, or None where torchvision imports as it is.
     """
     try:
         import torchvision  # noqa: F401
@@ -49,6 +50,51 @@ def declare_torchvision_ops() -> torch.library.Library | None:
 def torchvision_ops():
     """Ask for it in every test that imports timm or transformers."""
     return declare_torchvision_ops()
+
+
+# --- what several files need, once a process -----------------------------------------------------------
+EPISODES = 12
+
+
+@pytest.fixture(scope="session")
+def states() -> dict[str, np.ndarray]:
+    """Demonstrations from states."""
+    from common.demos import record
+
+    return record("pointmass", "state", EPISODES, seed=0)
+
+
+@pytest.fixture(scope="session")
+def images() -> dict[str, np.ndarray]:
+    """The same ones, from images."""
+    from common.demos import record
+
+    return record("pointmass", "images", EPISODES, seed=0)
+
+
+@pytest.fixture(scope="session", params=["state", "images"])
+def recorded(request, states, images) -> tuple[str, dict[str, np.ndarray]]:
+    return request.param, {"state": states, "images": images}[request.param]
+
+
+def one_view(data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """As if the domain had but one view: the frame before then belongs to an observation."""
+    return data | (
+        {"frames": data["frames"][np.arange(len(data["action"]))][:, 0].copy()} if "frames" in data else {}
+    )
+
+
+@pytest.fixture(scope="session")
+def references(tmp_path_factory) -> Path:
+    """A folder with an uninterrupted run of each stage, Stage 2's on Stage 1's, and the demonstrations."""
+    from tests.runs import SCRIPTS, train
+
+    folder = tmp_path_factory.mktemp("references")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for stage in SCRIPTS:
+            train(stage, f"runs/{stage}")
+    return folder
 
 
 @pytest.fixture

@@ -1,15 +1,16 @@
-"""Writes tests/aloha_reference.npz: what gym-aloha's own model says, for tests/test_aloha.py. Run once, in an environment
-of its own, because gym-aloha needs an older MuJoCo (ours were gym-aloha 0.1.5, mujoco 3.8.1):
+"""Writes tests/aloha_reference.npz: what gym-aloha's own model says, for tests/test_aloha.py.
+
+Run once, in an environment of its own, because gym-aloha needs an older MuJoCo (ours: gym-aloha 0.1.5, mujoco 3.8.1):
 
     python -m venv venv_aloha && venv_aloha/bin/pip install gym-aloha
     venv_aloha/bin/python tests/make_aloha_reference.py
 
     joints (100, 16) -> bodies (100, 2, 9, 3), cameras (100, 5, 12)   kinematics at random joint positions
     flags (64, 6) -> flag_stages (64,)                                the reward of every set of contacts
-    qpos (M, 30) -> touch (M, 6), qpos_stages (M,)                    situations of ACT's scripted episodes, and their contacts
+    qpos (M, 30) -> touch (M, 6), qpos_stages (M,)                    situations of ACT's scripts, and their contacts
 
-The contacts: left arm's left finger - socket, right arm's right finger - peg, peg - table, socket - table, peg - socket's
-walls, peg - pin.
+The contacts: left arm's left finger - socket, right arm's right finger - peg, peg - table, socket - table, peg -
+socket's walls, peg - pin.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def stage(pairs: list[tuple[str, str]]) -> int:
     names = sorted({name for pair in pairs for name in pair})
     contact = [SimpleNamespace(geom1=names.index(a), geom2=names.index(b)) for a, b in pairs]
     physics = SimpleNamespace(
-        data=SimpleNamespace(ncon=len(pairs), contact=contact), model=SimpleNamespace(id2name=lambda i, kind: names[i])
+        data=SimpleNamespace(ncon=len(pairs), contact=contact),
+        model=SimpleNamespace(id2name=lambda i, kind: names[i]),
     )
     return InsertionTask().get_reward(physics)
 
@@ -53,27 +55,41 @@ def kinematics(rng: np.random.Generator) -> dict[str, np.ndarray]:
     for q in joints:
         data.qpos[:16] = q
         mujoco.mj_forward(model, data)
-        bodies.append([[data.body(f"vx300s_{side}/{link}").xpos.copy() for link in LINKS] for side in ("left", "right")])
+        bodies.append(
+            [[data.body(f"vx300s_{side}/{link}").xpos.copy() for link in LINKS] for side in ("left", "right")]
+        )
         cameras.append([np.concatenate([data.camera(c).xpos, data.camera(c).xmat]) for c in CAMERAS])
     return {"joints": joints, "bodies": np.array(bodies), "cameras": np.array(cameras)}
 
 
 def waypoints(peg: np.ndarray, socket: np.ndarray, amiss: float) -> tuple[list, list]:
-    """ACT's scripted insertion (scripted_policy.py): time [20 ms], position, rotation about y [rad], gripper; left, right.
+    """ACT's scripted insertion (scripted_policy.py), left and right.
 
-    The peg comes `amiss` [m] too high.
+    Each point: time [20 ms], position, rotation about y [rad], gripper. The peg comes `amiss` [m] too high.
     """
     sides = []
     for thing, side, lift in ((socket, -1, 0.0), (peg, 1, 0.00715 + amiss)):
-        start, pitch, meet = np.array([side * 0.31718881, 0.5, 0.29525084]), -side * np.pi / 3, np.array([0, 0.5, 0.15 + lift])
-        sides.append([(0, start, 0, 0), (120, thing + [0, 0, 0.08], pitch, 1), (170, thing + [0, 0, -0.03], pitch, 1),
-                      (220, thing + [0, 0, -0.03], pitch, 0), (285, meet + [side * 0.1, 0, 0], pitch, 0),
-                      (340, meet + [side * 0.05, 0, 0], pitch, 0), (400, meet + [side * 0.05, 0, 0], pitch, 0)])  # fmt: skip
+        start, pitch, meet = (
+            np.array([side * 0.31718881, 0.5, 0.29525084]),
+            -side * np.pi / 3,
+            np.array([0, 0.5, 0.15 + lift]),
+        )
+        sides.append(
+            [
+                (0, start, 0, 0),
+                (120, thing + [0, 0, 0.08], pitch, 1),
+                (170, thing + [0, 0, -0.03], pitch, 1),
+                (220, thing + [0, 0, -0.03], pitch, 0),
+                (285, meet + [side * 0.1, 0, 0], pitch, 0),
+                (340, meet + [side * 0.05, 0, 0], pitch, 0),
+                (400, meet + [side * 0.05, 0, 0], pitch, 0),
+            ]
+        )
     return tuple(sides)
 
 
 def situations(seeds: range, every: int) -> dict[str, np.ndarray]:
-    """States of scripted episodes. Welds are stiffened and MULTICCD is off: without either the script fails since MuJoCo 3."""
+    """States of scripted episodes. Since MuJoCo 3 the script needs stiffened welds, and MULTICCD off."""
     model = mujoco.MjModel.from_xml_path(str(ASSETS / "bimanual_viperx_end_effector_insertion.xml"))
     model.eq_solimp[:, :2] = 0.99
     model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_MULTICCD)
@@ -109,8 +125,13 @@ def main() -> None:
     flag_stages = [stage([group[i % len(group)] for group, on in zip(PAIRS, row, strict=True) if on])
                    for i, row in enumerate(flags)]  # fmt: skip
     file = Path(__file__).with_name("aloha_reference.npz")
-    np.savez_compressed(file, flags=flags, flag_stages=np.array(flag_stages, np.int8), **kinematics(np.random.default_rng(0)),
-                        **situations(range(6), 8))  # fmt: skip
+    np.savez_compressed(
+        file,
+        flags=flags,
+        flag_stages=np.array(flag_stages, np.int8),
+        **kinematics(np.random.default_rng(0)),
+        **situations(range(6), 8),
+    )
     print(f"{file}: {file.stat().st_size / 1000:.0f} kB")
 
 

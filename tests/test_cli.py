@@ -1,9 +1,10 @@
-"""Wrong commands, damaged checkpoints and unfit datasets: one line that names the culprit, exit code 2, nothing written."""
+"""Wrong commands, damaged checkpoints and unfit datasets: one line, exit code 2, nothing written."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
@@ -19,17 +20,20 @@ import numpy as np
 import pytest
 import torch
 
-import common
 import envs
 import eval as evaluation
-import model as models
 import pointmass
 import stage0
 import stage1
 import stage2
-from model import EFM, EFMConfig, Tokenizer
+from common import demos
+from common.cli import cli
+from common.weights import save_model
+from model import EFM, EFMConfig
+from tests.tiny import SIZES, tiny_presets
+from tokens import Tokenizer
 
-ROOT = Path(common.__file__).resolve().parent
+ROOT = Path(stage1.__file__).resolve().parent
 SCRIPTS = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "eval": evaluation}
 # sizes that make a command finish in a second, should it go wrong and be accepted
 TINY = {
@@ -39,7 +43,7 @@ TINY = {
     "eval": "--episodes 2",
 }
 ONE, TWO, ZERO = (f"runs/pointmass-{s}-s0" for s in ("stage1", "stage2", "images-stage0"))
-CACHE = "data/pointmass-state-30-s0.npz"
+CACHE = f"data/pointmass-state-30-s0-v{demos.FORMAT}.npz"
 
 
 def call(script: ModuleType, args: list[str]) -> None:
@@ -47,15 +51,19 @@ def call(script: ModuleType, args: list[str]) -> None:
     before = sys.argv
     sys.argv = [f"{script.__name__}.py", *args]
     try:
-        common.cli(script.Config, script.main)
+        cli(script.Config, script.main)
     finally:
         sys.argv = before
 
 
 def tree(folder: Path) -> dict[str, str]:
     """Every path under a folder with the hash of its content; a link and an empty folder count, too."""
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"
-            for p in sorted(folder.rglob("*"))}  # fmt: skip
+    found = {}
+    for p in sorted(folder.rglob("*")):
+        found[str(p.relative_to(folder))] = (
+            hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"
+        )
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +71,11 @@ def valid(tmp_path_factory) -> Path:
     """A folder with finished runs of Stage 0, 1 and 2 and the cached demonstrations."""
     folder, before = tmp_path_factory.mktemp("valid"), Path.cwd()
     os.chdir(folder)
-    sizes = {"width": 16, "depth": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp_dim": 16, "vit_width": 16, "vit_heads": 2,
-             "vit_mlp_dim": 16}  # fmt: skip
-    presets = dict(models.PRESETS)
     try:
-        models.PRESETS |= {k: dataclasses.replace(presets[k], **sizes) for k in ("nano", "nano-vision")}
-        for name in ("stage0", "stage1", "stage2"):
-            call(SCRIPTS[name], TINY[name].split())
+        with tiny_presets():
+            for name in ("stage0", "stage1", "stage2"):
+                call(SCRIPTS[name], TINY[name].split())
     finally:
-        models.PRESETS |= presets
         os.chdir(before)
     return folder
 
@@ -86,7 +90,7 @@ def here(valid, tmp_path, monkeypatch) -> Path:
     return tmp_path / "here"
 
 
-# --- what is wrong ----------------------------------------------------------------------------------------------------
+# --- what is wrong ----------------------------------------------------------------------------------------
 def truncate(path: str) -> None:
     content = Path(path).read_bytes()
     Path(path).write_bytes(content[: len(content) // 2])
@@ -127,11 +131,9 @@ def model(path: str, obs: str, words: list[str] | None = None, size: int = 32) -
     """A whole checkpoint, of a model that reads `obs` and knows only `words`."""
     env = envs.make_vec("pointmass", 1, obs=obs)
     sizes = {"state_names": env.state_names, "state_dim": 2} if obs == "state" else {"image_size": size}
-    cfg = EFMConfig(
-        width=16, depth=1, heads=2, kv_heads=1, head_dim=8, mlp_dim=16, vit_width=16, vit_heads=2, vit_mlp_dim=16, **sizes
-    )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    models.save_model(EFM(cfg, Tokenizer.train(words or [*env.instructions(), *env.questions(), *env.state_names])), Path(path))
+    tokenizer = Tokenizer.train(words or [*env.instructions(), *env.questions(), *env.state_names])
+    save_model(EFM(EFMConfig(**SIZES, **sizes), tokenizer), Path(path))
 
 
 def minari_of_images() -> None:
@@ -142,13 +144,28 @@ def minari_of_images() -> None:
     env = envs.make_vec("pointmass", 1, obs="images")
     o, _ = env.reset(seed=0)
     frames = np.repeat(o["images"], 3, 0)
-    buffer = EpisodeBuffer(observations={"instruction": [o["instruction"][0]] * 3, "images": frames},
-                           actions=np.zeros((2, 2), np.float32), rewards=[0.0, 0.0], terminations=[False, False],
-                           truncations=[False, True])  # fmt: skip
+    buffer = EpisodeBuffer(
+        observations={"instruction": [o["instruction"][0]] * 3, "images": frames},
+        actions=np.zeros((2, 2), np.float32),
+        rewards=[0.0, 0.0],
+        terminations=[False, False],
+        truncations=[False, True],
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Minari asks for authors and links
-        minari.create_dataset_from_buffers("nanoefm/images-v0", [buffer], action_space=env.single_action_space,
-                                           observation_space=env.single_observation_space)  # fmt: skip
+        minari.create_dataset_from_buffers(
+            "nanoefm/images-v0",
+            [buffer],
+            action_space=env.single_action_space,
+            observation_space=env.single_observation_space,
+        )
+
+
+class Code:
+    """In a pickle: code that would make a file."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
 
 
 def unfinish(run: str) -> None:
@@ -157,7 +174,7 @@ def unfinish(run: str) -> None:
 
 Damage = Callable[[], object] | None
 NEW = "--out runs/new"
-CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was done before, what the line must name
+CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was done before, what is named
     # the command line itself
     ("stage0", "--nope 3", None, "--nope"),
     ("stage1", "--nope 3", None, "--nope"),
@@ -168,8 +185,8 @@ CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was don
     ("stage2", "--gamma high", None, "--gamma"),
     ("stage2", "--success maybe", None, "--success"),
     ("stage2", "--stage1", None, "--stage1"),
-    ("eval", "--s three", None, "--s"),
-    ("eval", "--s nan", None, "--s nan"),
+    ("eval", "--success-threshold three", None, "--success-threshold"),
+    ("eval", "--success-threshold nan", None, "--success-threshold nan"),
     # values
     ("stage0", "--domain nope", None, "--domain nope"),
     ("stage1", "--domain nope", None, "--domain nope"),
@@ -183,9 +200,12 @@ CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was don
     ("stage1", f"--domain pointmass,size=0 --obs images {NEW}", None, "size 0"),
     ("stage1", f"--domain aloha,size=big --obs images {NEW}", None, "size big"),
     ("stage2", f"--domain tabletop {NEW}", None, "--domain tabletop"),  # Stage 1 was elsewhere
-    *(("stage0", f"--{f} {v} {NEW}", None, f"--{f} {v}") for f in ("updates", "batch", "eval-every") for v in (0, -1)),
-    *(("stage1", f"--{f} 0 {NEW}", None, f"--{f} 0") for f in ("eval-every", "eval-episodes", "data-fraction")),
-    *(("stage1", f"--{f} {v} {NEW}", None, f"--{f} {v}") for f, v in (("batch", -1), ("batch", 1), ("lr", -1.0), ("lr", "nan"))),
+    *(("stage0", f"--{f} {v} {NEW}", None, f"--{f} {v}")
+      for f in ("updates", "batch", "eval-every") for v in (0, -1)),
+    *(("stage1", f"--{f} 0 {NEW}", None, f"--{f} 0")
+      for f in ("eval-every", "eval-episodes", "data-fraction")),
+    *(("stage1", f"--{f} {v} {NEW}", None, f"--{f} {v}")
+      for f, v in (("batch", -1), ("batch", 1), ("lr", -1.0), ("lr", "nan"))),
     ("stage1", f"--episodes 1 {NEW}", None, "--episodes 1"),
     ("stage1", f"--updates -1 {NEW}", None, "--updates -1"),
     ("stage0", f"--domain aloha {NEW}", None, "--domain aloha"),
@@ -193,7 +213,7 @@ CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was don
     ("stage1", f"--data-fraction 0.01 {NEW}", None, "--data-fraction 0.01"),
     ("stage2", f"--operator {NEW}", None, "--operator"),
     ("stage2", f"--c nan {NEW}", None, "--c"),
-    ("stage2", f"--s nan {NEW}", None, "--s"),
+    ("stage2", f"--success-threshold nan {NEW}", None, "--success-threshold"),
     ("stage2", f"--success-bonus nan {NEW}", None, "--success-bonus"),
     ("stage2", f"--lr inf {NEW}", None, "--lr"),
     ("stage1", f"--episodes -3 {NEW}", None, "--episodes -3"),
@@ -225,22 +245,27 @@ CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was don
     ("stage1", f"--out {TWO} --resume", None, TWO),
     ("stage0", "--resume", lambda: (unfinish(ZERO), truncate(f"{ZERO}/resume.pt")), "resume.pt"),
     ("stage1", "--resume", lambda: (unfinish(ONE), truncate(f"{ONE}/resume.pt")), "resume.pt"),
-    ("stage2", "--resume --stage1 " + ONE, lambda: (unfinish(TWO), text(f"{TWO}/resume.pt", "")), "resume.pt"),
-    ("stage1", "--resume", lambda: (unfinish(ONE), torch.save({"update": 2}, f"{ONE}/resume.pt")), "resume.pt"),
+    ("stage2", f"--resume --stage1 {ONE}", lambda: (unfinish(TWO), text(f"{TWO}/resume.pt", "")),
+     "resume.pt"),
+    ("stage1", "--resume", lambda: (unfinish(ONE), torch.save({"seed": 2}, f"{ONE}/resume.pt")), "resume.pt"),
     ("stage1", "--resume", lambda: (unfinish(ONE), text(f"{ONE}/config.json", '{"seed"')), "config.json"),
+    ("stage1", "--resume", lambda: (unfinish(ONE), torch.save(Code(), f"{ONE}/resume.pt")), "resume.pt"),
+    ("stage2", f"--keep-optimizer {NEW}", lambda: torch.save(Code(), f"{ONE}/resume.pt"), "resume.pt"),
     # demonstrations
     ("stage1", NEW, lambda: truncate(CACHE), CACHE),
     ("stage1", NEW, lambda: text(CACHE, ""), CACHE),
     ("stage1", NEW, lambda: np.savez(CACHE, state=np.zeros((3, 10))), CACHE),
     ("stage1", f"--dataset nanoefm/nothing-v0 {NEW}", None, "--dataset nanoefm/nothing-v0"),
     ("stage1", f"--dataset nanoefm/images-v0 {NEW}", minari_of_images, "--dataset nanoefm/images-v0"),
-    ("stage1", f"--dataset nanoefm/images-v0 --obs images --init none {NEW}", minari_of_images, "--dataset nanoefm/images-v0"),
+    ("stage1", f"--dataset nanoefm/images-v0 --obs images --init none {NEW}", minari_of_images,
+     "--dataset nanoefm/images-v0"),
     # --init
     ("stage1", f"--obs images --init runs/nothing {NEW}", None, "runs/nothing"),
     ("stage1", f"--obs images --init {ZERO} {NEW}", lambda: truncate(f"{ZERO}/policy.safetensors"), ZERO),
     ("stage1", f"--obs images --init {ONE} {NEW}", None, ONE),  # it reads states
     ("stage1", f"--obs images --init runs/other {NEW}",  # it knows no colours
-     lambda: model("runs/other/policy.safetensors", "images", ["where is the cup"]), "runs/other/policy.safetensors"),
+     lambda: model("runs/other/policy.safetensors", "images", ["where is the cup"]),
+     "runs/other/policy.safetensors"),
     ("stage1", f"--obs images --init runs/other {NEW}",  # of larger frames
      lambda: model("runs/other/policy.safetensors", "images", size=64), "runs/other/policy.safetensors"),
     # --stage1
@@ -259,11 +284,10 @@ CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was don
     ("stage2", NEW, lambda: text(f"{ONE}/reward.safetensors", ""), f"{ONE}/reward.safetensors"),
     ("stage2", NEW, lambda: reshape(f"{ONE}/policy.safetensors"), f"{ONE}/policy.safetensors"),
     ("stage2", NEW, lambda: foreign(f"{ONE}/reward.safetensors"), f"{ONE}/reward.safetensors"),
-    ("stage2", NEW, lambda: model(f"{ONE}/policy.safetensors", "images"), ONE),  # it reads frames, the run says states
+    ("stage2", NEW, lambda: model(f"{ONE}/policy.safetensors", "images"), ONE),  # it reads frames
     ("stage2", f"--keep-optimizer {NEW}", lambda: remove(f"{ONE}/resume.pt"), f"{ONE}/resume.pt"),
     ("stage2", f"--keep-optimizer {NEW}", lambda: truncate(f"{ONE}/resume.pt"), f"{ONE}/resume.pt"),
     ("stage2", f"--stage1 {ZERO} {NEW}", None, ZERO),
-    ("stage2", f"--stage1 {TWO} {NEW}", None, TWO),
     # eval
     ("eval", "", lambda: remove("runs"), "--run"),
     ("eval", "--run runs/nothing", None, "runs/nothing/config.json"),
@@ -272,8 +296,7 @@ CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was don
     ("eval", f"--run {ONE}", lambda: remove(f"{ONE}/reward.safetensors"), f"{ONE}/reward.safetensors"),
     ("eval", f"--run {ONE}", lambda: truncate(f"{ONE}/policy.safetensors"), f"{ONE}/policy.safetensors"),
     ("eval", f"--run {ONE}", lambda: edit(f"{ONE}/config.json", domain="nope"), "nope"),
-    ("eval", f"--run {TWO}", lambda: remove(ONE), ONE),
-    ("eval", f"--run {TWO}", lambda: edit(f"{TWO}/config.json", stage1=None), f"{TWO}/config.json"),
+    ("eval", f"--run {TWO}", lambda: edit(f"{TWO}/config.json", domain=None), f"{TWO}/config.json"),
     ("eval", f"--run {TWO}", lambda: remove(f"{TWO}/metrics.csv"), f"{TWO}/metrics.csv"),
 ]  # fmt: skip
 NAMES = [
@@ -291,7 +314,12 @@ def test_wrong_input_is_one_line_and_nothing_is_written(script, args, damage, cu
     before = tree(here.parent)
     given = args.split()
     sizes = TINY[script].split()  # those that the case does not set itself
-    sizes = [x for flag, value in zip(sizes[::2], sizes[1::2], strict=True) if flag not in given for x in (flag, value)]
+    sizes = [
+        x
+        for flag, value in zip(sizes[::2], sizes[1::2], strict=True)
+        if flag not in given
+        for x in (flag, value)
+    ]
     with pytest.raises(SystemExit) as end:
         call(SCRIPTS[script], [*sizes, *given])
     error = capsys.readouterr().err
@@ -301,13 +329,38 @@ def test_wrong_input_is_one_line_and_nothing_is_written(script, args, damage, cu
     assert tree(here.parent) == before
 
 
-def test_the_same_commands_without_the_mistake_are_accepted(here, capsys):
-    """So the cases above fail for their mistake and not for their sizes."""
+def test_the_same_commands_without_the_mistake_are_accepted(here, capsys, monkeypatch):
+    """So the cases above fail for their mistake alone; and a cluster's leftover is no mistake."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("stage0", "stage1", "stage2"):
         call(SCRIPTS[name], [*TINY[name].split(), *NEW.split()])
         assert (here / "runs/new/summary.json").exists()
         shutil.rmtree(here / "runs/new")
     assert capsys.readouterr().err == ""
+
+
+def test_practice_goes_on_from_a_run_of_stage_2(here):
+    call(stage2, [*TINY["stage2"].split(), *NEW.split(), "--stage1", TWO])
+    settings = json.loads((here / "runs/new/config.json").read_text())
+    assert settings["stage1"] == TWO and settings["domain"] == "pointmass" and settings["obs"] == "state"
+    assert (here / "runs/new/reward.safetensors").read_bytes() == (
+        here / TWO / "reward.safetensors"
+    ).read_bytes()
+    assert (here / "runs/new/summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    "leftover", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}]
+)
+@pytest.mark.parametrize("several", [True, False])
+def test_a_clusters_leftover_variables_are_ignored(leftover, several, here, capsys, monkeypatch):
+    for name, value in leftover.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--run", "runs/nothing"])
+    with pytest.raises(SystemExit) as end:
+        cli(evaluation.Config, evaluation.main, several)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and "runs/nothing" in error
 
 
 def test_resuming_a_finished_run_changes_nothing(here, capsys):
@@ -320,7 +373,7 @@ def test_resuming_a_finished_run_changes_nothing(here, capsys):
     assert tree(here) == before
 
 
-# --- as a process -----------------------------------------------------------------------------------------------------
+# --- as a process -----------------------------------------------------------------------------------------
 def process(script: str, args: list[str], cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / script), *args]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
@@ -328,7 +381,11 @@ def process(script: str, args: list[str], cwd: Path) -> subprocess.CompletedProc
 
 @pytest.mark.parametrize(
     ("command", "culprit"),
-    [("stage1.py --domain nope", "--domain nope"), ("pointmass.py --bins 0", ""), ("eval.py --run nothing", "nothing")],
+    [
+        ("stage1.py --domain nope", "--domain nope"),
+        ("pointmass.py --bins 0", ""),
+        ("eval.py --run nothing", "nothing"),
+    ],
 )
 def test_wrong_input_of_a_process(command, culprit, tmp_path):
     script, *args = command.split()
@@ -338,7 +395,7 @@ def test_wrong_input_of_a_process(command, culprit, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# --- help -------------------------------------------------------------------------------------------------------------
+# --- help -------------------------------------------------------------------------------------------------
 def shown(help_text: str) -> str:
     """Without the frame around the options, in one line."""
     return " ".join(re.sub("[│╭╮╰╯─]", " ", re.sub(r"\x1b\[[0-9;]*m", "", help_text)).split())
@@ -347,9 +404,25 @@ def shown(help_text: str) -> str:
 def assert_fields(text: str, config: type) -> None:
     text = text[text.rindex("-h, --help") :]  # the docstring names flags, too
     for field in dataclasses.fields(config):
-        option = re.search(rf"--{field.name.replace('_', '-')}\b.*?\(default: (.*?)\)(?= --|$)", text)
+        option = re.search(rf"--{field.name.replace('_', '-')}(?![\w-]).*?\(default: (.*?)\)(?= --|$)", text)
         assert option, field.name
         assert option[1] in (str(field.default), repr(field.default)), (field.name, option[1])
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_help_on_a_console_without_our_letters(script, monkeypatch):
+    """A Windows console, or PYTHONIOENCODING=cp1252: a Greek letter becomes a question mark."""
+    assert "τ" in stage1.__doc__  # such a letter
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    with pytest.raises(SystemExit) as end:
+        call(script, ["--help"])
+    console.flush()
+    text = shown(console.buffer.getvalue().decode("cp1252"))
+    expected = script.__doc__.encode("cp1252", "replace").decode("cp1252")
+    assert end.value.code == 0 and " ".join(expected.split()) in text
+    assert_fields(text, script.Config)
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
@@ -366,7 +439,8 @@ def test_help(script, capsys, monkeypatch, tmp_path):
     assert_fields(text, script.Config)
 
 
-def test_help_of_pointmass(tmp_path):
+def test_help_of_pointmass(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")  # for this process: a console without our letters
     p = process("pointmass.py", ["--help"], tmp_path)
     text = shown(p.stdout)
     assert p.returncode == 0 and p.stderr == "" and not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""results/cost.py counts what small runs measure, to 10 %: parameters, FLOPs, what autograd keeps, weights and moments."""
+"""results/cost.py counts what small runs measure, to 10 %: parameters, FLOPs, activations, weights, moments."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as models
-from model import EFM, EFMConfig, Tokenizer
-from stage2 import look
+from common.weights import add_lora, load_model, save_base, save_model, trainable_state
+from model import EFM, EFMConfig
+from rollout import encode_observation
+from tokens import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "results"))
@@ -37,13 +38,15 @@ def build(cfg: EFMConfig, rank: int = 0, base: Path = Path()) -> EFM:
     torch.manual_seed(0)
     model = EFM(cfg, WORDS)
     if rank:
-        models.add_lora(model, rank, base)
+        add_lora(model, rank, base)
     return model
 
 
 def sample(cfg: EFMConfig) -> tuple[dict[str, Tensor], list[str], Tensor]:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (1, 2, cfg.image_size, cfg.image_size, 3), dtype=torch.uint8, generator=generator)
+    images = torch.randint(
+        0, 256, (1, 2, cfg.image_size, cfg.image_size, 3), dtype=torch.uint8, generator=generator
+    )
     return {"images": images}, [TEXT], torch.randint(0, ALLOWED, (1, ANSWER), generator=generator)
 
 
@@ -71,7 +74,11 @@ def test_parameters(torchvision_ops, row):
     for stage in (1, 2):
         c = cost(cfg, rank, stage)
         assert c.parameters == sum(p.numel() for p in model.parameters())
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad and (stage == 1 or not n.startswith("vision"))}
+        trained = {
+            n: p
+            for n, p in model.named_parameters()
+            if p.requires_grad and (stage == 1 or not n.startswith("vision"))
+        }
         assert c.trained == sum(p.numel() for p in trained.values())
 
 
@@ -89,7 +96,9 @@ def test_flops(torchvision_ops, name, rank):
         with torch.no_grad():
             before = {"features": model.encode_images(obs["images"])}
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            seen = [look(m, {"images": obs["images"].numpy()}, [0], before) for m in (model, model)]
+            seen = [
+                encode_observation(m, {"images": obs["images"].numpy()}, [0], before) for m in (model, model)
+            ]
             model.sample(seen[0], prompts, RANGES)
             model.log_probs(seen[1], prompts, answer[:, :1], RANGES[:1])
         practice.flops = counter.get_total_flops()
@@ -123,7 +132,9 @@ def test_activations(name, stage):
     for B in (1, 2):  # the second sample's share: what all share does not count
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss = model.log_prob({k: v.repeat(B, *[1] * (v.ndim - 1)) for k, v in obs.items()}, prompts * B, answer[:B], RANGES)
+            loss = model.log_prob(
+                {k: v.repeat(B, *[1] * (v.ndim - 1)) for k, v in obs.items()}, prompts * B, answer[:B], RANGES
+            )
         sizes.append(sum(n for pointer, n in kept.items() if pointer not in ours))
         del loss
     assert cost(cfg, 0, stage).activations == pytest.approx(sizes[1] - sizes[0], rel=0.1)
@@ -132,14 +143,14 @@ def test_activations(name, stage):
 @pytest.mark.parametrize("rank", [0, 16])
 @pytest.mark.parametrize("name", SMALL)
 def test_states(torchvision_ops, name, rank, tmp_path):
-    """Bytes of weights, gradients and moments after a step of each stage, the reward model's weights with them; each once."""
+    """Bytes of weights, gradients and moments after a step of each stage, with the reward model's; each once."""
     cfg = SMALL[name]
     obs, prompts, answer = sample(cfg)
     for stage in (1, 2):
         model = build(cfg, rank, tmp_path / "base.safetensors")
         if rank:
-            models.save_base(model, model.base)
-        models.save_model(model, tmp_path / "reward.safetensors", models.trained(model))
+            save_base(model, model.base)
+        save_model(model, tmp_path / "reward.safetensors", trainable_state(model))
         seen = obs
         if stage == 2:  # as stage2.main: frozen, fed its features
             model.vision_tower.requires_grad_(False)
@@ -150,7 +161,7 @@ def test_states(torchvision_ops, name, rank, tmp_path):
         held = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
         held += [x for state in optimizer.state.values() for x in state.values()]
         if stage == 2:
-            held += models.load_model(tmp_path / "reward.safetensors", model).parameters()
+            held += load_model(tmp_path / "reward.safetensors", model).parameters()
         memory = {x.data_ptr(): x.nbytes for x in held}  # what two models share is there once
         assert cost(cfg, rank, stage).states == pytest.approx(sum(memory.values()), rel=0.1)
 
@@ -159,9 +170,11 @@ def test_memory_falls_with_the_devices_where_they_share():
     for cfg, rank, shard in ROWS.values():
         c = cost(cfg, rank, 1)
         assert c.memory(1, shard) == c.states + c.activations
-        assert c.memory(8, shard) - c.memory(64, shard) == pytest.approx(c.states * (1 / 8 - 1 / 64) if shard else 0)
+        assert c.memory(8, shard) - c.memory(64, shard) == pytest.approx(
+            c.states * (1 / 8 - 1 / 64) if shard else 0
+        )
 
 
-def test_the_table_is_the_readme_s():
+def test_the_table_is_what_the_pages_show():
     assert costs.table() == (ROOT / "results" / "cost.md").read_text()
-    assert costs.table() in (ROOT / "README.md").read_text()
+    assert any(costs.table() in page.read_text() for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")))

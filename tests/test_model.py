@@ -1,38 +1,44 @@
-"""The model against the reference libraries, its mask and cache against their definitions, the tokenisers against arithmetic."""
+"""The model against the reference libraries, its mask and cache against their definitions."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import re
 
-import numpy as np
 import pytest
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import envs
 import model as models
-from model import (
-    EFM,
-    QUESTION_ACTION,
-    QUESTION_INSTRUCTION,
-    QUESTION_STEPS,
-    EFMConfig,
-    SignMagnitude,
-    StepsToGo,
-    Tokenizer,
-    UniformBins,
-)
+from common.weights import load_model, save_model
+from model import EFM, EFMConfig
+from tokens import N_LOC, QUESTION_ACTION, QUESTION_STEPS, SignMagnitude, StepsToGo, Tokenizer, UniformBins
 
-INSTRUCTIONS = ["move to the red goal", "go to the blue spot", "push the small red block slowly to the left of the green one"]
-TINY = EFMConfig(width=24, depth=2, heads=4, kv_heads=2, head_dim=8, mlp_dim=40, image_size=16, patch_size=8, vit_width=16,
-                 vit_depth=2, vit_heads=2, vit_mlp_dim=24, state_names=("red", "the goal"), state_dim=2)  # fmt: skip
+INSTRUCTIONS = [
+    "move to the red goal",
+    "go to the blue spot",
+    "push the small red block slowly to the left of the green one",
+]
+TINY = EFMConfig(
+    width=24,
+    depth=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp_dim=40,
+    image_size=16,
+    patch_size=8,
+    vit_width=16,
+    vit_depth=2,
+    vit_heads=2,
+    vit_mlp_dim=24,
+    state_names=("red", "the goal"),
+    state_dim=2,
+)
 
 
 def randomise(module: nn.Module, seed: int = 0) -> None:
@@ -58,7 +64,9 @@ def observe(B: int, seed: int = 0) -> dict[str, Tensor]:
 
 def questions(B: int) -> list[str]:
     """Prompts of different lengths, so that some are padded."""
-    return [(QUESTION_ACTION, QUESTION_STEPS)[i % 2].format(INSTRUCTIONS[i % len(INSTRUCTIONS)]) for i in range(B)]
+    return [
+        (QUESTION_ACTION, QUESTION_STEPS)[i % 2].format(INSTRUCTIONS[i % len(INSTRUCTIONS)]) for i in range(B)
+    ]
 
 
 # --- the reference libraries ------------------------------------------------------------------------------------------
@@ -113,7 +121,9 @@ def test_vit_equals_siglip(torchvision_ops):
         return re.sub(r"^layers\.", "encoder.layers.", name)
 
     weights = {rename(k): v for k, v in vit.state_dict().items()}
-    prefix = "vision_model." if any(k.startswith("vision_model.") for k in reference.state_dict()) else ""  # transformers < 5
+    prefix = (
+        "vision_model." if any(k.startswith("vision_model.") for k in reference.state_dict()) else ""
+    )  # transformers < 5
     reference.load_state_dict({prefix + k: v for k, v in weights.items()})
     with torch.no_grad():
         expected = reference(pixel_values=images.permute(0, 3, 1, 2) / 127.5 - 1).last_hidden_state
@@ -124,7 +134,9 @@ def test_vit_equals_siglip(torchvision_ops):
 def test_gemma_equals_transformers(torchvision_ops, kv_heads):
     from transformers import GemmaConfig, GemmaModel
 
-    cfg = dataclasses.replace(TINY, width=32, depth=3, kv_heads=kv_heads, mlp_dim=56, vocab_size=50, rope_theta=500.0)
+    cfg = dataclasses.replace(
+        TINY, width=32, depth=3, kv_heads=kv_heads, mlp_dim=56, vocab_size=50, rope_theta=500.0
+    )
     torch.manual_seed(kv_heads)
     gemma = models.Gemma(cfg).requires_grad_(False)
     randomise(gemma)
@@ -143,10 +155,14 @@ def test_gemma_equals_transformers(torchvision_ops, kv_heads):
     positions = torch.cat([valid, valid.new_ones(2, 3)], 1).cumsum(1) - 1
     additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     with torch.no_grad():
-        expected = reference(input_ids=ids, attention_mask=additive, position_ids=positions, use_cache=False).last_hidden_state
+        expected = reference(
+            input_ids=ids, attention_mask=additive, position_ids=positions, use_cache=False
+        ).last_hidden_state
     hidden = gemma(gemma.embed(ids), positions, mask, keep=9)
     torch.testing.assert_close(hidden, expected, atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(gemma(gemma.embed(ids), positions, mask, keep=4), expected[:, -4:], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        gemma(gemma.embed(ids), positions, mask, keep=4), expected[:, -4:], atol=2e-5, rtol=1e-5
+    )
 
 
 # --- the mask and the padding -----------------------------------------------------------------------------------------
@@ -171,7 +187,9 @@ def test_a_padded_prompt_gets_the_answer_of_the_unpadded_one():
     assert not valid.all() and (ids[:, -1] == ids[0, -1]).all()  # some are padded, and on the left
     together = model.log_probs(obs, prompts, answer, ranges)
     for i, prompt in enumerate(prompts):
-        alone = model.log_probs({k: v[i : i + 1] for k, v in obs.items()}, [prompt], answer[i : i + 1], ranges)
+        alone = model.log_probs(
+            {k: v[i : i + 1] for k, v in obs.items()}, [prompt], answer[i : i + 1], ranges
+        )
         for a, b in zip(alone, together, strict=True):
             torch.testing.assert_close(a[0], b[i], atol=1e-5, rtol=1e-5)
 
@@ -190,9 +208,12 @@ def test_each_part_of_the_question_matters():
     model, obs = tiny(), observe(1)
     ask = functools.partial(model.log_probs, answer=torch.zeros(1, 1, dtype=torch.long), ranges=[(0, 8)])
     base = ask(obs, [QUESTION_STEPS.format(INSTRUCTIONS[0])])[0]
-    for other in (ask(obs, [QUESTION_ACTION.format(INSTRUCTIONS[0])]), ask(obs, [QUESTION_STEPS.format(INSTRUCTIONS[1])]),
-                  ask(obs | {"images": obs["images"].flip(1)}, [QUESTION_STEPS.format(INSTRUCTIONS[0])]),
-                  ask(obs | {"state": -obs["state"]}, [QUESTION_STEPS.format(INSTRUCTIONS[0])])):  # fmt: skip
+    for other in (
+        ask(obs, [QUESTION_ACTION.format(INSTRUCTIONS[0])]),
+        ask(obs, [QUESTION_STEPS.format(INSTRUCTIONS[1])]),
+        ask(obs | {"images": obs["images"].flip(1)}, [QUESTION_STEPS.format(INSTRUCTIONS[0])]),
+        ask(obs | {"state": -obs["state"]}, [QUESTION_STEPS.format(INSTRUCTIONS[0])]),
+    ):
         assert (base - other[0]).abs().max() > 1e-3
 
 
@@ -204,35 +225,78 @@ def test_cached_sampling_equals_the_uncached_path(rng, kv_heads):
         tokens, entropy = model.sample(obs, prompts, ranges, rng, greedy)
         log_probs = model.log_probs(obs, prompts, tokens, ranges)  # no cache here
         if greedy:
-            assert torch.equal(tokens, torch.stack([lp.argmax(-1) + r[0] for lp, r in zip(log_probs, ranges, strict=True)], 1))
+            assert torch.equal(
+                tokens,
+                torch.stack([lp.argmax(-1) + r[0] for lp, r in zip(log_probs, ranges, strict=True)], 1),
+            )
         expected = torch.stack([torch.distributions.Categorical(logits=lp).entropy() for lp in log_probs], 1)
         torch.testing.assert_close(entropy, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_number_waves_put_numbers_on_a_curve_and_change_no_word():
+def test_sinusoidal_numbers_lie_on_a_curve_and_change_no_word():
     tables = []
     for waves in (False, True):
         torch.manual_seed(0)
-        model = EFM(dataclasses.replace(TINY, number_waves=waves), Tokenizer.train([*INSTRUCTIONS, *TINY.state_names]))
+        model = EFM(
+            dataclasses.replace(TINY, sinusoidal_numbers=waves),
+            Tokenizer.train([*INSTRUCTIONS, *TINY.state_names]),
+        )
         tables.append(model.language_model.embed_tokens.weight.detach())
     first = model.tokenizer.loc
-    numbers = slice(first, first + models.N_LOC)
-    assert torch.equal(tables[0][:first], tables[1][:first]) and torch.equal(tables[0][numbers.stop :], tables[1][numbers.stop :])
+    numbers = slice(first, first + N_LOC)
+    assert torch.equal(tables[0][:first], tables[1][:first]) and torch.equal(
+        tables[0][numbers.stop :], tables[1][numbers.stop :]
+    )
     plain, waves = (t[numbers] @ t[numbers].T for t in tables)  # dots of any two numbers
-    torch.testing.assert_close(waves.diagonal(), torch.ones(models.N_LOC))
+    torch.testing.assert_close(waves.diagonal(), torch.ones(N_LOC))
     # by hand: sines and cosines of wavelengths 4 ... 512 give the mean cosine of the distance, whatever the place
     lengths = torch.tensor([4 * 128 ** (k / 11) for k in range(12)])
     for distance in (1, 3, 40):
         expected = torch.cos(2 * torch.pi * distance / lengths).mean()
-        torch.testing.assert_close(waves.diagonal(distance), expected.expand(models.N_LOC - distance), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            waves.diagonal(distance), expected.expand(N_LOC - distance), atol=1e-4, rtol=0
+        )
     assert waves.diagonal(1).min() > 0.8 > 0.5 > plain.diagonal(1).mean()
+
+
+def test_a_share_of_a_curve_keeps_numbers_apart():
+    """Nine tenths: near numbers are alike, and yet no two are the same, as on a fine curve they nearly are."""
+    torch.manual_seed(0)
+    cfg = dataclasses.replace(models.PRESETS["nano"], state_names=("red",), state_dim=2)
+    model = EFM(cfg, Tokenizer.train(["move to the red goal"]))
+    first = model.tokenizer.loc
+    numbers = model.language_model.embed_tokens.weight[first : first + N_LOC].detach()
+    near, far = ((numbers[:-k] * numbers[k:]).sum(1).mean() for k in (1, 200))
+    assert cfg.sinusoidal_numbers == 0.9 and 0.7 < near < 0.9 and far < 0.5
+
+
+def test_state_sinusoids_by_hand():
+    torch.manual_seed(0)
+    names = ("red", "the goal")
+    cfg = dataclasses.replace(TINY, state_names=names, state_dim=2, state_sinusoids=3)
+    model = EFM(cfg, Tokenizer.train([*INSTRUCTIONS, *names]))
+    state = torch.randn(5, 2, 2)
+    without = model.embed_state(torch.zeros(5, 2, 2))
+    seen = model.embed_state(state).detach()
+    assert model.state_weight.shape == (2, 2 * (1 + 2 * 3), TINY.width)
+    for k in range(2):
+        by_hand = torch.zeros(5, TINY.width)
+        for i in range(2):
+            by_hand += state[:, k, i, None] * model.state_weight[k, i]
+            for wave, length in enumerate((16, 8, 4)):
+                angle = 2 * torch.pi * state[:, k, i, None] / length
+                by_hand += angle.sin() * model.state_weight[k, 2 + 3 * i + wave]
+                by_hand += (angle.cos() - 1) * model.state_weight[k, 8 + 3 * i + wave]
+        torch.testing.assert_close(seen[:, k] - without[:, k].detach(), by_hand.detach(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("L", [1, 2, 7])
 def test_a_longer_answer_costs_no_more_gradients_of_the_whole_table(L):
     """Each use of the embeddings makes one of their size, 2 GB at 3B: the tokens' look-up and the scores, no more."""
     model, obs = tiny().requires_grad_(), {"images": observe(2)["images"]}
-    loss = model.log_prob(obs, questions(2), torch.zeros(2, L, dtype=torch.long), ([(0, 6), (0, 9)] * 4)[:L]).sum()
+    loss = model.log_prob(
+        obs, questions(2), torch.zeros(2, L, dtype=torch.long), ([(0, 6), (0, 9)] * 4)[:L]
+    ).sum()
     uses, seen, todo = 0, set(), [loss.grad_fn]
     while todo:
         node = todo.pop()
@@ -246,15 +310,21 @@ def test_a_longer_answer_costs_no_more_gradients_of_the_whole_table(L):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_answers_are_drawn_with_the_probability_that_log_prob_says(rng, temperature):
-    model, ranges, n = tiny(), [(2, 5), (0, 4)], 20_000
+    model, ranges, n = tiny(depth=1), [(2, 5), (0, 4)], 20_000
     obs = {"state": observe(1)["state"]}
     prompt = questions(1)
     answers = torch.tensor(list(itertools.product(range(2, 5), range(4))))
-    p = model.log_prob({"state": obs["state"].expand(12, 2, 2)}, prompt * 12, answers, ranges, temperature).exp()
-    tokens, _ = model.sample({"state": obs["state"].expand(n, 2, 2)}, prompt * n, ranges, rng, temperature=temperature)
+    p = model.log_prob(
+        {"state": obs["state"].expand(12, 2, 2)}, prompt * 12, answers, ranges, temperature
+    ).exp()
+    tokens, _ = model.sample(
+        {"state": obs["state"].expand(n, 2, 2)}, prompt * n, ranges, rng, temperature=temperature
+    )
     counts = torch.bincount((tokens[:, 0] - 2) * 4 + tokens[:, 1], minlength=12)
     chi2 = ((counts - n * p) ** 2 / (n * p)).sum().item()
-    assert p.max() - p.min() > 0.01 and chi2 < 31.3  # 11 degrees of freedom: one in a thousand seeds exceeds it
+    assert (
+        p.max() - p.min() > 0.01 and chi2 < 31.3
+    )  # 11 degrees of freedom: one in a thousand seeds exceeds it
 
 
 def test_half_the_temperature_squares_each_tokens_probability():
@@ -266,7 +336,9 @@ def test_half_the_temperature_squares_each_tokens_probability():
 
 def test_the_same_generator_gives_the_same_answers():
     model, obs, prompts, ranges = tiny(), observe(6), questions(6), [(0, 200), (0, 200)]
-    first, second, other = (model.sample(obs, prompts, ranges, torch.Generator().manual_seed(s))[0] for s in (3, 3, 4))
+    first, second, other = (
+        model.sample(obs, prompts, ranges, torch.Generator().manual_seed(s))[0] for s in (3, 3, 4)
+    )
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
@@ -282,7 +354,9 @@ def test_constrained_sampling_returns_allowed_numbers_only(rng, greedy):
     assert torch.equal(entropy[:, 3], torch.zeros(n))  # one number allowed: nothing to choose
 
 
-@pytest.mark.parametrize("ranges", [[(0, 3), (1, 5), (0, 2)], SignMagnitude(1.0, 2).ranges[:3], UniformBins(6, -1, 1, 2).ranges])
+@pytest.mark.parametrize(
+    "ranges", [[(0, 3), (1, 5), (0, 2)], SignMagnitude(1.0, 2).ranges[:3], UniformBins(6, -1, 1, 2).ranges]
+)
 def test_log_prob_sums_to_one_over_all_answers(ranges):
     model = tiny()
     answers = torch.tensor(list(itertools.product(*(range(*r) for r in ranges))))
@@ -323,12 +397,90 @@ def test_steps_to_go_asks_the_steps_question():
     d = model.steps_to_go(obs, INSTRUCTIONS[:2], steps)
     prompts = [QUESTION_STEPS.format(g) for g in INSTRUCTIONS[:2]]
     log_p = model.log_probs(obs, prompts, torch.zeros(2, 1, dtype=torch.long), [(0, 10)])[0].tolist()
-    assert d.tolist() == pytest.approx([sum(2 * k * math.exp(lp) for k, lp in enumerate(row)) for row in log_p], rel=1e-5)
+    assert d.tolist() == pytest.approx(
+        [sum(2 * k * math.exp(lp) for k, lp in enumerate(row)) for row in log_p], rel=1e-5
+    )
+
+
+# --- the action head --------------------------------------------------------------------------------------------------
+def with_head(model: EFM, width: int = 10) -> EFM:
+    """The same weights, and an action head as a new model has it."""
+    torch.manual_seed(0)
+    headed = EFM(dataclasses.replace(model.cfg, action_head=width), model.tokenizer)
+    assert headed.load_state_dict(model.state_dict(), strict=False).missing_keys == [
+        "action_head.0.weight", "action_head.0.bias", "action_head.2.weight", "action_head.2.bias"]  # fmt: skip
+    return headed
+
+
+def test_a_new_action_head_changes_nothing():
+    plain, obs, prompts, ranges = tiny(), observe(3), questions(3), [(0, 7), (3, 9)]
+    headed = with_head(plain).requires_grad_(False)
+    answer = torch.tensor([[1, 3], [4, 8], [0, 5]])
+    for a, b in zip(
+        plain.log_probs(obs, prompts, answer, ranges),
+        headed.log_probs(obs, prompts, answer, ranges),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    drawn = (m.sample(obs, prompts, ranges, torch.Generator().manual_seed(0)) for m in (plain, headed))
+    for a, b in zip(*drawn, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(*(m.text_log_prob(obs, prompts, INSTRUCTIONS) for m in (plain, headed)))
+    assert headed.action_head[0].weight.abs().max() > 0  # so that its last layer gets a gradient
+
+
+def test_models_of_one_seed_differ_by_the_action_head_only():
+    states = []
+    for width in (0, 10):
+        torch.manual_seed(5)
+        model = EFM(
+            dataclasses.replace(TINY, action_head=width), Tokenizer.train([*INSTRUCTIONS, *TINY.state_names])
+        )
+        states.append(model.state_dict())
+    plain, headed = states
+    assert (
+        {k for k in headed if k not in plain} == {k for k in headed if k.startswith("action_head.")} != set()
+    )
+    assert all(torch.equal(v, headed[k]) for k, v in plain.items())
+
+
+def test_the_action_head_learns_numbers_and_leaves_text_alone():
+    headed, obs, prompts, ranges = (
+        with_head(tiny()).requires_grad_(False),
+        observe(3),
+        questions(3),
+        [(0, 7), (3, 9)],
+    )
+    answer = torch.tensor([[1, 3], [4, 8], [0, 5]])
+    before, said = (
+        headed.log_prob(obs, prompts, answer, ranges),
+        headed.text_log_prob(obs, prompts, INSTRUCTIONS),
+    )
+    headed.action_head.requires_grad_(True)
+    optimizer = torch.optim.SGD(headed.action_head.parameters(), lr=0.1)
+    for _ in range(3):  # from the second step on, the first layer learns, too
+        optimizer.zero_grad()
+        (-headed.log_prob(obs, prompts, answer, ranges).mean()).backward()
+        optimizer.step()
+    assert all(p.grad.abs().max() > 0 for p in headed.action_head.parameters())
+    assert headed.log_prob(obs, prompts, answer, ranges).mean() > before.mean() + 0.1
+    assert torch.equal(headed.text_log_prob(obs, prompts, INSTRUCTIONS), said)
+    # by hand: the scores are of h + W2 gelu(W1 h + b1) + b2
+    hidden, ids = headed.hidden(obs, prompts, answer + headed.tokenizer.loc), headed.number_ids(3, 9)
+    a, b = headed.action_head[0], headed.action_head[2]
+    moved = hidden + F.gelu(hidden @ a.weight.T + a.bias) @ b.weight.T + b.bias
+    torch.testing.assert_close(
+        headed.logits(hidden, ids), moved @ headed.language_model.embed_tokens.weight[ids].T
+    )
+    # what is drawn with the cache has the probability that training gives it
+    tokens, entropy = headed.sample(obs, prompts, ranges, torch.Generator().manual_seed(0))
+    log_probs = headed.log_probs(obs, prompts, tokens, ranges)
+    torch.testing.assert_close(torch.stack([-(x.exp() * x).sum(1) for x in log_probs], 1), entropy)
 
 
 # --- text as an answer ------------------------------------------------------------------------------------------------
 def next_token(model: EFM, obs: dict[str, Tensor], prompt: str, ids: list[int]) -> Tensor:
-    """log p of every token of the vocabulary after the answer `ids`, of one row, alone: no padding, its own mask, no cache."""
+    """log p of every token after the answer `ids`, of one row, alone: no padding, its own mask, no cache."""
     x, valid = model.prefix(obs, [prompt])
     assert valid.all()
     table, P, T = model.language_model.embed_tokens.weight, x.shape[1], x.shape[1] + len(ids)
@@ -344,7 +496,12 @@ def row(obs: dict[str, Tensor], i: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_text_log_prob_is_the_sum_over_the_tokens_and_eos(kv_heads):
-    model, obs, prompts, texts = tiny(kv_heads=kv_heads), observe(4), questions(4), [*INSTRUCTIONS[::-1], "blue"]
+    model, obs, prompts, texts = (
+        tiny(kv_heads=kv_heads),
+        observe(4),
+        questions(4),
+        [*INSTRUCTIONS[::-1], "blue"],
+    )
     got = model.text_log_prob(obs, prompts, texts)
     assert got.shape == (4,) and got.dtype == torch.float32
     for i, text in enumerate(texts):  # prompts and texts of different lengths: some are padded, but not alone
@@ -357,8 +514,13 @@ def test_text_log_prob_is_the_sum_over_the_tokens_and_eos(kv_heads):
 
 def test_generated_text_is_the_argmax_at_every_step():
     model, obs, prompts = tiny(), observe(6), questions(6)
-    tokenizer, words = model.tokenizer, functools.partial(model.tokenizer.tokenizer.encode, add_special_tokens=False)
-    for layer in model.language_model.layers:  # tied embeddings say the last token again and again if the blocks say little
+    tokenizer, words = (
+        model.tokenizer,
+        functools.partial(model.tokenizer.tokenizer.encode, add_special_tokens=False),
+    )
+    for layer in (
+        model.language_model.layers
+    ):  # tied embeddings say the last token again and again if the blocks say little
         layer.o_proj.weight.mul_(4), layer.down_proj.weight.mul_(4)
     said = words(model.generate_text(obs, prompts, longest=8)[0]).ids
     tokenizer.eos = said[3]  # from now on at least this answer has an end
@@ -372,21 +534,11 @@ def test_generated_text_is_the_argmax_at_every_step():
     assert len(set(said)) > 2 and len(words(texts[0]).ids) < 4
 
 
-def test_texts_survive_the_tokenizer():
-    texts = [*INSTRUCTIONS, "pull the red block apart from the blue cube, the moon, and the star"]
-    tokenizer = Tokenizer.train(texts)
-    ids, valid = tokenizer.answers(texts)
-    assert not valid.all() and valid[:, 0].all() and not (valid[:, 1:] > valid[:, :-1]).any()  # padded on the right
-    assert ((ids == tokenizer.eos).sum(1) == 1).all() and (ids[~valid] == tokenizer.pad).all()
-    assert [tokenizer.text(row) for row in ids.tolist()] == texts
-    assert tokenizer.text([]) == tokenizer.text([tokenizer.eos]) == ""
-
-
 def test_state_mlp_adds_to_where_the_first_tokens_of_an_answer_are_predicted(tmp_path):
-    model, plain = tiny(state_mlp=10, state_hints=3), tiny()
+    model, plain = tiny(state_mlp=10, state_bias_tokens=3), tiny()
     states = 5 + 3 * torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
     states[:, 3] = 7  # constant
-    model.standardise(states)
+    model.fit_standardiser(states)
     seen = torch.cat([states[:1], torch.tensor([[5.0, 1e4, -1e4, 8]])])  # and where no state has been
     obs, prompts = {"state": seen.view(2, 2, 2)}, questions(2)
     z = (seen - states.mean(0)) / (states.std(0) + 1e-2)
@@ -394,34 +546,34 @@ def test_state_mlp_adds_to_where_the_first_tokens_of_an_answer_are_predicted(tmp
     z = torch.cat([z[:1], torch.tensor([[z[1, 0], 3, -3, 3]])])
     a, b, c = (model.state_mlp[i] for i in (0, 2, 4))
     gelu = torch.nn.functional.gelu
-    hints = (gelu(gelu(z @ a.weight.T + a.bias) @ b.weight.T + b.bias) @ c.weight.T + c.bias).view(2, 3, -1)
-    torch.testing.assert_close(model.hints(obs), hints)
-    torch.testing.assert_close(model.hints({"state": torch.stack([obs["state"] - 1, obs["state"]], 1)}), hints)  # of now
+    bias = (gelu(gelu(z @ a.weight.T + a.bias) @ b.weight.T + b.bias) @ c.weight.T + c.bias).view(2, 3, -1)
+    torch.testing.assert_close(model.state_bias(obs), bias)
+    torch.testing.assert_close(
+        model.state_bias({"state": torch.stack([obs["state"] - 1, obs["state"]], 1)}), bias
+    )  # of now
     names = torch.stack([model.language_model.embed(torch.tensor(model.tokenizer.tokenizer.encode(n).ids)).mean(0)
                          for n in TINY.state_names])  # fmt: skip
     expected = torch.einsum("bsd,sdw->bsw", z.view(2, 2, 2), model.state_weight) + names
     ids, _ = model.tokenizer.prompts(prompts)
     asked = model.language_model.embed(ids)
-    asked[:, -1] += hints[:, 0]
+    asked[:, -1] += bias[:, 0]
     torch.testing.assert_close(model.prefix(obs, prompts)[0], torch.cat([expected, asked], 1))
     for n in (1, 4):  # tokens of an answer, and one more to predict
         answer = torch.randint(0, 9, (2, n)) + model.tokenizer.loc
         asked = model.language_model.embed(torch.cat([ids, answer], 1))
         for k in range(min(3, n + 1)):
-            asked[:, ids.shape[1] - 1 + k] += hints[:, k]
+            asked[:, ids.shape[1] - 1 + k] += bias[:, k]
         torch.testing.assert_close(model.prefix(obs, prompts, answer)[0], torch.cat([expected, asked], 1))
     # what is sampled with the cache has the probability that training gives it
     tokens, entropy = model.sample(obs, prompts, [(0, 8)] * 5, torch.Generator().manual_seed(0))
     log_probs = model.log_probs(obs, prompts, tokens, [(0, 8)] * 5)
     torch.testing.assert_close(torch.stack([-(x.exp() * x).sum(1) for x in log_probs], 1), entropy)
-    assert not any("state_m" in key or "scale" in key for key in plain.state_dict())  # and without it nothing is new
-    models.save_model(model, tmp_path / "m.safetensors")
-    again = models.load_model(tmp_path / "m.safetensors")
+    assert not any(
+        "state_m" in key or "scale" in key for key in plain.state_dict()
+    )  # and without it nothing is new
+    save_model(model, tmp_path / "m.safetensors")
+    again = load_model(tmp_path / "m.safetensors")
     assert torch.equal(again.prefix(obs, prompts)[0], model.prefix(obs, prompts)[0])
-    model.cfg = dataclasses.replace(model.cfg, state_hints=0)  # what an earlier version wrote
-    models.save_model(model, tmp_path / "old.safetensors")
-    with pytest.raises(ValueError, match="old.safetensors: of a nano-arms whose MLP added"):
-        models.load_model(tmp_path / "old.safetensors")
 
 
 def test_a_state_at_two_moments():
@@ -430,192 +582,14 @@ def test_a_state_at_two_moments():
     both = torch.stack([first, last], 1)  # (B, 2, S, d)
     x, valid = model.prefix({"state": both}, prompts)
     one, other = (model.prefix({"state": s}, prompts)[0] for s in (first, last))
-    torch.testing.assert_close(x, torch.cat([one[:, :2], other], 1), atol=1e-6, rtol=0)  # one moment after the other
+    torch.testing.assert_close(
+        x, torch.cat([one[:, :2], other], 1), atol=1e-6, rtol=0
+    )  # one moment after the other
     assert valid.shape == x.shape[:2]
     assert torch.equal(x, model.prefix({"state": both.flatten(1, 2)}, prompts)[0])  # (B, 2 S, d)
     assert torch.equal(one, model.prefix({"state": both[:, :1]}, prompts)[0])  # (B, 1, S, d)
     before, after = (model.text_log_prob({"state": s}, prompts, texts) for s in (both, both.flip(1)))
     assert (before - after).abs().min() > 1e-3  # which is first, and which last, is seen
-
-
-# --- numbers as tokens ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("tokens", [
-    UniformBins(21, -3e-4, 3e-4, 2), UniformBins(256, [-1.0, 0.0], [2.0, 0.5], 2), UniformBins(7, 0, 1, 2)])  # fmt: skip
-def test_uniform_bins(tokens, rng):
-    every = torch.arange(tokens.bins)[:, None].expand(-1, 2)
-    assert torch.equal(tokens.encode(tokens.decode(every)), every)
-    assert tokens.ranges == [(0, tokens.bins)] * 2
-    action = tokens.low + torch.rand(5000, 2, generator=rng) * (tokens.high - tokens.low)
-    half_bin = (tokens.high - tokens.low) / tokens.bins / 2
-    error = (tokens.decode(tokens.encode(action)) - action).abs()
-    assert (error <= half_bin * (1 + 1e-4)).all() and (error.max(0).values > 0.9 * half_bin).all()
-    assert tokens.encode(torch.stack([tokens.low - 9, tokens.low, tokens.high, tokens.high + 9])).tolist() == \
-        [[0, 0], [0, 0], [tokens.bins - 1] * 2, [tokens.bins - 1] * 2]  # fmt: skip
-
-
-def test_uniform_bins_with_an_odd_number_of_bins_can_do_nothing():
-    tokens = UniformBins(21, -3e-4, 3e-4, 2)
-    assert tokens.encode(torch.zeros(2)).tolist() == [10, 10]
-    assert tokens.decode(torch.tensor([10, 10])).abs().max() < 1e-10
-
-
-def test_sign_magnitude_round_trips():
-    tokens = SignMagnitude(limit=0.1, dims=2)
-    every = torch.tensor([[s, m] for s in (11, 12) for m in range(11) if not (s == 12 and m == 0)])  # 21 numbers: zero is +0
-    pairs = torch.stack([torch.cat([a, b]) for a in every for b in every])
-    assert torch.equal(tokens.encode(tokens.decode(pairs)), pairs)
-    assert tokens.ranges == [(11, 13), (0, 11)] * 2
-    assert tokens.decode(torch.tensor([11, 10, 12, 3])).tolist() == pytest.approx([0.1, -0.03])
-
-
-def test_sign_magnitude_quantises_clamps_and_has_no_minus_zero(rng):
-    tokens = SignMagnitude(limit=0.1, dims=2)
-    action = (torch.rand(5000, 2, generator=rng) * 2 - 1) * 0.1
-    error = (tokens.decode(tokens.encode(action)) - action).abs()
-    assert error.max() <= 0.005 * (1 + 1e-4) and error.max() > 0.0045
-    assert tokens.encode(torch.tensor([7.0, -7.0])).tolist() == [11, 10, 12, 10]
-    assert tokens.encode(torch.tensor([0.0, -0.0])).tolist() == [11, 0, 11, 0]
-    assert tokens.encode(torch.tensor([0.004, -0.004])).tolist() == [11, 0, 11, 0]
-    assert tokens.decode(torch.tensor([12, 0, 11, 0])).tolist() == [0, 0]  # a model may still say -0
-
-
-@pytest.mark.parametrize(("cap", "bins"), [(140, 140), (140, 50), (200, 100), (60, 7), (10, 5)])
-def test_steps_to_go_labels(cap, bins):
-    steps = StepsToGo(cap, bins)
-    n = torch.arange(2 * cap)
-    expected = [min(i * bins // cap, bins - 1) for i in range(2 * cap)]  # exact, in integers
-    assert steps.encode(n)[:, 0].tolist() == expected
-    assert steps.ranges == [(0, bins)] and steps.encode(n).shape == (2 * cap, 1)
-    assert steps.edges.tolist() == pytest.approx([k * cap / bins for k in range(bins)])
-    assert steps.encode(torch.tensor([0])).tolist() == [[0]] and steps.edges[0] == 0  # so d can reach 0
-
-
-def test_action_tokenizer_builds_what_the_domains_ask_for():
-    for domain in envs.DOMAINS:
-        env = envs.make_vec(domain, 1)
-        tokens = models.action_tokenizer(**env.action_tokens)
-        limits = torch.tensor(np.stack([env.single_action_space.low, env.single_action_space.high]))
-        if isinstance(tokens, SignMagnitude):  # a tabletop takes longer steps than tokens ask of it, as LanguageTable does
-            assert tokens.limit <= limits[1].min()
-            limits = limits.clamp(-tokens.limit, tokens.limit)
-        assert (tokens.decode(tokens.encode(limits)) - limits).abs().max() <= (limits[1] - limits[0]).max() / 20
-        assert max(end for _, end in tokens.ranges) <= models.N_LOC and env.steps_bins <= models.N_LOC
-    assert isinstance(models.action_tokenizer("sign-magnitude", limit=0.1, dims=2), SignMagnitude)
-
-
-# --- words as tokens --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("domain", list(envs.DOMAINS))
-def test_tokenizer_knows_every_word_of_a_domain(domain):
-    env = envs.make_vec(domain, 1)
-    texts = env.instructions()
-    asked = [QUESTION_INSTRUCTION] * env.predicts_instruction
-    tokenizer = Tokenizer.train([*texts, *env.state_names, *asked])
-    unk = tokenizer.tokenizer.token_to_id("<unk>")
-    prompts = [q.format(g) for q in (QUESTION_ACTION, QUESTION_STEPS) for g in texts] + asked
-    ids, valid = tokenizer.prompts(prompts)
-    assert not (ids == unk).any()
-    for row, ok, prompt in zip(ids, valid, prompts, strict=True):
-        bos, *words, newline = [tokenizer.tokenizer.id_to_token(i) for i in row[ok].tolist()]
-        assert (bos, " ".join(words), newline) == ("<bos>", prompt, "\n")
-    for name in env.state_names:
-        assert unk not in tokenizer.tokenizer.encode(name, add_special_tokens=False).ids
-    assert unk in tokenizer.tokenizer.encode("xyzzy", add_special_tokens=False).ids  # so the assertions above can fail
-
-
-def test_questions_of_different_texts_are_different_tokens():
-    tokenizer = Tokenizer.train(INSTRUCTIONS)
-    ids, _ = tokenizer.prompts(questions(6))
-    assert len({tuple(row) for row in ids.tolist()}) == 6
-
-
-def test_number_tokens_are_contiguous():
-    tokenizer = Tokenizer.train(INSTRUCTIONS)
-    ids = [tokenizer.tokenizer.token_to_id(f"<loc{i:04d}>") for i in range(models.N_LOC)]
-    assert ids == list(range(tokenizer.loc, tokenizer.loc + 1024))
-    assert len({tokenizer.pad, tokenizer.bos, tokenizer.eos, *ids}) == 1027
-    assert tokenizer.tokenizer.encode("<loc0007>", add_special_tokens=False).ids == [tokenizer.loc + 7]
-
-
-def test_a_tokenizer_without_number_tokens_is_refused():
-    import tokenizers
-
-    with pytest.raises(ValueError, match="<loc0000>"):
-        Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>")))
-
-
-# --- weights in and out -----------------------------------------------------------------------------------------------
-def test_save_and_load_return_the_same_model(tmp_path):
-    model = tiny()
-    models.save_model(model, tmp_path / "policy.safetensors")
-    loaded = models.load_model(tmp_path / "policy.safetensors").requires_grad_(False)
-    assert loaded.cfg == model.cfg
-    ours, theirs = model.state_dict(), loaded.state_dict()
-    assert ours.keys() == theirs.keys()
-    for key in ours:
-        assert ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]), key
-    obs, prompts, answer = observe(3), questions(3), torch.zeros(3, 2, dtype=torch.long)
-    assert torch.equal(model.log_prob(obs, prompts, answer, [(0, 9)] * 2), loaded.log_prob(obs, prompts, answer, [(0, 9)] * 2))
-    models.save_model(loaded, tmp_path / "again.safetensors")
-    first, again = (safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in ("policy", "again"))
-    assert first.keys() == again.keys() and all(torch.equal(again[k], v) for k, v in first.items())
-
-
-def damage(kind: str, path) -> None:
-    model = tiny()
-    models.save_model(model, path)
-    whole, weights = path.read_bytes(), {k: v.contiguous() for k, v in model.state_dict().items()}
-    config = dataclasses.asdict(model.cfg)
-    save = functools.partial(safetensors.torch.save_file, filename=path)
-
-    def meta(**changes) -> dict[str, str]:
-        return {"nanoEFM": json.dumps({"config": config, "tokenizer": model.tokenizer.tokenizer.to_str()} | changes)}
-
-    if kind == "missing":
-        path.unlink()
-    elif kind == "truncated":
-        path.write_bytes(whole[: len(whole) // 2])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "text":
-        path.write_text("these are not weights\n")
-    elif kind == "a folder":
-        path.unlink()
-        path.mkdir()
-    elif kind == "wrong shapes":
-        save(weights | {"language_model.norm.weight": torch.zeros(5)}, metadata=meta())
-    elif kind == "missing weight":
-        save({k: v for k, v in weights.items() if k != "language_model.norm.weight"}, metadata=meta())
-    elif kind == "a weight too many":
-        save(weights | {"language_model.norm.bias": torch.zeros(24)}, metadata=meta())
-    elif kind == "integers":
-        save({k: v.to(torch.int32) for k, v in weights.items()}, metadata=meta())
-    elif kind == "no metadata":
-        save(weights)
-    elif kind == "not our config":
-        save(weights, metadata=meta(config={"state_names": [], "hidden_size": 3}))
-    elif kind == "config is not JSON":
-        save(weights, metadata={"nanoEFM": "{"})
-    elif kind == "not a tokenizer":
-        save(weights, metadata=meta(tokenizer="{}"))
-    elif kind == "not our tokenizer":
-        import tokenizers
-
-        other = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
-        save(weights, metadata=meta(tokenizer=other.to_str()))
-    elif kind == "nothing":  # so that the others fail for what is wrong with them
-        save(weights, metadata=meta())
-
-
-@pytest.mark.parametrize("kind", [
-    "missing", "truncated", "empty", "text", "a folder", "wrong shapes", "missing weight", "a weight too many", "integers",
-    "no metadata", "not our config", "config is not JSON", "not a tokenizer", "not our tokenizer"])  # fmt: skip
-def test_load_model_names_the_file_that_is_wrong(tmp_path, kind):
-    path = tmp_path / "policy.safetensors"
-    damage("nothing", path)
-    models.load_model(path)
-    damage(kind, path)
-    with pytest.raises(ValueError, match=re.escape(str(path))):
-        models.load_model(path)
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------

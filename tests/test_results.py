@@ -1,4 +1,4 @@
-"""results/: what is published stays when its runs are gone, and never with a Stage 1 that it did not start from; the control."""
+"""results/: the pages have the tables of the raw numbers; what is published stays when its run is gone."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
-
-import envs
-from envs.tabletop import STRIDE, Meaning
+import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/results.md")
 
 
 def script(name: str):
@@ -24,42 +23,81 @@ def script(name: str):
     return module
 
 
-def test_the_geometric_control_counts_the_steps_of_two_straight_ways():
-    env = envs.make_vec("tabletop", 2)
-    env.reset(seed=3)
-    block, target = 0, 1
-    for i in range(2):
-        env.tasks.assign(i, Meaning("block2block", block, target), env.pos[i])
-    env.pos[:, block], env.pos[:, target] = (0.30, 0.0), (0.42, 0.0)  # 12 cm to go, along x
-    env.tool[:] = (0.30 - env.reach, 0.0), (0.30 - env.reach, 0.09)  # behind the block, and 9 cm beside that
-    np.testing.assert_allclose(script("gradient").geometric_d(env), [0.12 / STRIDE, (0.12 + 0.09) / STRIDE], rtol=1e-6)
+def rows(path: Path) -> list[dict]:
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
 
 
-def test_collect_keeps_adds_and_drops(tmp_path, monkeypatch, capsys):
-    collect = script("collect")
+@pytest.fixture
+def copy(tmp_path, monkeypatch) -> Path:
+    """The folders that collect.py works on, without any run."""
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "README.md", tmp_path)
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(ROOT / "results", "results")
-    collect.main()
-    for name in ("summaries.csv", "table.md"):  # nothing in runs/: everything as it was
-        assert Path("results", name).read_text() == (ROOT / "results" / name).read_text()
+    return tmp_path
 
-    with open("results/summaries.csv", newline="") as f:
-        kept = {row["run"]: row for row in csv.DictReader(f)}
-    again = {k: collect.parse(v) for k, v in kept["tabletop-stage1-s0"].items() if v and k != "run"} | {
-        "seconds": 1.5,
-        "success": 0.25,
-    }
+
+def test_the_tables_of_the_pages_are_the_raw_numbers(copy):
+    script("collect").main()
+    for name in (*PAGES, "results/summaries.csv"):
+        assert (copy / name).read_text() == (ROOT / name).read_text(), (
+            f"{name}: run python results/collect.py"
+        )
+    assert "<!-- collected: results -->" in (copy / "README.md").read_text()
+    for name in (
+        "learning",
+        "figure3",
+        "figure8",
+    ):  # a letter of 8 points on a picture of 830 pixels can be read
+        assert 1200 <= Image.open(copy / f"results/{name}.png").width <= 1300
+
+
+def test_a_row_by_hand():
+    """The table's means, computed here once more."""
+    runs = {row["run"]: row for row in rows(ROOT / "results" / "summaries.csv")}
+    second = [runs[f"tabletop-stage2-s{seed}"] for seed in range(3)]
+    first = [runs[Path(row["stage1"]).name] for row in second]
+    after = [float(row["success"]) for row in second]
+    steps = [sum(float(row["mean_steps"]) for row in group) / 3 for group in (first, second)]
+    (line,) = [x for x in (ROOT / "README.md").read_text().splitlines() if x.startswith("| tabletop, states")]
+    assert f"| {sum(after) / 3:.2f} ({min(after):.2f}-{max(after):.2f}) |" in line
+    assert f"| {steps[0]:.1f} → {steps[1]:.1f} |" in line
+
+
+def test_an_ablation_by_hand():
+    seeds = [row for row in rows(ROOT / "results" / "pointmass_ablations.csv") if row["flags"] == "--gamma 1"]
+    assert len(seeds) >= 3
+    success = sum(float(row["stage2_success"]) for row in seeds) / len(seeds)
+    (line,) = [x for x in (ROOT / "README.md").read_text().splitlines() if x.startswith("| `--gamma 1` |")]
+    assert f"| {len(seeds)} | {success:.3f} (" in line
+
+
+def test_collect_adds_and_drops(copy, capsys):
+    collect = script("collect")
+    kept = {row["run"]: row for row in rows(copy / "results/summaries.csv")}
+    old = {k: collect.parse(v) for k, v in kept["tabletop-stage1-s0"].items() if v and k != "run"}
+    again = old | {"seconds": 1.5, "success": 0.25}
     for name in ("tabletop-stage1-s0", "tabletop-new-stage1-s7"):
-        Path("runs", name).mkdir(parents=True)
-        Path("runs", name, "summary.json").write_text(json.dumps(again))
-        Path("runs", name, "metrics.csv").write_text("update\n1\n")
-    collect.main()
-    with open("results/summaries.csv", newline="") as f:
-        now = {row["run"]: row for row in csv.DictReader(f)}
-    gone = {name for name, row in kept.items() if row["stage1"].endswith("tabletop-stage1-s0")}
+        (copy / "runs" / name).mkdir(parents=True)
+        (copy / "runs" / name / "summary.json").write_text(json.dumps(again))
+        (copy / "runs" / name / "metrics.csv").write_text("update\n1\n")
+    collect.collect()
+    now = {row["run"]: row for row in rows(copy / "results/summaries.csv")}
+    gone = {name for name, row in kept.items() if row["stage1"].endswith("/tabletop-stage1-s0")}
     assert gone and now.keys() == kept.keys() - gone | {"tabletop-new-stage1-s7"}
     assert all(now[name] == kept[name] for name in now.keys() & kept.keys() - {"tabletop-stage1-s0"})
     assert (now["tabletop-stage1-s0"]["success"], now["tabletop-new-stage1-s7"]["seconds"]) == ("0.25", "1.5")
     said = capsys.readouterr().out
-    assert all(name in said for name in gone)
-    assert Path("results/metrics/tabletop-new-stage1-s7.csv").read_text() == "update\n1\n"
+    for name in gone:  # not with a Stage 1 that it did not start from
+        assert name in said and not (copy / f"results/metrics/{name}.csv").exists()
+    assert (copy / "results/metrics/tabletop-new-stage1-s7.csv").read_text() == "update\n1\n"
+
+
+def test_each_published_practice_has_its_raw_metrics():
+    published = [row for row in rows(ROOT / "results" / "summaries.csv") if row["stage"] == "stage2"]
+    assert len(published) > 10
+    for row in published:
+        assert {"env_steps", "true_at_end", "detected", "mean_steps"} <= rows(
+            ROOT / f"results/metrics/{row['run']}.csv"
+        )[0].keys()

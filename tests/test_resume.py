@@ -1,8 +1,7 @@
-"""An interrupted run that is resumed ends in the same bytes as one that was not: whatever interrupted it, and whenever."""
+"""An interrupted run that is resumed ends in the same bytes as one that was not, whenever it was killed."""
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import signal
 import subprocess
@@ -14,23 +13,10 @@ import numpy as np
 import pytest
 import safetensors
 
-import common
-import eval as evaluation
-import model as models
-import stage0
-import stage1
-import stage2
+from common.runs import Run
+from tests.runs import train
 
-ROOT = Path(common.__file__).resolve().parent
-TINY = {"width": 16, "depth": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp_dim": 16, "vit_width": 16, "vit_heads": 2,
-        "vit_mlp_dim": 16}  # fmt: skip
-# Stage 0's and Stage 1's last look comes before eval_every updates are over; Stage 2 saves its policy from iteration 5 on,
-# and s is about what an untrained model says, so that some episodes are ended by the detector
-CONFIGS = {
-    "stage0": (stage0, {"updates": 5, "batch": 4, "eval_every": 2}),
-    "stage1": (stage1, {"episodes": 30, "updates": 5, "eval_every": 2, "batch": 16, "eval_episodes": 2}),
-    "stage2": (stage2, {"iterations": 8, "updates": 2, "batch": 8, "num_envs": 4, "s": 69.5, "lr": 1e-2, "eval_episodes": 2}),
-}
+ROOT = Path(__file__).resolve().parents[1]
 
 
 # Runs are named by absolute paths: the TensorBoard writer of an interrupted one outlives its test.
@@ -56,24 +42,10 @@ def assert_same(run: Path, reference: Path) -> None:
     assert names and sorted(p.name for p in run.glob("*.safetensors")) == names
     for name in names:
         assert content(run / name) == content(reference / name), name
-        assert (run / name).read_bytes() == (reference / name).read_bytes(), f"{name}: the same weights in other bytes"
+        assert (run / name).read_bytes() == (reference / name).read_bytes(), f"{name}: in other bytes"
     assert (run / "config.json").read_bytes() == (reference / "config.json").read_bytes()
     assert (run / "summary.json").exists()
     assert not list(run.glob("*.tmp"))
-
-
-@pytest.fixture(scope="module")
-def references(tmp_path_factory) -> Path:
-    """A folder with an uninterrupted run of each stage, Stage 2's on Stage 1's, and the cached demonstrations."""
-    folder = tmp_path_factory.mktemp("references")
-    with pytest.MonkeyPatch.context() as patch:
-        for preset in ("nano", "nano-vision"):
-            patch.setitem(models.PRESETS, preset, dataclasses.replace(models.PRESETS[preset], **TINY))
-        patch.setattr(evaluation, "evaluate", lambda *_, **__: {})  # after training, and tested elsewhere
-        patch.chdir(folder)
-        for name, (script, settings) in CONFIGS.items():
-            script.main(script.Config(**settings, out=f"runs/{name}", **({"stage1": "runs/stage1"} if name == "stage2" else {})))
-        yield folder
 
 
 def test_the_references_are_worth_comparing(references):
@@ -82,30 +54,31 @@ def test_the_references_are_worth_comparing(references):
         assert [row[0] for row in metrics(references / "runs" / name)] == ["update", "2", "4", "5"]
     rows = metrics(references / "runs/stage2")
     assert len(rows) == 9 and len({tuple(r[3:]) for r in rows}) == 9
+    detected = [float(row[rows[0].index("detected")]) for row in rows[1:]]
+    assert any(0 < share < 1 for share in detected), detected
     policies = [content(references / f"runs/{name}/policy.safetensors")[1] for name in ("stage1", "stage2")]
     assert policies[0] != policies[1]  # practice found a better policy
 
 
 POINTS = [  # which call of which method of Run is the last one, and whether it still takes place
     ("stage0", "log", 1, True), ("stage0", "checkpoint", 2, False), ("stage0", "checkpoint", 2, True),
-    ("stage0", "finish", 1, False), ("stage1", "start", 1, True), ("stage1", "log", 1, False), ("stage1", "log", 1, True),
+    ("stage0", "finish", 1, False),
+    ("stage1", "start", 1, True), ("stage1", "log", 1, False), ("stage1", "log", 1, True),
     ("stage1", "checkpoint", 1, False), ("stage1", "checkpoint", 1, True), ("stage1", "log", 2, True),
-    ("stage1", "checkpoint", 2, False), ("stage1", "finish", 1, False), ("stage2", "start", 1, True), ("stage2", "log", 1, True),
-    ("stage2", "checkpoint", 2, True), ("stage2", "checkpoint", 5, False), ("stage2", "checkpoint", 6, False),
-    ("stage2", "finish", 1, False),
+    ("stage1", "checkpoint", 2, False), ("stage1", "finish", 1, False),
+    ("stage2", "start", 1, True), ("stage2", "log", 1, True), ("stage2", "checkpoint", 2, True),
+    ("stage2", "checkpoint", 5, False), ("stage2", "checkpoint", 6, False), ("stage2", "finish", 1, False),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("stage", "method", "number", "done"), POINTS, ids=["-".join(map(str, p)) for p in POINTS])
+@pytest.mark.parametrize(("stage", "method", "number", "done"), POINTS, ids=lambda p: str(p))
 def test_interrupted_and_resumed(references, stage, method, number, done, tmp_path, monkeypatch):
-    """A kill between two calls; `checkpoint` that does not take place is one after policy.safetensors was written."""
-    script, settings = CONFIGS[stage]
+    """A kill between two calls; a `checkpoint` that does not take place comes after policy.safetensors."""
     if stage == "stage2":
-        settings = settings | {"stage1": "runs/stage1"}
         shutil.copytree(references / "runs/stage1", tmp_path / "runs/stage1")
     shutil.copytree(references / "data", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    original, calls = getattr(common.Run, method), []
+    original, calls = getattr(Run, method), []
 
     def interrupt(self, *args, **kwargs):
         calls.append(method)
@@ -116,46 +89,45 @@ def test_interrupted_and_resumed(references, stage, method, number, done, tmp_pa
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(common.Run, method, interrupt)
-        script.main(script.Config(**settings, out=str(tmp_path / "runs" / stage)))
+        patch.setattr(Run, method, interrupt)
+        train(stage, tmp_path / "runs" / stage)
     assert not Path(f"runs/{stage}/summary.json").exists()
-    script.main(script.Config(**settings, out=str(tmp_path / "runs" / stage), resume=True))
+    train(stage, tmp_path / "runs" / stage, resume=True)
     assert_same(Path(f"runs/{stage}"), references / "runs" / stage)
 
 
 def test_interrupted_twice(references, tmp_path, monkeypatch):
-    """The second interruption comes before anything new is checkpointed, the third run still ends the same."""
-    script, settings = CONFIGS["stage1"]
+    """The second interruption comes before anything new is checkpointed; the third run ends the same."""
     shutil.copytree(references / "data", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    original = common.Run.checkpoint
+    original = Run.checkpoint
     for resume, last in ((False, 1), (True, 0), (True, 1)):
         calls = []
 
-        def interrupt(self, calls=calls, last=last, **state):
+        def interrupt(self, calls=calls, last=last):
             if len(calls) == last:
                 raise Killed
-            calls.append(state)
-            original(self, **state)
+            calls.append(self)
+            original(self)
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(common.Run, "checkpoint", interrupt)
-            script.main(script.Config(**settings, out=str(tmp_path / "runs/stage1"), resume=resume))
-    script.main(script.Config(**settings, out=str(tmp_path / "runs/stage1"), resume=True))
+            patch.setattr(Run, "checkpoint", interrupt)
+            train("stage1", tmp_path / "runs/stage1", resume=resume)
+    train("stage1", tmp_path / "runs/stage1", resume=True)
     assert_same(Path("runs/stage1"), references / "runs/stage1")
 
 
 def test_resume_of_a_run_that_never_began(references, tmp_path, monkeypatch):
-    script, settings = CONFIGS["stage1"]
     monkeypatch.chdir(tmp_path)  # no demonstrations either
-    script.main(script.Config(**settings, out=str(tmp_path / "runs/stage1"), resume=True))
+    train("stage1", tmp_path / "runs/stage1", resume=True)
     assert_same(Path("runs/stage1"), references / "runs/stage1")
 
 
-# --- real processes, really killed ------------------------------------------------------------------------------------
+# --- real processes, really killed --------------------------------------------------------------------
 STAGES = {
     "stage1": "--episodes 200 --updates 60 --eval-every 5 --eval-episodes 4 --out runs/stage1",
-    "stage2": "--stage1 runs/stage1 --iterations 8 --updates 4 --s 60 --eval-episodes 4 --out runs/stage2",
+    "stage2": "--stage1 runs/stage1 --iterations 8 --updates 4 --success-threshold 60 --eval-episodes 4"
+    " --out runs/stage2",
 }
 
 
@@ -171,7 +143,7 @@ def finish(process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 def test_killed_twenty_times(tmp_path):
-    """Each stage is killed ten times at moments drawn over its duration; a run that gets to its end is begun anew."""
+    """Each stage is killed ten times, whenever; a run that gets to its end is begun anew."""
     rng, reference, cwd = np.random.default_rng(0), tmp_path / "reference", tmp_path / "killed"
     reference.mkdir()
     cwd.mkdir()

@@ -1,4 +1,4 @@
-"""Stage 2: its equations by hand, REINFORCE against exact enumeration, the rollout's bookkeeping, and what stays frozen."""
+"""Stage 2: its equations by hand, REINFORCE against exact enumeration, and what stays frozen."""
 
 from __future__ import annotations
 
@@ -14,26 +14,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-import common
 import envs.pointmass
-import eval as evaluation
-import model as models
 import stage2
-from model import EFM, QUESTION_ACTION, EFMConfig, StepsToGo, Tokenizer, action_tokenizer
-
-SMALL = EFMConfig(width=24, depth=2, heads=2, kv_heads=1, head_dim=12, mlp_dim=32, vit_width=16, vit_depth=1, vit_heads=2,
-                  vit_mlp_dim=24)  # fmt: skip
-
-
-def small(obs: str, seed: int, domain: str = "pointmass") -> EFM:
-    """An untrained model for a domain."""
-    env = envs.make_vec(domain, 1, obs=obs)
-    sizes = {"state_names": env.state_names, "state_dim": env.state_dim} if obs == "state" else {"image_size": env.size}
-    torch.manual_seed(seed)
-    return EFM(dataclasses.replace(SMALL, **sizes), Tokenizer.train([*env.instructions(), *env.state_names]))
+from common import UserError, runs, setup
+from envs.operator import Operator
+from model import EFM
+from tests.tiny import small, stage1_run
+from tokens import QUESTION_ACTION
 
 
-# --- the equations ----------------------------------------------------------------------------------------------------
+# --- the equations ----------------------------------------------------------------------------------------
 def test_rewards():
     d = torch.tensor([[10.0, 8.0, 9.0, 2.0], [5.0, 5.0, 5.0, 5.0]])
     assert stage2.rewards(d).tolist() == [[2, -1, 7], [0, 0, 0]]  # [Eq. 2]
@@ -52,19 +42,64 @@ def test_returns_telescope_without_discount(rng):
     torch.testing.assert_close(returns, d[:, :-1] - d[:, -1:], atol=1e-3, rtol=0)
 
 
+# Appendix E: with V := -d, the value of the demonstrations' policy at a reward of -1 a step
+GAMMAS = [0.0, 0.5, 0.9, 1.0]
+
+
+def appendix_e(value: Tensor, gamma: float) -> Tensor:
+    """Its last formula, (1 - gamma) Σ_{i>=t} gamma^(i-t) V(o_i+1) - V(o_t): float (n, T + 1) -> (n, T)."""
+    following = value[:, 1:]
+    sums = torch.zeros_like(following)
+    for t in range(sums.shape[1]):
+        for i in range(t, sums.shape[1]):
+            sums[:, t] += gamma ** (i - t) * following[:, i]
+    return (1 - gamma) * sums - value[:, :-1]
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_the_reward_is_a_value_and_a_difference_of_potentials(rng, gamma):
+    """Equation 3: r = (1 - gamma) V(o_t+1) + [gamma V(o_t+1) - V(o_t)], whatever gamma is."""
+    value = -20 * torch.rand(8, 13, generator=rng)
+    now, following = value[:, :-1], value[:, 1:]
+    shaping = gamma * following - now
+    torch.testing.assert_close(stage2.rewards(-value), (1 - gamma) * following + shaping, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_the_return_has_a_boundary_term_that_appendix_e_leaves_out(rng, gamma):
+    """gamma^(T-t+1) V(o_T+1): what is left of the sum of the shaping at an episode's end."""
+    value = -20 * torch.rand(8, 13, generator=rng, dtype=torch.float64)
+    returns = stage2.monte_carlo_returns(stage2.rewards(-value), gamma)
+    left = torch.arange(12.0, 0, -1)  # T - t + 1
+    boundary = gamma**left * value[:, -1:]
+    torch.testing.assert_close(returns, appendix_e(value, gamma) + boundary, atol=1e-5, rtol=0)
+    off = (returns - appendix_e(value, gamma)).abs().amax(0)  # (T,)
+    assert bool(off[-1] > 1) == (gamma > 0)  # without the term it is not R
+    value[:, -1] = 0  # but where episodes end at the goal
+    returns = stage2.monte_carlo_returns(stage2.rewards(-value), gamma)
+    torch.testing.assert_close(returns, appendix_e(value, gamma), atol=1e-5, rtol=0)
+
+
 def test_reinforce_loss():
     log_prob, returns = torch.tensor([-1.0, -2.0, -4.0], requires_grad=True), torch.tensor([3.0, 0.0, -1.5])
     loss = stage2.reinforce_loss(log_prob, returns, 0.2)
     assert loss.item() == pytest.approx(-0.2 * (-3 + 0 + 6) / 3)
     loss.backward()
-    assert log_prob.grad.tolist() == pytest.approx([-0.2, 0, 0.1])  # up where the return is positive, down where negative
+    assert log_prob.grad.tolist() == pytest.approx(
+        [-0.2, 0, 0.1]
+    )  # up where the return is positive, down where negative
 
 
 def test_detect_success():
-    assert stage2.detect_success(torch.tensor([2.9, 3.0, 3.1, 0.0]), 3.0).tolist() == [True, True, False, True]
+    assert stage2.detect_success(torch.tensor([2.9, 3.0, 3.1, 0.0]), 3.0).tolist() == [
+        True,
+        True,
+        False,
+        True,
+    ]
 
 
-# --- the gradient -----------------------------------------------------------------------------------------------------
+# --- the gradient -----------------------------------------------------------------------------------------
 RANGES = [(0, 3), (1, 4)]
 ANSWERS = torch.tensor(list(itertools.product(range(3), range(1, 4))))
 VALUE = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0, -1.0, 2.0, 4.0, -3.0])  # the bandit's return of each answer
@@ -79,14 +114,18 @@ def bandit() -> tuple[EFM, dict[str, Tensor], list[str]]:
 def gradient(policy: EFM, loss: Tensor) -> Tensor:
     policy.zero_grad()
     loss.backward()
-    return torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in policy.parameters()]).clone()
+    return torch.cat(
+        [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in policy.parameters()]
+    ).clone()
 
 
 def test_the_expected_reinforce_gradient_is_the_gradient_of_the_expected_return():
     policy, obs, prompt = bandit()
     c = 0.05
     everywhere = {"state": obs["state"].expand(9, -1, -1)}
-    expected = gradient(policy, -c * (policy.log_prob(everywhere, prompt * 9, ANSWERS, RANGES).exp() * VALUE).sum())  # exact
+    expected = gradient(
+        policy, -c * (policy.log_prob(everywhere, prompt * 9, ANSWERS, RANGES).exp() * VALUE).sum()
+    )  # exact
     got = torch.zeros_like(expected)
     with torch.no_grad():
         p = policy.log_prob(everywhere, prompt * 9, ANSWERS, RANGES).exp()
@@ -101,11 +140,15 @@ def test_the_sampled_reinforce_gradient_points_the_same_way(rng):
     policy, obs, prompt = bandit()
     n = 4000
     everywhere = {"state": obs["state"].expand(9, -1, -1)}
-    expected = gradient(policy, -(policy.log_prob(everywhere, prompt * 9, ANSWERS, RANGES).exp() * VALUE).sum())
+    expected = gradient(
+        policy, -(policy.log_prob(everywhere, prompt * 9, ANSWERS, RANGES).exp() * VALUE).sum()
+    )
     sampled = {"state": obs["state"].expand(n, -1, -1)}
     tokens, _ = policy.sample(sampled, prompt * n, RANGES, rng)
     returns = VALUE[tokens[:, 0] * 3 + tokens[:, 1] - 1]
-    got = gradient(policy, stage2.reinforce_loss(policy.log_prob(sampled, prompt * n, tokens, RANGES), returns, 1.0))
+    got = gradient(
+        policy, stage2.reinforce_loss(policy.log_prob(sampled, prompt * n, tokens, RANGES), returns, 1.0)
+    )
     assert torch.cosine_similarity(got, expected, 0) > 0.97
     assert (got.norm() / expected.norm() - 1).abs() < 0.15
 
@@ -126,146 +169,28 @@ def test_reinforce_learns_the_bandit(rng):
     assert (p * VALUE).sum() > 3  # a uniform policy gets 0.5, the best answer 4
 
 
-# --- rollouts ---------------------------------------------------------------------------------------------------------
-class Watched(envs.pointmass.PointmassVectorEnv):
-    """The domain, that keeps what it has shown and what it was told."""
-
-    def reset(self, **kwargs):
-        result = super().reset(**kwargs)
-        self.seen, self.told, self.success = [result[0]], [], [result[1]["is_success"]]
-        return result
-
-    def step(self, actions):
-        result = super().step(actions)
-        self.seen.append(result[0])
-        self.told.append(np.array(actions))
-        self.success.append(result[4]["is_success"])
-        return result
-
-
-def practise(obs: str, end: str, quantile: float = 0.3, n: int = 6, horizon: int = 15):
-    """A rollout of untrained models, with s such that some episodes end early and others do not."""
-    policy, reward_model, env = small(obs, 0), small(obs, 1), Watched(n, obs)
-    env.horizon = horizon
-    if end == "ground-truth":  # goals close by, and large: some are met by chance
-        env._success = lambda: np.linalg.norm(env.pos - env._goal(), axis=1) < 0.75
-    probe = stage2.rollout(policy, reward_model, env, 9, torch.Generator().manual_seed(1), end, -1.0)
-    s = probe["d"].flatten().quantile(quantile).item()
-    r = stage2.rollout(policy, reward_model, env, 9, torch.Generator().manual_seed(1), end, s)
-    return r, policy, reward_model, env, s
-
-
-@pytest.mark.parametrize("end", ["detector", "ground-truth"])
-@pytest.mark.parametrize("obs", ["state", "images"])
-def test_rollout_bookkeeping(obs, end):
-    r, policy, reward_model, env, s = practise(obs, end)
-    n, T, length = env.num_envs, r["d"].shape[1] - 1, r["length"]
-    assert length.min() < length.max(), "the test needs episodes of different lengths"
-    assert length.max() == T and r["truth"].shape == (n, T + 1) and r["tokens"].shape == (length.sum(), 2)
-    # tuples: every (simulation, time) of every episode, once
-    pairs = list(zip(r["row"].tolist(), r["t"].tolist(), strict=True))
-    assert sorted(pairs) == [(i, t) for i in range(n) for t in range(length[i])]
-    assert np.bincount(r["row"], minlength=n).tolist() == length.tolist()
-    # what a tuple holds is what was seen, said and done there
-    actions, steps = action_tokenizer(**env.action_tokens), StepsToGo(env.steps_cap, env.steps_bins)
-    for m, (i, t) in enumerate(pairs):
-        assert r["goals"][m] == env.seen[0]["instruction"][i]
-        np.testing.assert_array_equal(env.told[t][i], actions.decode(r["tokens"][m]).numpy())
-        if obs == "state":
-            np.testing.assert_array_equal(r["obs"]["state"][m].flatten().numpy(), env.seen[t]["state"][i])
-    with torch.no_grad():
-        if obs == "images":  # the features kept from the step before equal those of the frames themselves
-            frames = torch.from_numpy(np.stack([env.seen[t]["images"][i] for i, t in pairs]))
-            torch.testing.assert_close(r["obs"]["features"], policy.encode_images(frames), atol=1e-5, rtol=1e-5)
-        prompts = [QUESTION_ACTION.format(g) for g in r["goals"]]
-        log_probs = policy.log_probs(r["obs"], prompts, r["tokens"], actions.ranges)
-        entropy = sum(torch.distributions.Categorical(logits=lp).entropy() for lp in log_probs)
-        torch.testing.assert_close(r["entropy"], entropy, atol=1e-4, rtol=1e-4)
-        # d and truth at every observation, frozen after the end
-        for i in range(n):
-            shown = [min(t, length[i]) for t in range(T + 1)]
-            raw = torch.from_numpy(np.stack([env.seen[t][obs][i] for t in shown]))
-            its = {"state": raw.unflatten(1, (-1, 2))} if obs == "state" else {"images": raw}
-            d = reward_model.steps_to_go(its, [env.seen[0]["instruction"][i]] * (T + 1), steps)
-            torch.testing.assert_close(r["d"][i], d, atol=1e-3, rtol=1e-4)
-            assert r["truth"][i].tolist() == [bool(env.success[t][i]) for t in shown]
-    # how episodes end
-    last = r["d"][:, -1]
-    assert np.array_equal(r["detected"], (last <= s).numpy())
-    over = r["detected"] if end == "detector" else r["truth"][:, -1].numpy()
-    assert (length[~over] == env.horizon).all() and over[length < env.horizon].all()
-    inner = [x for i in range(n) for x in (r["d"][i, 1 : length[i]] <= s if end == "detector" else r["truth"][i, 1 : length[i]])]
-    assert not any(inner)  # at the first time, not a later one
-    # rewards: 0 after the end, and their sum telescopes
-    reward = stage2.rewards(r["d"])
-    for i in range(n):
-        assert not reward[i, length[i] :].any()
-        assert reward[i].sum().item() == pytest.approx((r["d"][i, 0] - last[i]).item(), abs=1e-3)
-
-
-def test_a_rollout_repeats_with_its_seed_and_generator():
-    policy, env = small("state", 0), envs.make_vec("pointmass", 4)
-    env.horizon = 8
-    a, b, c = (stage2.rollout(policy, policy, env, seed, torch.Generator().manual_seed(5)) for seed in (1, 1, 2))
-    assert torch.equal(a["tokens"], b["tokens"]) and torch.equal(a["d"], b["d"]) and not torch.equal(a["d"], c["d"])
-
-
-def test_a_greedy_rollout_takes_the_most_probable_tokens():
-    policy, env = small("state", 0), envs.make_vec("pointmass", 4)
-    env.horizon = 5
-    a, b = (stage2.rollout(policy, policy, env, 1, torch.Generator().manual_seed(g), greedy=True) for g in (5, 6))
-    assert torch.equal(a["tokens"], b["tokens"])
-    ranges = action_tokenizer(**env.action_tokens).ranges
-    with torch.no_grad():
-        log_probs = policy.log_probs(a["obs"], [QUESTION_ACTION.format(g) for g in a["goals"]], a["tokens"], ranges)
-    assert torch.equal(a["tokens"], torch.stack([lp.argmax(-1) for lp in log_probs], 1))
-
-
-def test_look_encodes_only_the_new_frame(monkeypatch):
-    model, env = small("images", 0, "tabletop"), envs.make_vec("tabletop,history=1", 3, obs="images")
-    assert not env.simultaneous
-    first, _ = env.reset(seed=0)
-    second = env.step(env.demonstrate())[0]
-    encoded, encode = [], model.encode_images
-
-    def count(images):
-        encoded.append(images.shape[:2].numel())
-        return encode(images)
-
-    monkeypatch.setattr(model, "encode_images", count)
-    with torch.no_grad():
-        before = stage2.look(model, first, np.arange(3), None)
-        after = stage2.look(model, second, np.arange(3), before)
-        again = stage2.look(model, second, np.arange(3), None)
-        subset = stage2.look(model, second, np.array([2]), {k: v[2:] for k, v in before.items()})
-    assert encoded == [6, 3, 6, 1]
-    torch.testing.assert_close(after["features"], again["features"], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(subset["features"], again["features"][2:], atol=1e-5, rtol=1e-5)
-
-
-# --- Algorithm 1 ------------------------------------------------------------------------------------------------------
-def stage1_run(folder: Path, obs: str, domain: str = "pointmass") -> None:
-    """What Stage 2 reads of a Stage 1 run, untrained."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"domain": domain, "obs": obs, "seed": 0}))
-    models.save_model(small(obs, 0, domain), folder / "policy.safetensors")
-    models.save_model(small(obs, 1, domain), folder / "reward.safetensors")
-
-
+# --- Algorithm 1 ------------------------------------------------------------------------------------------
 def run(tmp_path, monkeypatch, obs: str, **settings) -> tuple[list[EFM], list[dict[str, Tensor]], dict]:
-    """A very short Stage 2: the policy and the reward model in memory after it, their weights before it, the summary."""
+    """A very short Stage 2: policy and reward model after it, their weights before it, the summary."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "horizon", 12)
     stage1_run(Path("runs/stage1"), obs)
-    loaded, before, load = [], [], common.load
+    loaded, before, load = [], [], setup.load_checkpoint
 
     def keep(path, env, *beside):
         loaded.append(load(path, env, *beside))
         before.append({k: v.clone() for k, v in loaded[-1].state_dict().items()})
         return loaded[-1]
 
-    monkeypatch.setattr(common, "load", keep)
-    settings = {"updates": 2, "batch": 32, "num_envs": 4, "iterations": 6, "lr": 1e-3, "eval_episodes": 3} | settings
+    monkeypatch.setattr(setup, "load_checkpoint", keep)
+    settings = {
+        "updates": 2,
+        "batch": 32,
+        "num_envs": 4,
+        "iterations": 6,
+        "lr": 1e-3,
+        "eval_episodes": 3,
+    } | settings
     stage2.main(stage2.Config(stage1="runs/stage1", out="runs/stage2", **settings))
     return loaded[:2], before[:2], json.loads(Path("runs/stage2/summary.json").read_text())
 
@@ -285,7 +210,9 @@ def test_an_update_changes_neither_the_reward_model_nor_the_policys_vit(tmp_path
     assert all(v.isfinite().all() for v in after.values())
     assert summary["env_steps"] >= 6 * 2 * 32 and summary["episodes"] % 4 == 0
     assert 0 <= summary["success_low"] <= summary["success"] <= summary["success_high"] <= 1
-    confusion = [summary[k] for k in ("true_positives", "false_positives", "false_negatives", "true_negatives")]
+    confusion = [
+        summary[k] for k in ("true_positives", "false_positives", "false_negatives", "true_negatives")
+    ]
     assert sum(confusion) == summary["eval_episodes"] == 3
     rows = Path("runs/stage2/metrics.csv").read_text().splitlines()
     assert len(rows) == 1 + 6 and all(math.isfinite(float(x)) for x in rows[-1].split(","))
@@ -294,10 +221,34 @@ def test_an_update_changes_neither_the_reward_model_nor_the_policys_vit(tmp_path
 def test_practice_of_the_blocks_changes_the_transformers_blocks_and_nothing_else(tmp_path, monkeypatch):
     (policy, _), before, _ = run(tmp_path, monkeypatch, "state", learns="blocks")
     after = policy.state_dict()
-    assert {k for k in after if not torch.equal(after[k], before[0][k])} == {k for k in after if ".layers." in k}
-    with pytest.raises(common.UserError, match="--keep-optimizer: .*--learns all"):
-        stage2.main(stage2.Config(stage1="runs/stage1", out="runs/again", learns="blocks", keep_optimizer=True))
+    assert {k for k in after if not torch.equal(after[k], before[0][k])} == {
+        k for k in after if ".layers." in k
+    }
+    with pytest.raises(UserError, match="--keep-optimizer: .*--learns all"):
+        stage2.main(
+            stage2.Config(stage1="runs/stage1", out="runs/again", learns="blocks", keep_optimizer=True)
+        )
+    # and of its moments, which are of fewer weights than all
+    with pytest.raises(UserError, match="--keep-optimizer: the moments of runs/stage2"):
+        few = {"updates": 1, "batch": 8, "num_envs": 2, "iterations": 1, "learns": "all"}
+        stage2.main(stage2.Config(stage1="runs/stage2", out="runs/again", keep_optimizer=True, **few))
     assert not Path("runs/again").exists()
+
+
+def test_practice_of_a_single_tuple(tmp_path, monkeypatch):
+    """Its standard deviation is none: that is not the learning rate's fault."""
+    one = {"iterations": 1, "updates": 1, "batch": 1, "num_envs": 1, "first_look": 1, "success_threshold": 1000.0}
+    run(tmp_path, monkeypatch, "state", **one)
+    row = np.genfromtxt("runs/stage2/metrics.csv", delimiter=",", names=True)
+    assert row["env_steps"] == 2 and row["return_std"] == 0  # the first look was the other
+
+
+def test_numbers_that_are_none_end_practice(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"--lr 1e\+30: .*smaller"):
+        run(tmp_path, monkeypatch, "state", lr=1e30)
+    assert not Path("runs/stage2/summary.json").exists()
+    kept = safetensors.torch.load_file("runs/stage2/policy.safetensors")
+    assert all(bool(w.isfinite().all()) for w in kept.values())
 
 
 def test_stage2_leaves_a_policy_however_short_it_is(tmp_path, monkeypatch):
@@ -312,11 +263,19 @@ def test_the_success_bonus_is_added_where_an_episode_truly_ended_in_success(tmp_
     for name, bonus in (("none", None), ("two", 2.0)):
         with monkeypatch.context() as m:
             (tmp_path / name).mkdir()
-            run(tmp_path / name, m, "state", iterations=1, gamma=0.0, success="ground-truth", success_bonus=bonus)
+            run(
+                tmp_path / name,
+                m,
+                "state",
+                iterations=1,
+                gamma=0.0,
+                success="ground-truth",
+                success_bonus=bonus,
+            )
             rows.append(np.genfromtxt("runs/stage2/metrics.csv", delimiter=",", names=True))
     none, two = rows
-    assert none["success"] > 0 and none["env_steps"] == two["env_steps"]  # the first practice is the same
-    added = 2 * two["success"] * two["episodes"] / two["env_steps"]
+    assert none["true_at_end"] > 0 and none["env_steps"] == two["env_steps"]  # the first practice is the same
+    added = 2 * two["true_at_end"] / two["mean_steps"]
     assert two["return_mean"] - none["return_mean"] == pytest.approx(added, abs=1e-4)
 
 
@@ -324,7 +283,11 @@ def practised(tmp_path, monkeypatch, name: str, **settings) -> tuple[torch.Tenso
     """The first update's log p and R, and the row of metrics.csv, of one iteration."""
     seen, loss = [], stage2.reinforce_loss
     with monkeypatch.context() as m:
-        m.setattr(stage2, "reinforce_loss", lambda log_prob, R, c: seen.append((log_prob.detach(), R)) or loss(log_prob, R, c))
+        m.setattr(
+            stage2,
+            "reinforce_loss",
+            lambda log_prob, R, c: seen.append((log_prob.detach(), R)) or loss(log_prob, R, c),
+        )
         (tmp_path / name).mkdir()
         run(tmp_path / name, m, "state", iterations=1, **settings)
         row = np.genfromtxt("runs/stage2/metrics.csv", delimiter=",", names=True)
@@ -339,11 +302,15 @@ def test_rewards_are_cut_off_where_clip_reward_says(tmp_path, monkeypatch):
     assert torch.equal(cut, free.clamp(-bound, bound))  # the first practice is the same
 
 
-def test_the_temperature_is_the_policys_in_rollouts_and_updates_and_evaluation_has_the_domains(tmp_path, monkeypatch):
+def test_the_temperature_is_the_policys_in_rollouts_and_updates_and_evaluation_has_the_domains(
+    tmp_path, monkeypatch
+):
     log_prob, _, row = practised(tmp_path, monkeypatch, "one")
     assert row["entropy"] > 1 and log_prob.max() < -0.5
-    evaluated, evaluate = [], evaluation.evaluate
-    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: evaluated.append(evaluate(*a, **k)) or evaluated[-1])
+    evaluated, evaluate = [], stage2.evaluate
+    monkeypatch.setattr(
+        stage2, "evaluate", lambda *a, **k: evaluated.append(evaluate(*a, **k)) or evaluated[-1]
+    )
     monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "temperature", 0.75)
     log_prob, _, row = practised(tmp_path, monkeypatch, "cold", temperature=1e-5)
     assert row["entropy"] < 0.1 and log_prob.min() > -0.1  # it does what is most probable, and log p says so
@@ -352,12 +319,18 @@ def test_the_temperature_is_the_policys_in_rollouts_and_updates_and_evaluation_h
 
 def test_practice_takes_the_domains_settings_and_a_flag_goes_before(tmp_path, monkeypatch):
     """In config.json, what it was: the flag's value, else the domain's, else the usual one."""
-    monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "practice", {"state": {"iterations": 2, "gamma": 0.5, "batch": 16}})
-    monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "temperature", 0.75)  # of evaluation, not of practice
+    monkeypatch.setattr(
+        envs.pointmass.PointmassVectorEnv,
+        "stage2_defaults",
+        {"state": {"iterations": 2, "gamma": 0.5, "batch": 16}},
+    )
+    monkeypatch.setattr(
+        envs.pointmass.PointmassVectorEnv, "temperature", 0.75
+    )  # of evaluation, not of practice
     run(tmp_path, monkeypatch, "state", iterations=None, batch=None, gamma=0.0)
     took = json.loads(Path("runs/stage2/config.json").read_text())
-    assert [took[k] for k in ("iterations", "gamma", "batch", "s")] == [2, 0.0, 16, 3.0]
-    assert all(took[k] == stage2.USUAL[k] for k in ("clip_reward", "success_bonus", "learns", "temperature"))
+    assert [took[k] for k in ("iterations", "gamma", "batch", "success_threshold")] == [2, 0.0, 16, 3.0]
+    assert all(took[k] == setup.USUAL[k] for k in ("clip_reward", "success_bonus", "learns", "temperature"))
     assert len(Path("runs/stage2/metrics.csv").read_text().splitlines()) == 3
 
 
@@ -365,10 +338,20 @@ def test_practice_takes_the_domains_settings_and_a_flag_goes_before(tmp_path, mo
 def test_the_domains_settings_are_fields_of_stage2(domain):
     fields = {f.name: f.default for f in dataclasses.fields(stage2.Config)}
     env = envs.make_vec(domain, 1)
-    assert env.practice.keys() == env.recipes.keys()
-    for obs in env.practice:
-        settings = stage2.practice(envs.make_vec(domain, 1, obs=obs))
-        assert settings.keys() == {k for k, v in fields.items() if v is None}
+    unset = {k for k, v in fields.items() if v is None}
+    assert env.stage2_defaults.keys() == env.stage1_defaults.keys()
+    for obs in env.stage2_defaults:
+        settings = setup.USUAL | {"success_threshold": env.success_threshold} | env.stage2_defaults[obs]
+        # the others come from the Stage 1 run or from this machine
+        assert settings.keys() == unset - {
+            "stage1",
+            "reward_run",
+            "domain",
+            "seed",
+            "device",
+            "threads",
+            "out",
+        }
 
 
 def test_practice_in_another_domain(tmp_path, monkeypatch):
@@ -381,13 +364,18 @@ def test_practice_in_another_domain(tmp_path, monkeypatch):
 
     def watched(*args, **kwargs):
         env = make_vec(*args, **kwargs)
+        env.horizon = 8
         looks.append((env.name, env.look, len(env.things)))
         return env
 
     monkeypatch.setattr(envs, "make_vec", watched)
     stage2.main(stage2.Config(domain="tabletop,look=real", **few))
     assert looks.count(("tabletop,look=real", "real", 4)) >= 2  # practice, evaluation
-    assert len(looks) - looks.count(("tabletop,look=real", "real", 4)) == looks.count(("tabletop", "sim", 4)) == 1  # compared
+    assert (
+        len(looks) - looks.count(("tabletop,look=real", "real", 4))
+        == looks.count(("tabletop", "sim", 4))
+        == 1
+    )  # compared
     summary = json.loads(Path("runs/tabletop,look=real-stage2-s0/summary.json").read_text())
     assert summary["domain"] == "tabletop,look=real"
 
@@ -396,11 +384,11 @@ def test_practice_in_a_domain_with_other_actions_is_refused(tmp_path, monkeypatc
     """A tokenizer that knows every word, as PaliGemma's does, would not notice."""
     monkeypatch.chdir(tmp_path)
     stage1_run(Path("runs/stage1"), "state")
-    monkeypatch.setattr(common, "load", lambda path, *_: small("state", 0))
-    with pytest.raises(common.UserError, match="--domain tabletop"):
+    monkeypatch.setattr(setup, "load_checkpoint", lambda path, *_: small("state", 0))
+    with pytest.raises(UserError, match="--domain tabletop"):
         stage2.main(stage2.Config(stage1="runs/stage1", domain="tabletop", out="runs/stage2"))
     stage1_run(Path("runs/frames"), "images", "tabletop")
-    with pytest.raises(common.UserError, match="--domain tabletop,history=1"):  # its second frame is another one
+    with pytest.raises(UserError, match="--domain tabletop,history=1"):  # its second frame is another one
         stage2.main(stage2.Config(stage1="runs/frames", domain="tabletop,history=1", out="runs/stage2"))
     assert not Path("runs/stage2").exists()
 
@@ -410,16 +398,16 @@ def test_stage2_repeats_exactly(tmp_path, monkeypatch):
     for name in ("a", "b"):
         with monkeypatch.context() as m:
             (tmp_path / name).mkdir()
-            weights.append(run(tmp_path / name, m, "state")[0][0].state_dict())
+            weights.append(run(tmp_path / name, m, "state", iterations=3)[0][0].state_dict())
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
-# --- practice without resets --------------------------------------------------------------------------------------------
+# --- practice without resets ------------------------------------------------------------------------------
 def test_the_operator_resets_only_what_has_fallen_or_is_overdue():
     env = envs.make_vec("tabletop", 6)
-    operator = stage2.Operator(env, 0)
+    operator = Operator(env, 0)
     assert ((operator.due >= 1800) & (operator.due <= 3000)).all()  # 3-5 minutes at 10 Hz
-    operator.begin(seed=0)
+    operator.reset(seed=0)
     assert operator.interventions == 0 and (operator.steps == 0).all()  # setting up is nobody's intervention
     for _ in range(5):
         env.step(env.expert())
@@ -427,12 +415,22 @@ def test_the_operator_resets_only_what_has_fallen_or_is_overdue():
     overdue = operator.steps > operator.due
     env.fallen[1, 2] = True
     before, texts = env.pos.copy(), list(env.texts)
-    obs, info = operator.begin(seed=100)
+    obs, info = operator.reset(seed=100)
     moved = (env.pos != before).any((1, 2))
-    assert moved.tolist() == [False, True, False, bool(overdue[3]), False, False] and overdue[3] and not overdue[4]
+    assert (
+        moved.tolist() == [False, True, False, bool(overdue[3]), False, False]
+        and overdue[3]
+        and not overdue[4]
+    )
     assert operator.interventions == 2 and operator.steps.tolist() == [5, 0, 5, 0, 1799, 5]
-    assert not env.fallen.any() and not info["is_success"].any() and tuple(obs["instruction"]) == tuple(env.texts)
-    assert sum(a != b for a, b in zip(texts, env.texts, strict=True)) >= 5  # new instructions, where nothing moved as well
+    assert (
+        not env.fallen.any()
+        and not info["is_success"].any()
+        and tuple(obs["instruction"]) == tuple(env.texts)
+    )
+    assert (
+        sum(a != b for a, b in zip(texts, env.texts, strict=True)) >= 5
+    )  # new instructions, where nothing moved as well
     assert (env.t == 0).all()
 
 
@@ -441,8 +439,8 @@ def test_practice_without_resets_resumes_exactly(tmp_path, monkeypatch):
     make = envs.make_vec
     monkeypatch.setattr(envs, "make_vec", lambda *a, **k: (e := make(*a, **k), setattr(e, "horizon", 8))[0])
     stage1_run(Path("runs/stage1"), "state", "tabletop")
-    settings = {"stage1": "runs/stage1", "operator": True, "updates": 2, "batch": 16, "num_envs": 4, "iterations": 4,
-                "lr": 1e-3, "eval_episodes": 2}  # fmt: skip
+    settings = {"stage1": "runs/stage1", "operator": True, "updates": 2, "batch": 16, "num_envs": 4}
+    settings |= {"iterations": 4, "lr": 1e-3, "eval_episodes": 2}
     stage2.main(stage2.Config(out="runs/whole", **settings))
     rows = np.genfromtxt("runs/whole/metrics.csv", delimiter=",", names=True)
     np.testing.assert_allclose(rows["robot_hours"], rows["env_steps"] / 36_000, rtol=1e-5)
@@ -451,18 +449,18 @@ def test_practice_without_resets_resumes_exactly(tmp_path, monkeypatch):
     class Killed(Exception):
         pass
 
-    checkpoint, kept = common.Run.checkpoint, []
+    checkpoint, calls = runs.Run.checkpoint, []
 
-    def dies(self, **state):
-        checkpoint(self, **state)
-        kept.append(state)
-        if len(kept) == 2:
+    def dies(self):
+        checkpoint(self)
+        calls.append(self)
+        if len(calls) == 2:
             raise Killed
 
-    monkeypatch.setattr(common.Run, "checkpoint", dies)
+    monkeypatch.setattr(runs.Run, "checkpoint", dies)
     with pytest.raises(Killed):
         stage2.main(stage2.Config(out="runs/cut", **settings))
-    monkeypatch.setattr(common.Run, "checkpoint", checkpoint)
+    monkeypatch.setattr(runs.Run, "checkpoint", checkpoint)
     stage2.main(stage2.Config(out="runs/cut", resume=True, **settings))
     again = np.genfromtxt("runs/cut/metrics.csv", delimiter=",", names=True)
     for name in set(rows.dtype.names) - {"seconds"}:
@@ -474,5 +472,5 @@ def test_practice_without_resets_resumes_exactly(tmp_path, monkeypatch):
 def test_a_domain_that_needs_resets_refuses_the_operator(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stage1_run(Path("runs/stage1"), "state")
-    with pytest.raises(common.UserError, match="--operator: pointmass"):
+    with pytest.raises(UserError, match="--operator: pointmass"):
         stage2.main(stage2.Config(stage1="runs/stage1", operator=True))

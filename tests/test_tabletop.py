@@ -30,7 +30,9 @@ def table(num_envs: int = 1, **kwargs) -> tabletop.TabletopVectorEnv:
     return env
 
 
-def put(env: tabletop.TabletopVectorEnv, blocks: np.ndarray | None = None, tool=(0.2, 0.0), yaw: float = 0.0) -> None:
+def put(
+    env: tabletop.TabletopVectorEnv, blocks: np.ndarray | None = None, tool=(0.2, 0.0), yaw: float = 0.0
+) -> None:
     """Blocks (B, 2) and the tool of every simulation at rest at these places."""
     if blocks is not None:
         env.pos[:] = blocks
@@ -55,9 +57,11 @@ def ask(env: tabletop.TabletopVectorEnv, family: str, block: int, target) -> Non
         env.tasks.assign(i, Meaning(family, block, target), env.pos[i])
 
 
-# --- the camera -------------------------------------------------------------------------------------------------------
+# --- the camera ---------------------------------------------------------------------------------------------
 def test_pixels_are_language_tables():
-    points = np.array([[0.15, -0.3048, 0], [0.15, 0.3048, 0], [0.6, -0.3048, 0], [0.6, 0.3048, 0], [0.375, 0, 0]])
+    points = np.array(
+        [[0.15, -0.3048, 0], [0.15, 0.3048, 0], [0.6, -0.3048, 0], [0.6, 0.3048, 0], [0.375, 0, 0]]
+    )
     measured = [[56.56, 25.01], [263.44, 25.01], [1.03, 179.99], [318.97, 179.99], [160, 86.10]]
     np.testing.assert_allclose(pixels(points) * [320, 180], measured, atol=0.01)
 
@@ -70,10 +74,23 @@ def test_the_renderer_agrees_with_pixels(height, width):
     env._render(0, height, width)
     renderer = env.renderers[height, width]
     scene, ngeom = renderer.scene, renderer.scene.ngeom
-    for point in ([0.16, -0.28, 0.02], [0.3, 0.02, 0.02], [0.375, 0, 0.0381], [0.5, 0.3, 0.02], [0.55, -0.28, 0.01]):
+    for point in (
+        [0.16, -0.28, 0.02],
+        [0.3, 0.02, 0.02],
+        [0.375, 0, 0.0381],
+        [0.5, 0.3, 0.02],
+        [0.55, -0.28, 0.01],
+    ):
         ball = scene.geoms[ngeom]
         size = np.full(3, 0.01)
-        mujoco.mjv_initGeom(ball, mujoco.mjtGeom.mjGEOM_SPHERE, size, np.array(point), np.eye(3).ravel(), np.array([1, 0, 1, 1]))
+        mujoco.mjv_initGeom(
+            ball,
+            mujoco.mjtGeom.mjGEOM_SPHERE,
+            size,
+            np.array(point),
+            np.eye(3).ravel(),
+            np.array([1, 0, 1, 1]),
+        )
         ball.emission, scene.ngeom = 1, ngeom + 1
         frame = renderer.render().astype(int)
         rows, columns = np.nonzero((frame[..., 0] > 100) & (frame[..., 1] < 30))
@@ -85,8 +102,14 @@ def test_the_renderer_agrees_with_pixels(height, width):
 def test_the_small_frame_is_the_same_view():
     env = table(obs="images", size=60)
     small, large = env.frames[0, 0].astype(float), env._render(0, 360, 640)
-    seen = large.reshape(60, 6, 640, 3).mean(1).repeat(3, 1).reshape(60, 60, 32, 3).mean(2)  # of every small pixel
-    off = {(v, u): np.abs(np.roll(small, (v, u), (0, 1)) - seen)[3:-3, 3:-3].mean() for v in (-1, 0, 1) for u in (-1, 0, 1)}
+    seen = (
+        large.reshape(60, 6, 640, 3).mean(1).repeat(3, 1).reshape(60, 60, 32, 3).mean(2)
+    )  # of every small pixel
+    off = {
+        (v, u): np.abs(np.roll(small, (v, u), (0, 1)) - seen)[3:-3, 3:-3].mean()
+        for v in (-1, 0, 1)
+        for u in (-1, 0, 1)
+    }
     best = off.pop((0, 0))
     assert best < 2 and min(off.values()) > 5  # of 255; here 1.4 and 6.4
 
@@ -97,13 +120,18 @@ def test_track_is_where_the_tool_is_seen():
     np.testing.assert_allclose(env.track() * [320, 180], [[160, 86.10]], atol=0.01)
 
 
-# --- geometry ---------------------------------------------------------------------------------------------------------
+# --- geometry -----------------------------------------------------------------------------------------------
 def test_blocks_are_language_tables():
     env = table(blocks=8)
     assert env.state_names[1:] == BLOCK_SETS[8] and table(blocks=4).state_names[1:] == BLOCK_SETS[4]
     model, data = env.model, mujoco.MjData(env.model)
     mujoco.mj_kinematics(model, data)  # every block's body in the origin
-    sizes = {"cube": (0.0397, 0.0397), "moon": (0.0257, 0.0525), "pentagon": (0.0413, 0.0444), "star": (0.0408, 0.0444)}
+    sizes = {
+        "cube": (0.0397, 0.0397),
+        "moon": (0.0257, 0.0525),
+        "pentagon": (0.0413, 0.0444),
+        "star": (0.0408, 0.0444),
+    }
     for name in BLOCK_SETS[8]:
         geom = model.body(name).geomadr[0]
         mesh = model.mesh(model.geom_dataid[geom])
@@ -112,7 +140,9 @@ def test_blocks_are_language_tables():
         np.testing.assert_allclose(np.ptp(points, 0), [*sizes[name.split()[1]], 0.0381], atol=1e-4)
         assert points[:, 2].min() == pytest.approx(0, abs=1e-6)  # it stands on the table
         assert model.body(name).mass == pytest.approx(0.01)
-        np.testing.assert_allclose(model.body(name).ipos, [0, 0, 0.0381 / 2], atol=5e-4)  # and turns about its middle
+        np.testing.assert_allclose(
+            model.body(name).ipos, [0, 0, 0.0381 / 2], atol=5e-4
+        )  # and turns about its middle
     tool = model.geom(model.body("tool").geomadr[0])
     assert tool.size[0] == TOOL_RADIUS == 0.0127
     assert tool.pos[2] - tool.size[1] == pytest.approx(0.008)  # its lower end over the table
@@ -120,7 +150,8 @@ def test_blocks_are_language_tables():
 
 @pytest.mark.parametrize("shape", ["moon", "star"])
 def test_blocks_collide_as_their_convex_hull(shape):
-    """The tool does not enter the moon's hollow, nor the gap between two points of the star, where it would fit."""
+    """The tool does not enter the moon's hollow, nor the gap between two points of the star, where it would
+    fit."""
     env = table()
     outline = tabletop.outline(shape)
     ends = outline[[8, 0] if shape == "moon" else [0, 2]]  # of the edge that the hull has there
@@ -135,7 +166,7 @@ def test_blocks_collide_as_their_convex_hull(shape):
         assert deepest(env) == pytest.approx(max(depth, 0), abs=2e-4)
 
 
-# --- the tool ---------------------------------------------------------------------------------------------------------
+# --- the tool -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("look", "rate"), [("sim", 0.10), ("real", 0.06)])
 def test_the_tool_responds_as_language_tables(look, rate):
     env, covered = table(look=look), []
@@ -159,7 +190,9 @@ def test_targets_add_up_and_are_clipped():
     moves = np.array([[0.03, 0.0], [-0.01, 0.02], [0.0, -0.03], [0.02, 0.02]])
     for _ in range(3):
         env.step(moves)
-    np.testing.assert_allclose(env.target, CENTRE + 3 * moves, atol=1e-9)  # of the targets, not of where the tool is
+    np.testing.assert_allclose(
+        env.target, CENTRE + 3 * moves, atol=1e-9
+    )  # of the targets, not of where the tool is
     put(env, CORNERS, tool=CENTRE)
     env.step(np.array([[5, 0.05], [-5, 0], [0, 5], [0, -5]]))
     np.testing.assert_allclose(env.target, CENTRE + [[0.1, 0.05], [-0.1, 0], [0, 0.1], [0, -0.1]])
@@ -172,7 +205,8 @@ def test_targets_add_up_and_are_clipped():
 
 
 def test_pushes_flick_a_block_as_far_as_in_language_table():
-    """From pushes of 1, 2 and 3 cm a step the cube ends 3.5, 4.0 and 6.7 cm before the tool there; here 3.3, 4.8 and 7.3."""
+    """From pushes of 1, 2 and 3 cm a step the cube ends 3.5, 4.0 and 6.7 cm before the tool there; here 3.3,
+    4.8 and 7.3."""
     for step, low, high in ((0.01, 0.030, 0.040), (0.02, 0.035, 0.055), (0.03, 0.055, 0.085)):
         env, gaps = table(), []
         blocks = CORNERS.copy()
@@ -201,11 +235,11 @@ def test_nothing_overlaps_however_hard_it_is_pushed(blocks):
     assert moved > 3 and env.fallen.any()
 
 
-# --- reset ------------------------------------------------------------------------------------------------------------
+# --- reset --------------------------------------------------------------------------------------------------
 def test_things_are_placed_by_language_tables_rules(monkeypatch):
     env = table(150, blocks=8)
     monkeypatch.setattr(env.sim, "step", lambda *a, **k: None)  # before anything settles
-    env._place(np.arange(150))
+    env._scatter(np.arange(150))
     pairs = np.linalg.norm(env.pos[:, :, None] - env.pos[:, None], axis=3)[:, *np.triu_indices(8, 1)]
     assert 0.0175 < pairs.min() < 0.02
     assert 0.06 < np.linalg.norm(env.pos - env.tool[:, None], axis=2).min() < 0.063
@@ -217,12 +251,13 @@ def test_things_are_placed_by_language_tables_rules(monkeypatch):
     assert env.yaw.min() < 0.05 and 6.2 < env.yaw.max() < 2 * np.pi
     banana = envs.make_vec("bananatable", 150)
     monkeypatch.setattr(banana.sim, "step", lambda *a, **k: None)
-    banana._place(np.arange(150))
+    banana._scatter(np.arange(150))
     assert 0.12 < np.linalg.norm(banana.pos[:, 0] - banana.tool, axis=1).min() < 0.13
 
 
 def test_things_have_settled_as_in_language_table():
-    """There, least pair distances of 150 resets of BLOCK_8: lowest 3.3 cm, 3.5 (5 %), median 4.4. Here 2.8, 3.4 and 4.5."""
+    """There, least pair distances of 150 resets of BLOCK_8: lowest 3.3 cm, 3.5 (5 %), median 4.4. Here 2.8,
+    3.4 and 4.5."""
     env = table(150, blocks=8)
     pairs = np.linalg.norm(env.pos[:, :, None] - env.pos[:, None], axis=3)[:, *np.triu_indices(8, 1)].min(1)
     assert pairs.min() > 0.025 and 0.038 < np.median(pairs) < 0.050
@@ -239,7 +274,11 @@ def test_things_have_settled_as_in_language_table():
 def test_no_instruction_is_fulfilled_at_reset(family, blocks):
     env = envs.make_vec("tabletop", 100, family=family, blocks=blocks)
     obs, info = env.reset(seed=0)
-    assert not info["is_success"].any() and not info["fallen"].any() and env.horizon == (100 if blocks == 4 else 200)
+    assert (
+        not info["is_success"].any()
+        and not info["fallen"].any()
+        and env.horizon == (100 if blocks == 4 else 200)
+    )
     asked = [m.family for m in env.meanings]
     assert set(asked) == (set(FAMILIES) if family == "mixed" else {family})
     assert all(asked.count(f) > 5 for f in set(asked))  # if mixed, each about a fifth, the rare ones too
@@ -257,16 +296,20 @@ def test_tasks_start_as_in_language_table():
                 assert gap[target] >= 0.06
             case "block2relativelocation" | "block2block_relative_location":
                 if family == "block2relativelocation":
-                    goal = pos[block] + {"near": 0.15, "far": 0.25}[target[1]] * np.array(DIRECTIONS[target[0]])
+                    goal = pos[block] + {"near": 0.15, "far": 0.25}[target[1]] * np.array(
+                        DIRECTIONS[target[0]]
+                    )
                 else:
-                    goal = pos[target[1]] + {1: 0.08, 2: 0.04 * 2**0.5}[len(target[0].split())] * np.array(DIRECTIONS[target[0]])
+                    goal = pos[target[1]] + {1: 0.08, 2: 0.04 * 2**0.5}[len(target[0].split())] * np.array(
+                        DIRECTIONS[target[0]]
+                    )
                 assert (goal >= LOW + INSET).all() and (goal <= HIGH - INSET).all()
             case "separate_blocks":
                 assert set(target) == set(np.flatnonzero((gap < 0.08) & (gap > 0)))
                 assert list(gap[list(target)]) == sorted(gap[list(target)])  # the nearest is said first
 
 
-# --- success ----------------------------------------------------------------------------------------------------------
+# --- success ------------------------------------------------------------------------------------------------
 def frozen() -> tabletop.TabletopVectorEnv:
     """A table on which nothing moves by itself: blocks may be put into one another."""
     env = table()
@@ -331,7 +374,9 @@ def test_success_of_block2block_relative_location(direction):
         env.pos[0, 1] = centre
         for scale in (0.5, 0.8, 1.1):
             for sign in (-1, 1):
-                assert solved(env, 0, centre + scale * offset + 0.0385 * sign * side)  # ten points, so nearly a strip
+                assert solved(
+                    env, 0, centre + scale * offset + 0.0385 * sign * side
+                )  # ten points, so nearly a strip
                 assert not solved(env, 0, centre + scale * offset + 0.041 * sign * side)
         for scale, sign in ((0.5, -1), (1.1, 1)):  # its two ends
             assert solved(env, 0, centre + scale * offset + 0.039 * sign * unit)
@@ -373,7 +418,7 @@ def test_fallen_blocks_do_not_fulfil_anything():
     assert env.tasks.solved(env.pos)[0] and not env.step(np.zeros((1, 2)))[2][0]
 
 
-# --- falling ----------------------------------------------------------------------------------------------------------
+# --- falling ------------------------------------------------------------------------------------------------
 def test_a_block_pushed_over_the_edge_is_gone_until_reset():
     env = table()
     blocks = CORNERS.copy()
@@ -393,7 +438,9 @@ def test_a_block_pushed_over_the_edge_is_gone_until_reset():
     for to in ([-1, -1], [-1, 1], [1, 1]):  # the tool cannot come near
         for _ in range(7):
             info = env.step(0.1 * np.array([to]))[4]
-            assert info["fallen"][0] and not info["is_success"][0] and np.linalg.norm(env.tool[0] - parked) > 0.3
+            assert (
+                info["fallen"][0] and not info["is_success"][0] and np.linalg.norm(env.tool[0] - parked) > 0.3
+            )
     assert np.array_equal(env.pos[0, 1], parked) and blue() == 0
     assert not env.reset(seed=1)[1]["fallen"][0] and not env.fallen.any() and blue() > 100
 
@@ -412,14 +459,21 @@ def test_many_fallen_blocks_lie_apart_and_unseen():
     assert env.ask(np.ones(1, bool))[0]["instruction"] == tuple(env.texts)  # and nothing can be asked
 
 
-# --- a new instruction where everything stays -------------------------------------------------------------------------
+# --- a new instruction where everything stays ---------------------------------------------------------------
 @pytest.mark.parametrize("obs", ["state", "images", "history"])
 def test_ask_changes_the_instruction_and_nothing_else(obs):
     n, mask = 40, np.arange(40) % 2 == 0
-    env = table(n, family="mixed", obs="state" if obs == "state" else "images", size=16, history=obs == "history")
+    env = table(
+        n, family="mixed", obs="state" if obs == "state" else "images", size=16, history=obs == "history"
+    )
     for _ in range(4):
         before = env.step(env.expert())[0]
-    sim, meanings, fixed, weights = env.sim.state.copy(), list(env.meanings), env.tasks.fixed.copy(), env.tasks.weights.copy()
+    sim, meanings, fixed, weights = (
+        env.sim.state.copy(),
+        list(env.meanings),
+        env.tasks.fixed.copy(),
+        env.tasks.weights.copy(),
+    )
     after, info = env.ask(mask)
     assert np.array_equal(env.sim.state, sim) and not env.anew.any()
     shown, then = after[env.obs], before[env.obs]
@@ -428,11 +482,16 @@ def test_ask_changes_the_instruction_and_nothing_else(obs):
     else:  # an episode's first frame is its own predecessor, as after a reset
         assert np.array_equal(shown[~mask], then[~mask]) and np.array_equal(shown[:, 1], then[:, 1])
         assert np.array_equal(shown[mask, 0], then[mask, 1])
-    assert env.t.tolist() == [0 if m else 4 for m in mask] and info.keys() == env.step(np.zeros((n, 2)))[4].keys()
+    assert (
+        env.t.tolist() == [0 if m else 4 for m in mask]
+        and info.keys() == env.step(np.zeros((n, 2)))[4].keys()
+    )
     changed = np.array([a != b for a, b in zip(after["instruction"], before["instruction"], strict=True)])
     assert not changed[~mask].any() and changed[mask].mean() > 0.9
     assert all(a is b for a, b, m in zip(env.meanings, meanings, mask, strict=True) if not m)
-    assert np.array_equal(env.tasks.fixed[~mask], fixed[~mask]) and np.array_equal(env.tasks.weights[~mask], weights[~mask])
+    assert np.array_equal(env.tasks.fixed[~mask], fixed[~mask]) and np.array_equal(
+        env.tasks.weights[~mask], weights[~mask]
+    )
     assert not info["is_success"][mask].any()
     again = tabletop.Tasks.empty(n, 4)  # text, meaning and rule are one another's
     for i, (meaning, pos) in enumerate(zip(env.meanings, env.pos, strict=True)):
@@ -468,7 +527,89 @@ def test_fallen_blocks_are_not_asked_for():
     assert not (part & env.fallen).any()
 
 
-# --- seeds ------------------------------------------------------------------------------------------------------------
+# --- which block to which one -------------------------------------------------------------------------------
+ASKED = {  # of red moon 0, blue cube 1, green star 2, yellow pentagon 3
+    "prior": {(0, 1), (1, 2), (2, 3), (3, 0), (1, 3), (2, 0), (3, 1)},
+    "forward": {(0, 3)},
+    "second": {(2, 1)},
+    "backward": {(0, 2)},
+    "unseen": {(1, 0), (3, 2)},
+    "both": {(0, 3), (0, 2)},
+}
+
+
+def pairs_of(env: tabletop.TabletopVectorEnv) -> list[tuple[int, int]]:
+    return [(m.block, m.target) for m in env.meanings]
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_pairs_are_asked_evenly_and_no_others(name):
+    env = table(300, pairs=name)
+    asked = pairs_of(env)
+    assert set(asked) == ASKED[name] and min(asked.count(p) for p in ASKED[name]) > 0.6 * 300 / len(
+        ASKED[name]
+    )
+    assert all(text in texts(m, 4) for text, m in zip(env.texts, env.meanings, strict=True))
+    assert env.instructions() == table().instructions()  # the grammar stays whole
+    gap = [np.linalg.norm(pos[a] - pos[b]) for pos, (a, b) in zip(env.pos, asked, strict=True)]
+    assert min(gap) >= 0.06
+
+
+def test_pairs_of_practice_are_rarely_forward_or_backward():
+    rng, there = np.random.default_rng(0), np.ones(4, bool)
+    drawn = [tabletop.draw_pair("practice", there, rng) for _ in range(5000)]
+    assert set(drawn) == ASKED["prior"] | ASKED["forward"] | ASKED["backward"]
+    for pair in ((0, 3), (0, 2)):
+        assert 30 < drawn.count(pair) < 75  # 1 %
+    assert min(drawn.count(p) for p in ASKED["prior"]) > 600  # a seventh of 98 %
+    assert not (ASKED["unseen"] | ASKED["second"]) & set(drawn)
+
+
+def test_without_pairs_the_draws_are_what_they_were():
+    env = table(4)
+    assert pairs_of(env) == [(0, 2), (3, 0), (0, 1), (1, 2)] and env.pairs == [""] * 4
+    assert len(set(pairs_of(table(300)))) == 12
+
+
+def test_pairs_may_change_before_every_question():
+    env = table(40, pairs="forward")
+    env.pairs[::2] = ["backward"] * 20
+    env.ask(np.ones(40, bool))
+    assert pairs_of(env) == [(0, 2), (0, 3)] * 20
+    kept = env.get_state()
+    env.pairs[:] = ["second"] * 40
+    env.set_state(kept)
+    assert env.pairs == ["backward", "forward"] * 20
+    env.pairs[7] = "odd"
+    with pytest.raises(ValueError, match="pairs odd: choose one of prior, forward, second"):
+        env.ask(np.ones(40, bool))
+
+
+def test_pairs_leave_out_what_has_fallen():
+    env = table(30, pairs="both")
+    env.pos[:, 3] = 2.0
+    env.step(np.zeros((30, 2)))
+    assert env.fallen[:, 3].all()
+    env.ask(np.ones(30, bool))
+    assert {p for p, anew in zip(pairs_of(env), env.anew, strict=True) if not anew} == {(0, 2)}
+    env.pos[:, 0] = 2.0
+    env.step(np.zeros((30, 2)))
+    env.ask(np.ones(30, bool))  # red moon is in both pairs: everything is placed anew
+    assert env.anew.all() and not env.fallen.any()
+
+
+@pytest.mark.parametrize(
+    "given", ["pairs=odd", "pairs=forward,blocks=8", "family=mixed,pairs=forward", "pairs=1"]
+)
+def test_wrong_pairs_are_one_clear_line(given):
+    with pytest.raises(
+        ValueError,
+        match=f"^--domain tabletop,{given}: pairs (odd|1: choose one of prior|forward: for family)",
+    ):
+        envs.make_vec(f"tabletop,{given}", 1)
+
+
+# --- seeds --------------------------------------------------------------------------------------------------
 def rollout(env, seed: int | None, steps: int = 12) -> list:
     """What a seed gives: observations and infos under the demonstrator."""
     seen = [env.reset(seed=seed)]
@@ -486,7 +627,11 @@ def equal(a, b) -> bool:
     return np.array_equal(a, b)
 
 
-LOOKS = [("tabletop", dict(family="mixed")), ("tabletop", dict(family="mixed", look="real", blocks=8)), ("bananatable", {})]
+LOOKS = [
+    ("tabletop", dict(family="mixed")),
+    ("tabletop", dict(family="mixed", look="real", blocks=8)),
+    ("bananatable", {}),
+]
 
 
 @pytest.mark.parametrize("obs", ["state", "images"])
@@ -540,7 +685,7 @@ def test_a_kept_state_goes_on_exactly(name, kwargs):
         assert equal(first, go_on(again))
 
 
-# --- what is seen -----------------------------------------------------------------------------------------------------
+# --- what is seen -------------------------------------------------------------------------------------------
 def test_the_state_is_the_one_in_the_docstring():
     env = table(5, blocks=8)
     for _ in range(3):
@@ -549,7 +694,9 @@ def test_the_state_is_the_one_in_the_docstring():
     state = obs["state"].reshape(5, 9, env.state_dim)
     np.testing.assert_allclose(state[:, 0], np.c_[env.tool - CENTRE, env.target - env.tool] * 10, atol=1e-6)
     np.testing.assert_allclose(state[:, 1:, :2], (env.pos - env.tool[:, None]) * 10, atol=1e-6)
-    np.testing.assert_allclose(np.arctan2(state[..., 1:, 3], state[..., 1:, 2]), np.angle(np.exp(1j * env.yaw)), atol=1e-5)
+    np.testing.assert_allclose(
+        np.arctan2(state[..., 1:, 3], state[..., 1:, 2]), np.angle(np.exp(1j * env.yaw)), atol=1e-5
+    )
     assert np.abs(env.target - env.tool).max() > 1e-3
 
 
@@ -557,16 +704,21 @@ def test_the_real_look_is_as_documented():
     env, sim = table(100, look="real"), table()
     ratio = env.friction[:, :-2] / env.model.dof_frictionloss[:-2]
     assert (np.ptp(ratio, 1) < 1e-9).all() and 0.7 <= ratio.min() < 0.73 and 1.27 < ratio.max() <= 1.3
-    assert (np.abs(env.camera[:, 0]).max(), np.abs(env.camera[:, 1]).max()) == pytest.approx((0.01, np.pi / 180), rel=0.03)
+    assert (np.abs(env.camera[:, 0]).max(), np.abs(env.camera[:, 1]).max()) == pytest.approx(
+        (0.01, np.pi / 180), rel=0.03
+    )
     assert not sim.camera.any() and sim.friction is None
     camera = env.camera[:3].copy()
     env.reset(options={"reset_mask": np.arange(100) == 1})
     assert np.array_equal(env.camera[[0, 2]], camera[[0, 2]]) and not np.array_equal(env.camera[1], camera[1])
-    at, shifted = (env._picture(env.sim.qpos[0], c, 180, 320).astype(int) for c in (np.zeros((2, 3)), np.full((2, 3), 0.01)))
+    at, shifted = (
+        env._picture(env.sim.qpos[0], c, 180, 320).astype(int)
+        for c in (np.zeros((2, 3)), np.full((2, 3), 0.01))
+    )
     assert (at != shifted).any() and np.abs(at - sim.render()[0]).mean() > 20
 
 
-# --- experts ----------------------------------------------------------------------------------------------------------
+# --- experts ------------------------------------------------------------------------------------------------
 def the_expert_succeeds(env, share: float) -> bool:
     """In this share of the episodes at least; stops when that is certain."""
     env.reset(seed=1000)
@@ -593,7 +745,9 @@ def test_the_expert_pushes_the_banana():
 @pytest.mark.parametrize("blocks", [4, 8])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_expert_over_500_episodes(family, blocks):
-    assert the_expert_succeeds(table(500, family=family, blocks=blocks), 0.95 if family == "block2block" else 0.85)
+    assert the_expert_succeeds(
+        table(500, family=family, blocks=blocks), 0.95 if family == "block2block" else 0.85
+    )
 
 
 @pytest.mark.slow
@@ -601,7 +755,7 @@ def test_the_expert_over_500_bananas():
     assert the_expert_succeeds(envs.make_vec("bananatable", 500), 0.85)
 
 
-# --- wrong arguments, and no display ----------------------------------------------------------------------------------
+# --- wrong arguments, and no display ------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "flag", "wrong", "right"),
     [
@@ -612,22 +766,33 @@ def test_the_expert_over_500_bananas():
         ("tabletop", "size", 0, "640"),
         ("tabletop", "size", 641, "640"),
         ("tabletop", "history", "False", "1"),
+        ("tabletop", "pairs", "odd", "unseen"),
         ("bananatable", "obs", "pixels", "images"),
         ("bananatable", "look", "dull", "real"),
     ],
 )
 def test_wrong_arguments_are_one_clear_line(name, flag, wrong, right):
-    for make in (lambda: envs.make_vec(name, 1, **{flag: wrong}), lambda: gym.make(envs.DOMAINS[name], **{flag: wrong})):
+    for make in (
+        lambda: envs.make_vec(name, 1, **{flag: wrong}),
+        lambda: gym.make(envs.DOMAINS[name], **{flag: wrong}),
+    ):
         with pytest.raises(ValueError, match=f"{flag} {wrong}: choose .*{right}") as error:
             make()
         assert "\n" not in str(error.value)
+    if flag != "obs":  # which has a flag of its own
+        with pytest.raises(
+            ValueError, match=f"^--domain {name},{flag}={wrong}: {flag} {wrong}: choose .*{right}"
+        ):
+            envs.make_vec(f"{name},{flag}={wrong}", 1)
 
 
 def test_it_renders_without_a_display():
     environ = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MUJOCO_GL", "PYOPENGL_PLATFORM")}
     code = "import envs; e = envs.make_vec('tabletop', 1, obs='images'); print(e.reset(seed=0)[0]['images'].std() > 20)"
     root = Path(__file__).resolve().parents[1]
-    out = subprocess.run([sys.executable, "-c", code], env=environ, cwd=root, capture_output=True, text=True, timeout=120)
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=environ, cwd=root, capture_output=True, text=True, timeout=120
+    )
     assert out.stdout.strip() == "True", out.stderr
 
 
@@ -638,7 +803,7 @@ def test_closed_renderers_come_back():
     assert not env.renderers and np.array_equal(env.render()[0], frame)
 
 
-# --- Stage 0 ------------------------------------------------------------------------------------------------------------
+# --- Stage 0 ------------------------------------------------------------------------------------------------
 CHANNELS = {"red": (0,), "blue": (2,), "green": (1,), "yellow": (0, 1)}
 
 
@@ -653,7 +818,12 @@ def test_scenes_ask_where_things_are_and_the_frames_show_it():
     env = envs.make_vec("tabletop", 1, obs="images")
     images, texts, answers, places = env.scenes(np.random.default_rng(0), 200)
     assert images.shape == (200, 2, 64, 64, 3) and images.dtype == np.uint8 and places.shape == (200, 2, 5, 2)
-    assert set(texts) <= set(env.questions()) and answers.min() >= 0 and answers.max() <= 1 and answers.dtype == np.float32
+    assert (
+        set(texts) <= set(env.questions())
+        and answers.min() >= 0
+        and answers.max() <= 1
+        and answers.dtype == np.float32
+    )
     assert len(set(texts)) > 25  # of 37
     seen = {"where is the ": [], "near the tool where is the ": []}
     for views, text, answer in zip(images, texts, answers, strict=True):
@@ -661,7 +831,8 @@ def test_scenes_ask_where_things_are_and_the_frames_show_it():
             name = text.removeprefix(way)
             if text.startswith(way) and name.split()[0] in CHANNELS and 0 < min(answer) <= max(answer) < 1:
                 found.append(shows(view, answer, name))
-    # the place is the middle of the block's foot: its own front hides it, another block or the tool seldom does
+    # the place is the middle of the block's foot: its own front hides it, another block or the tool seldom
+    # does
     assert all(len(found) > 20 and np.mean(found) > 0.85 for found in seen.values()), seen
     again = env.scenes(np.random.default_rng(0), 200)
     assert texts == again[1]
@@ -676,13 +847,19 @@ def test_scenes_say_where_things_are_in_each_image(history):
     assert any(t.startswith("near") for t in texts) != history
     for k in (0, 1):
         inside = ((places[:, k] >= 0) & (places[:, k] < 1)).all(-1)  # (100, 5), the tool first
-        found = [shows(images[i, k], places[i, k, j], env.state_names[j]) for i, j in np.argwhere(inside) if j]
+        found = [
+            shows(images[i, k], places[i, k, j], env.state_names[j]) for i, j in np.argwhere(inside) if j
+        ]
         assert len(found) > 80 and np.mean(found) > 0.8
         assert inside[:, 0].mean() > 0.95  # the tool, unless it stands at the frame's very edge
     if not history:
-        np.testing.assert_allclose(places[:, 1, 0], 0.5, atol=0.51 / 64)  # half a pixel of the picture that the views are of
+        np.testing.assert_allclose(
+            places[:, 1, 0], 0.5, atol=0.51 / 64
+        )  # half a pixel of the picture that the views are of
         # the second view is the first one's part around the tool, twice as large
-        np.testing.assert_allclose(np.diff(places[:, 1], axis=1), 2 * np.diff(places[:, 0], axis=1), atol=1e-5)
+        np.testing.assert_allclose(
+            np.diff(places[:, 1], axis=1), 2 * np.diff(places[:, 0], axis=1), atol=1e-5
+        )
     else:
         assert 0 < np.abs(places[:, 0, 0] - places[:, 1, 0]).max() < 0.06
         assert (images[:, 0] != images[:, 1]).any((1, 2, 3)).mean() > 0.9  # the tool has moved
@@ -695,8 +872,14 @@ def test_foveate():
     (whole, near), first = tabletop.foveate(picture, np.array([0.5, 0.25]))  # column 4, row 2
     assert whole[0, 1].tolist() == picture[:2, 2:4].reshape(4, 3).mean(0).astype(np.uint8).tolist()
     assert np.array_equal(near, picture[0:4, 2:6]) and first.tolist() == [0.25, 0]
-    (_, near), first = tabletop.foveate(picture, np.array([0.0, 1.0]))  # the left lower corner: grey beyond the edge
-    assert np.array_equal(near[:2, 2:], picture[6:, :2]) and (near[2:] == 128).all() and (near[:, :2] == 128).all()
+    (_, near), first = tabletop.foveate(
+        picture, np.array([0.0, 1.0])
+    )  # the left lower corner: grey beyond the edge
+    assert (
+        np.array_equal(near[:2, 2:], picture[6:, :2])
+        and (near[2:] == 128).all()
+        and (near[:, :2] == 128).all()
+    )
     assert first.tolist() == [-0.25, 0.75]
     for far in (-5.0, 7.0):  # out of sight
         (_, near), _ = tabletop.foveate(picture, np.array([far, far]))
@@ -704,7 +887,8 @@ def test_foveate():
 
 
 def test_history_is_the_previous_frame_and_the_current_one():
-    """The current one is the other kind's first view; after a reset, and a new instruction, the frame before is the same."""
+    """The current one is the other kind's first view; after a reset, and a new instruction, the frame before
+    is the same."""
     now, past = (envs.make_vec("tabletop", 2, obs="images", history=h) for h in (False, True))
     assert now.simultaneous and not past.simultaneous
     frames = [(now.reset(seed=3)[0]["images"], past.reset(seed=3)[0]["images"])]
@@ -748,22 +932,34 @@ def test_scenes_from_the_tool_are_half_the_way_there():
     assert set(texts) == set(env.questions())
     for text, answer, place in zip(texts, answers, places, strict=True):
         tool, banana = place[0]
-        expected = {"from": (banana - tool) / 2 + 0.5, "near": place[1, 1], "wher": tool if "tool" in text else banana}[text[:4]]
+        expected = {
+            "from": (banana - tool) / 2 + 0.5,
+            "near": place[1, 1],
+            "wher": tool if "tool" in text else banana,
+        }[text[:4]]
         np.testing.assert_allclose(answer, np.clip(expected, 0, 1), atol=1e-6)
 
 
 def test_without_anything_to_draw_with_states_work_and_frames_are_one_line(tmp_path):
     environ = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MUJOCO_GL", "PYOPENGL_PLATFORM")}
     root = Path(__file__).resolve().parents[1]
-    missing = "import ctypes.util; ctypes.util.find_library = lambda name: None; import sys; sys.argv[0] = 'stage1.py'; "
+    missing = (
+        "import ctypes.util, sys; ctypes.util.find_library = lambda name: None; sys.argv[0] = 'stage1.py'; "
+    )
     states = missing + "import envs; envs.make_vec('tabletop', 2).reset(seed=0); print('fine')"
-    out = subprocess.run([sys.executable, "-c", states], cwd=root, env=environ, capture_output=True, text=True, timeout=120)
+    out = subprocess.run(
+        [sys.executable, "-c", states], cwd=root, env=environ, capture_output=True, text=True, timeout=120
+    )
     assert out.stdout == "fine\n", out.stderr
     frames = missing + (
         f"sys.argv[1:] = '--domain tabletop --obs images --init none --episodes 20 --out {tmp_path}/run'.split(); "
-        "import common, stage1; common.cli(stage1.Config, stage1.main)"
+        "import stage1; from common.cli import cli; cli(stage1.Config, stage1.main)"
     )
     environ["PYTHONPATH"] = str(root)
-    out = subprocess.run([sys.executable, "-c", frames], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
-    assert out.returncode == 2 and "libegl1" in out.stderr.splitlines()[-1] and "Traceback" not in out.stderr, out.stderr
+    out = subprocess.run(
+        [sys.executable, "-c", frames], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120
+    )
+    assert (
+        out.returncode == 2 and "libegl1" in out.stderr.splitlines()[-1] and "Traceback" not in out.stderr
+    ), out.stderr
     assert not list(tmp_path.iterdir())

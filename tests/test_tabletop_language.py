@@ -26,7 +26,11 @@ COUNTS = {  # measured in Language-Table: distinct strings with full names, for 
     "block2block_relative_location": (1_560, 7_280),
     "separate_blocks": (36, 144),
 }
-POINT2BLOCK = {"point", "at", "arm"}  # the words that only its sixth family, which is not ours, has; in (52, 104) strings
+POINT2BLOCK = {
+    "point",
+    "at",
+    "arm",
+}  # the words that only its sixth family, which is not ours, has; in (52, 104) strings
 
 
 def words(sentences: list[str]) -> set[str]:
@@ -34,7 +38,7 @@ def words(sentences: list[str]) -> set[str]:
     return {w for s in sentences for w in s.replace(",", " ,").split()}
 
 
-# --- enumerated: every number of Language-Table -----------------------------------------------------------------------
+# --- enumerated: every number of Language-Table -------------------------------------------------------------
 @pytest.mark.parametrize("blocks", [4, 8])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_enumerated_counts(family, blocks):
@@ -42,7 +46,9 @@ def test_enumerated_counts(family, blocks):
     assert len(strings) == len(set(strings)) == COUNTS[family][blocks == 8]
 
 
-@pytest.mark.parametrize(("blocks", "unique", "vocabulary", "longest"), [(4, 12_580 - 52, 57, 76), (8, 29_904 - 104, 60, 78)])
+@pytest.mark.parametrize(
+    ("blocks", "unique", "vocabulary", "longest"), [(4, 12_580 - 52, 57, 76), (8, 29_904 - 104, 60, 78)]
+)
 def test_enumerated_totals(blocks, unique, vocabulary, longest):
     strings = {s for f in FAMILIES for s in enumerated(f, blocks)}
     assert len(strings) == unique
@@ -60,7 +66,7 @@ def test_enumerated_and_sampled_verbs_differ(blocks):
     assert not any(s.startswith("bring the") for s in instructions([relative], blocks))
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
+# --- names --------------------------------------------------------------------------------------------------
 def test_names():
     assert names(0, 4) == ["red moon", "red block", "moon"]
     assert all(len(names(b, 4)) == 3 for b in range(4))
@@ -70,7 +76,7 @@ def test_names():
         assert len(BLOCK_SETS[blocks]) == blocks and len(called) == len(set(called))
 
 
-# --- samples ----------------------------------------------------------------------------------------------------------
+# --- samples ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("blocks", [4, 8])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_samples_are_texts_and_instructions(family, blocks):
@@ -113,33 +119,51 @@ def test_samples_are_reproducible():
 
 
 def test_sampling_is_uniform_choice_by_choice():
-    """ "slightly" at the front is one of three forms, not one of eleven; and three neighbours are a group every other time."""
+    """ "slightly" at the front is one of three forms, not one of eleven; and three neighbours are a group
+    every other time."""
     rng = np.random.default_rng(0)
     near = [sample(Meaning("block2relativelocation", 0, ("up", "near")), 8, rng) for _ in range(3000)]
-    assert np.mean([s.startswith("slightly") for s in near]) == pytest.approx(1 / 3, abs=0.04)  # 4.6 standard errors
+    assert np.mean([s.startswith("slightly") for s in near]) == pytest.approx(
+        1 / 3, abs=0.04
+    )  # 4.6 standard errors
     three = [sample(Meaning("separate_blocks", 0, (1, 2, 3)), 4, rng) for _ in range(3000)]
     assert np.mean(["," in s for s in three]) == pytest.approx(1 / 2, abs=0.04)
 
 
 def test_sentences():
-    assert "push the red moon diagonally up and to the left" in texts(Meaning("block2relativelocation", 0, ("up left", "far")), 8)
-    assert "slide the moon a little bit downwards" in texts(Meaning("block2relativelocation", 0, ("down", "near")), 4)
+    assert "push the red moon diagonally up and to the left" in texts(
+        Meaning("block2relativelocation", 0, ("up left", "far")), 8
+    )
+    assert "slide the moon a little bit downwards" in texts(
+        Meaning("block2relativelocation", 0, ("down", "near")), 4
+    )
     assert "put the cube to the towards your base" in texts(Meaning("block2absolutelocation", 1, "top"), 4)
-    assert "move the star just right of the blue block" in texts(Meaning("block2block_relative_location", 2, ("right", 1)), 4)
+    assert "move the star just right of the blue block" in texts(
+        Meaning("block2block_relative_location", 2, ("right", 1)), 4
+    )
     three = texts(Meaning("separate_blocks", 0, (2, 1, 3)), 4)
-    assert {"separate the red moon from the star, blue cube, and yellow block", "separate the moon from the clump"} < set(three)
-    assert "pull the red moon apart from the blue cube and red pentagon" in texts(Meaning("separate_blocks", 0, (3, 1)), 8)
+    assert {
+        "separate the red moon from the star, blue cube, and yellow block",
+        "separate the moon from the clump",
+    } < set(three)
+    assert "pull the red moon apart from the blue cube and red pentagon" in texts(
+        Meaning("separate_blocks", 0, (3, 1)), 8
+    )
 
 
-# --- instructions -----------------------------------------------------------------------------------------------------
+# --- instructions -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("blocks", "longest"), [(4, 78), (8, 81)])
 def test_instructions(blocks, longest):
     every = instructions(FAMILIES, blocks)
     assert len(every) == len(set(every))
-    assert max(map(len, every)) == longest  # three neighbours with long names: more than Language-Table enumerates
+    assert (
+        max(map(len, every)) == longest
+    )  # three neighbours with long names: more than Language-Table enumerates
     assert "rest" not in words(every)
     known = set(every)
-    rng = np.random.default_rng(0)  # neighbours in any order and number, also those that `meanings` leaves out
+    rng = np.random.default_rng(
+        0
+    )  # neighbours in any order and number, also those that `meanings` leaves out
     for _ in range(300):
         block, *others = rng.permutation(blocks)[: rng.integers(2, blocks + 1)].tolist()
         assert set(texts(Meaning("separate_blocks", block, tuple(others)), blocks)) <= known
@@ -147,7 +171,7 @@ def test_instructions(blocks, longest):
     assert only < words(every) and "slightly" not in only
 
 
-# --- geometry ---------------------------------------------------------------------------------------------------------
+# --- geometry -----------------------------------------------------------------------------------------------
 def test_directions_match_their_words():
     parts = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
     assert len(DIRECTIONS) == 8
@@ -156,7 +180,12 @@ def test_directions_match_their_words():
         np.testing.assert_allclose(vector, total / np.linalg.norm(total), atol=1e-15)
         told = {w for t in texts(Meaning("block2relativelocation", 0, (name, "far")), 8) for w in t.split()}
         assert {p for p in parts if p in told} == set(name.split())
-        beside = {"up": {"above", "top", "up"}, "down": {"below", "bottom", "down"}, "left": {"left"}, "right": {"right"}}
+        beside = {
+            "up": {"above", "top", "up"},
+            "down": {"below", "bottom", "down"},
+            "left": {"left"},
+            "right": {"right"},
+        }
         for t in texts(Meaning("block2block_relative_location", 0, (name, 1)), 8):
             assert {p for p, some in beside.items() if some & set(t.split())} == set(name.split())
 
@@ -168,4 +197,7 @@ def test_places_match_their_words():
     for name, place in PLACES.items():
         for t in texts(Meaning("block2absolutelocation", 0, name), 8):
             said = t.split()
-            assert place == (max([x[w] for w in said if w in x], default=0.35), sum(y[w] for w in said if w in y))
+            assert place == (
+                max([x[w] for w in said if w in x], default=0.35),
+                sum(y[w] for w in said if w in y),
+            )

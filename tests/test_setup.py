@@ -1,0 +1,86 @@
+"""What a stage's setup chooses: the learning rate, the run that it starts from, the defaults of a domain."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import envs
+import stage1
+import stage2
+from common import UserError, setup
+from common.setup import learning_rate
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def finished(name: str, time: int, config: str = "{}") -> Path:
+    folder = Path("runs") / name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(config)
+    (folder / "summary.json").write_text("{}")
+    os.utime(folder / "summary.json", (time, time))
+    return folder
+
+
+# --- the learning rate --------------------------------------------------------------------------------
+def test_learning_rate():
+    assert learning_rate(0, 1000, 3.0) == pytest.approx(3.0 / 100)
+    assert learning_rate(24, 10**7, 3.0) == pytest.approx(0.75)  # linear in the warm-up
+    assert learning_rate(500, 1000, 3.0) == pytest.approx(0.55 * 3)  # half-way down
+    assert learning_rate(1000, 1000, 3.0) == pytest.approx(0.3)  # a tenth
+    assert all(0 < learning_rate(u, 4, 1.0) <= 0.04 for u in range(4))  # a run shorter than the warm-up
+
+
+def test_learning_rate_warms_up_and_decays_to_a_tenth():
+    rates = [learning_rate(u, 1000, 2.0) for u in range(1000)]
+    assert rates[0] == pytest.approx(0.02) and rates[49] == pytest.approx(1.0, rel=0.02)
+    assert max(rates) <= 2.0 and int(np.argmax(rates)) == 99
+    assert rates[-1] == pytest.approx(0.2, rel=1e-3)
+    assert all(a > b for a, b in zip(rates[99:], rates[100:], strict=False))
+
+
+# --- which run ----------------------------------------------------------------------------------------
+def test_practice_takes_the_newest_stage1_run_or_the_one_that_is_named():
+    with pytest.raises(UserError, match=r"runs/.*--stage1"):
+        setup.stage2(stage2.Config())
+    finished("pointmass-images-stage1-s5", 10)
+    finished("pointmass-images-stage0-s5", 20)
+    for given, taken in ((None, "runs/pointmass-images-stage1-s5"), ("elsewhere/x", "elsewhere/x")):
+        with pytest.raises(UserError, match=f"^{taken}/config.json: "):
+            setup.stage2(stage2.Config(stage1=given))
+
+
+def test_stage1_from_images_takes_the_newest_stage0_run_or_the_one_that_is_named(capsys):
+    env = envs.make_vec("pointmass", 1, obs="images")
+
+    def chosen(init: str | None, obs: str = "images") -> Path | None:
+        return setup.starting_run(stage1.Config(init=init, obs=obs), env)
+
+    assert chosen(None) is None and "stage0.py" in capsys.readouterr().out
+    finished("pointmass-images-stage0-s1", 10)
+    finished("other-images-stage0-s0", 20)
+    assert chosen(None) == Path("runs/pointmass-images-stage0-s1")
+    assert "runs/pointmass-images-stage0-s1" in capsys.readouterr().out  # which one, is said
+    assert chosen("none") is None
+    assert chosen("elsewhere/x") == Path("elsewhere/x")
+    assert chosen(None, "state") is None and chosen("elsewhere/x", "state") == Path("elsewhere/x")
+
+
+def test_a_model_of_states_can_start_where_only_the_images_differ():
+    """The second image is another one there, and a model of states reads none."""
+    folder = finished("tabletop-stage1-s0", 10, '{"domain": "tabletop,history=1"}')
+    for obs in ("state", "images"):
+        env = envs.make_vec("tabletop", 1, obs=obs)
+        cfg = stage1.Config(domain="tabletop", init=str(folder), obs=obs)
+        if obs == "state":
+            assert setup.starting_run(cfg, env) == folder
+        else:
+            with pytest.raises(UserError, match=f"--init {folder}: its second image"):
+                setup.starting_run(cfg, env)
