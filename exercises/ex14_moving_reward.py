@@ -11,6 +11,9 @@ Who decides where an episode ends, and who learns from that?
 """
 
 import torch
+import torch.nn.functional as F
+
+import pointmass
 
 PREDICTION = ""  # fewer, same or more
 
@@ -27,7 +30,8 @@ def rollout(plain, agent, reward_model, n, rng, ends):
     with torch.enable_grad():
         for i in torch.randperm(len(obs), generator=rng).split(64):
             optimizer.zero_grad()
-            reward_model.steps_to_go_loss(obs[i], left[i]).mean().backward()
+            label = pointmass.bin_of(left[i], len(reward_model.edges))
+            F.cross_entropy(reward_model.distance(obs[i]), label).backward()
             optimizer.step()
     return episodes
 
