@@ -39,7 +39,7 @@ class Config:
     success: Literal["detector", "ground-truth"] = "detector"  # what ends a practice episode
     success_threshold: float | None = None  # s: the detector fires when d(o, g) <= s; None: calibrated
     keep_optimizer: bool = True  # Stage 2 goes on with Stage 1's Adam state; False: a fresh Adam
-    stage1_updates: int = 3_000  # minibatches of 256
+    stage1_updates: int = 4_000  # minibatches of 256
     stage2_steps: int = 180_224  # environment steps of practice, at 32 updates of 64 per 2,048 steps
 
 
