@@ -286,7 +286,7 @@ def main(cfg: Config) -> None:
     (out / "metrics.csv").write_text("\n".join(lines) + "\n")
     summary = {f"stage1_{k}": v for k, v in first.items()} | {f"stage2_{k}": v for k, v in second.items()}
     git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=here, capture_output=True, text=True)
-    summary |= {"success_threshold": s, "seed": cfg.seed, "seconds": time.time() - start} | {"commit": git.stdout.strip()}
+    summary |= dict(success_threshold=s, seed=cfg.seed, commit=git.stdout[:7], seconds=time.time() - start)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2), f"\nwrote figure9.png, metrics.csv and summary.json to {out}/")
 
