@@ -12,13 +12,15 @@ Who decides where an episode ends, and who learns from that?
 
 import torch
 
+from pointmass import HORIZON
+
 PREDICTION = ""  # fewer, same or more
 
 
 def rollout(plain, agent, reward_model, n, rng, ends):
     """pointmass.rollout, behind which the reward model learns: (obs, steps until its own detection)."""
     episodes = plain(agent, reward_model, n, rng, ends)
-    ended = episodes["valid"].sum(1) < episodes["d"].shape[1] - 1  # (n,) before the last of this rollout
+    ended = episodes["valid"].sum(1) < HORIZON  # (n,)
     left = episodes["valid"].flip(1).cumsum(1).flip(1)  # (n, T)
     chosen = episodes["valid"] & ended[:, None]
     obs, left = episodes["obs"][chosen], left[chosen]

@@ -11,6 +11,7 @@ kept in runs/exercises.
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import importlib
 import inspect
@@ -95,12 +96,15 @@ def run(changes: dict, seed: int) -> dict[str, float]:
     """Practise: success and mean steps of 1000 fresh episodes, and what practice detected at last."""
     start = time.time()
     cfg = pointmass.Config(seed=seed, **{k: v for k, v in changes.items() if not callable(v)})
-    with contextlib.redirect_stdout(io.StringIO()):
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(io.StringIO()):  # what pointmass.main does, with its random numbers
         agent, optimizer, s, rng = stage1(cfg, changes)
+        reward_model = copy.deepcopy(agent)
         s = s if cfg.success_threshold is None else cfg.success_threshold
+        pointmass.evaluate(agent, reward_model, s, rng)
         with patched(changes):
             rows = pointmass.stage2(agent, optimizer, s, cfg, rng)
-        told = pointmass.evaluate(agent, rng)
+        told = pointmass.evaluate(agent, reward_model, s, rng)
     row = {"success": told["success"], "mean_steps": told["mean_steps"], "detected": rows[-1]["detected"]}
     return row | {"seconds": round(time.time() - start, 1)}
 

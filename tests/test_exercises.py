@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import importlib
 import re
 import subprocess
@@ -20,8 +21,9 @@ import pointmass
 import rollout
 import stage2
 import tokens
+from common import UserError
 from envs import SingleView
-from exercises import checks, ex19_domain, practice, release
+from exercises import checks, ex16_flipped_sign, ex19_domain, practice, release
 from exercises import ex09_algorithm1 as bandit
 from exercises.ex19_domain import MARKS, NEAR
 from exercises.test_yours import NAMES
@@ -392,14 +394,17 @@ def test_the_mistake_fails_with_a_lesson(name, mistake):
 
 
 # --- the runs of the negative ones ----------------------------------------------------------------------------
+SMALL = {"episodes": 200, "stage1_updates": 20, "stage2_steps": 4096}  # one iteration of Stage 2 ...
+SMALL |= {"Agent.load_state_dict": ex16_flipped_sign.keep_the_last}  # ... that counts
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A run of everything at a size of seconds: what changes, in, and its row, out."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pointmass, "HORIZON", 12)
         patch.chdir(tmp_path_factory.mktemp("runs"))
-        small = {"episodes": 200, "stage1_updates": 20, "stage2_steps": 12_288}
-        yield lambda changes: practice.run(changes | {k: v for k, v in small.items() if k not in changes}, 0)
+        yield lambda changes: practice.run(SMALL | changes, 0)
 
 
 def test_every_variant_runs_and_is_not_the_unchanged_run(tiny):
@@ -416,13 +421,16 @@ def test_a_stage_1_from_the_cache_goes_on_as_the_trained_one(tiny):
     changes = {"gamma": 0.5}
     first, again = tiny(changes), tiny(changes)
     assert first | {"seconds": 0} == again | {"seconds": 0}
-    cfg = pointmass.Config(episodes=200, stage1_updates=20, stage2_steps=12_288, gamma=0.5)
-    rng = torch.manual_seed(0)  # as pointmass.py itself
+    cfg = pointmass.Config(**{k: v for k, v in SMALL.items() if not callable(v)}, gamma=0.5)
+    rng = torch.manual_seed(0)  # as pointmass.main
     data = pointmass.demonstrate(cfg.episodes, rng)
     agent = pointmass.Agent(data, cfg.bins)
     optimizer = pointmass.stage1(agent, data, cfg, rng)
-    pointmass.stage2(agent, optimizer, pointmass.calibrate(agent, data), cfg, rng)
-    assert pointmass.evaluate(agent, rng)["mean_steps"] == first["mean_steps"]
+    judge, s = copy.deepcopy(agent), pointmass.calibrate(agent, data)
+    pointmass.evaluate(agent, judge, s, rng)
+    with practice.patched(SMALL):
+        pointmass.stage2(agent, optimizer, s, cfg, rng)
+    assert pointmass.evaluate(agent, judge, s, rng)["mean_steps"] == first["mean_steps"]
 
 
 def test_patches_end(tiny):
@@ -434,10 +442,14 @@ def test_patches_end(tiny):
 
 
 def test_a_run_wants_a_prediction_first(tmp_path):
-    script = ROOT / "exercises" / "practice.py"
-    for argument, told in (("ex12", "ex12_baseline.py: write your PREDICTION"), ("ex99", "ex99: choose one of ex10")):
-        done = subprocess.run([sys.executable, script, argument], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1
+    with pytest.raises(UserError, match="ex12_baseline.py: write your PREDICTION"):
+        practice.main("ex12")
+    command = [sys.executable, ROOT / "exercises" / "practice.py", "ex99"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (
+        done.returncode == 2
+        and done.stderr == "exercise ex99: choose one of " + ", ".join(f"ex{n}" for n in range(10, 18)) + "\n"
+    )
 
 
 # --- what is published ----------------------------------------------------------------------------------------
@@ -447,7 +459,7 @@ def test_every_exercise_has_its_row_and_minutes():
     assert set(rows) == set(NAMES)
     for name, minutes in rows.items():
         docstring = importlib.import_module(f"exercises.{name}").__doc__
-        assert f". {minutes} minutes" in docstring.splitlines()[0], name
+        assert f" {minutes} minutes" in docstring.splitlines()[0], name
         assert f"pytest exercises -k {name[:4]}" in docstring
 
 
@@ -466,6 +478,18 @@ def test_an_afternoon_is_ten_minutes_of_computing():
     assert sum(practice.mean(table[key], "seconds") for key in afternoon) < 600
 
 
+FAILS = {
+    "test_tokens::test_sign_magnitude_round_trips",
+    "test_tokens::test_sign_magnitude_quantises_clamps_and_has_no_minus_zero",
+    "test_tokens::test_steps_to_go_labels",
+    "test_tokens::test_action_tokenizer_builds_what_the_domains_ask_for",
+    "test_rollout::test_confusion",
+    "test_rollout::test_confusion_without_a_class",
+    "test_rollout::test_confirmed_detections",
+    "test_rollout::test_success_before_the_detection_alone_does_not_count",
+}
+
+
 # --- the copy for a graded class ------------------------------------------------------------------------------
 def graded(out: Path, *tests: str) -> dict[str, str]:
     """Tests of a copy: the text of what went wrong, "" where nothing did, by file::name."""
@@ -477,6 +501,9 @@ def graded(out: Path, *tests: str) -> dict[str, str]:
         name = f"{case.get('classname').split('.')[-1]}::{case.get('name').split('[')[0]}"
         told[name] = told.get(name, "") + ("" if wrong is None else wrong.text)
     return told
+
+
+FAST = "bins or sign_magnitude or labels or tokenizer or confusion or confirmed or detection or metrics"
 
 
 @pytest.fixture(scope="module")
@@ -496,11 +523,11 @@ def test_the_copy_lacks_the_functions_and_the_exercises(copied):
 
 
 def test_what_fails_in_the_copy_is_what_was_taken_out(copied):
-    told = graded(copied, "tests/test_tokens.py", "tests/test_rollout.py", "-k", "not rollout_ and not evaluate")
+    told = graded(copied, "tests/test_tokens.py", "tests/test_rollout.py", "-k", FAST)
     failed = {name for name, text in told.items() if text}
     assert failed == FAILS
     assert all("NotImplementedError" in told[name] for name in failed)
-    assert len(told) > len(failed) + 8
+    assert len(told) > len(failed) + 4
 
 
 @pytest.mark.slow
