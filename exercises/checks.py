@@ -206,9 +206,7 @@ def ex08_detector(m) -> None:
     want = {"true_positives": 2, "false_positives": 1, "false_negatives": 2, "true_negatives": 2}
     got = m.confusion(detected, truth)
     assert got == want, f"{got} should be {want}: positive is what the detector says"
-    far = [9.0, 8.0, 7.0, 6.0, 5.0]
-    d = [[9.0, 2.0, 1.0, 0.0, 0.0], [9.0, 1.0, 5.0, 6.0, 7.0], far, [9.0, 8.0, 0.5, 3.0, 3.0]]
-    d = torch.tensor(d)
+    d = torch.tensor([[9.0, 2, 1, 0, 0], [9.0, 1, 5, 6, 7], [9.0, 8, 7, 6, 5], [9.0, 8, 0.5, 3, 3]])
     truth = torch.tensor([[0, 0, 0, 1, 1], [1, 0, 0, 0, 1], [0, 0, 0, 0, 0], [0, 0, 0, 1, 0]]).bool()
     for s, want, lesson in (
         (2.0, [True, False, True], "detected at times 1, 1, 2: true at 1-3, 1-3, 2-4? Not before"),

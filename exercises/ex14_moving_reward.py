@@ -21,7 +21,7 @@ def rollout(plain, agent, reward_model, n, rng, ends):
     """pointmass.rollout, behind which the reward model learns: (obs, steps until its own detection)."""
     episodes = plain(agent, reward_model, n, rng, ends)
     ended = episodes["valid"].sum(1) < HORIZON  # (n,)
-    left = episodes["valid"].flip(1).cumsum(1).flip(1)  # (n, T)
+    left = episodes["valid"].flip(1).cumsum(1).flip(1)  # (n, T) steps
     chosen = episodes["valid"] & ended[:, None]
     obs, left = episodes["obs"][chosen], left[chosen]
     reward_model.requires_grad_(True)

@@ -398,21 +398,31 @@ SMALL = {"episodes": 200, "stage1_updates": 20, "stage2_steps": 4096}  # one ite
 SMALL |= {"Agent.load_state_dict": ex16_flipped_sign.keep_the_last}  # ... that counts
 
 
+evaluate = pointmass.evaluate
+
+
+def fingerprint(agent, *rest):
+    """pointmass.evaluate with the policy's weights, in which the least change shows, as `mean_steps`."""
+    told = evaluate(agent, *rest)
+    assert 0 <= told["success"] <= 1 and 0 < told["mean_steps"] <= 12
+    return told | {"mean_steps": sum(p.double().abs().sum().item() for p in agent.policy.parameters())}
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A run of everything at a size of seconds: what changes, in, and its row, out."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pointmass, "HORIZON", 12)
         patch.chdir(tmp_path_factory.mktemp("runs"))
+        patch.setattr(pointmass, "evaluate", fingerprint)
         yield lambda changes: practice.run(SMALL | changes, 0)
 
 
 def test_every_variant_runs_and_is_not_the_unchanged_run(tiny):
     rows = {key: tiny(changes) for key, changes in practice.every_run().items()}
     assert len(rows) >= 1 + len(practice.NAMES) == 9
-    for key, row in rows.items():
-        assert 0 <= row["success"] <= 1 and 0 <= row["detected"] <= 1 and 0 < row["mean_steps"] <= 12
-        assert key == practice.UNCHANGED or row["mean_steps"] != rows[practice.UNCHANGED]["mean_steps"], key
+    different = {row["mean_steps"] for row in rows.values()}
+    assert len(different) == len(rows) - 1  # in ex16 both variants practise the same way
     trained = list(Path("runs/exercises").glob("*.pt"))
     assert len(trained) == 4  # unchanged, 50 and 140 bins without the final observations, labels as classes
 
