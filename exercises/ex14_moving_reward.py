@@ -21,9 +21,8 @@ def rollout(plain, agent, reward_model, n, rng, ends):
     """pointmass.rollout, behind which the reward model learns: (obs, steps until its own detection)."""
     episodes = plain(agent, reward_model, n, rng, ends)
     ended = episodes["valid"].sum(1) < HORIZON  # (n,)
-    left = episodes["valid"].flip(1).cumsum(1).flip(1)  # (n, T) steps
-    chosen = episodes["valid"] & ended[:, None]
-    obs, left = episodes["obs"][chosen], left[chosen]
+    chosen = episodes["valid"] & ended[:, None]  # (n, T)
+    obs, left = episodes["obs"][chosen], episodes["valid"].flip(1).cumsum(1).flip(1)[chosen]
     reward_model.requires_grad_(True)
     optimizer = torch.optim.Adam(reward_model.distance.parameters(), lr=3e-4)
     with torch.enable_grad():
