@@ -263,11 +263,12 @@ WHY = {  # what whoever is wrong is told
 
 def prediction(name: str, m) -> None:
     """The word for each variant is the one that the measured means give."""
-    table, measure = practice.measured(), getattr(m, "MEASURE", "mean_steps")
+    given, measure = practice.predictions(m), getattr(m, "MEASURE", "mean_steps")
     words = ", ".join(practice.WORDS[measure])
-    for variant, word in practice.predictions(m).items():
-        if word == "":
-            raise NotImplementedError(f"Write PREDICTION, one of {words}, before you run it.")
+    if "" in given.values():
+        raise NotImplementedError(f"Write PREDICTION, one of {words}, before you run it.")
+    table = practice.measured()
+    for variant, word in given.items():
         assert word in practice.WORDS[measure], f"PREDICTION {word!r} for {variant}: choose one of {words}"
         came = practice.span(table[name, variant], measure, ".3g")
         plain = practice.span(table[practice.UNCHANGED], measure, ".3g")

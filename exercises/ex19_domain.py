@@ -2,7 +2,7 @@
 
 Place: Section 5 has three domains; docs/domains.md says what one is, and builds another, a cart on a rail.
 This one is a dial that wraps round: from 350 degrees it is 20 degrees to 10. The instruction names a mark.
-Attributes are given, methods are not; no images. Whatever simulation i draws comes from self.rngs[i], a NumPy generator.
+Attributes are given, methods are not; no images. Simulation i draws from self.rngs[i], of NumPy.
 
     pytest exercises -k ex19
 

@@ -47,6 +47,5 @@ if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-") or Path(sys.argv[1]).exists():
         sys.exit(print("release.py: name one folder that does not exist yet", file=sys.stderr) or 2)
     release(Path(sys.argv[1]))
-    print(
-        f"{sys.argv[1]}: {sum(map(len, FUNCTIONS.values()))} functions to write; `python -m pytest` grades them"
-    )
+    functions = sum(map(len, FUNCTIONS.values()))
+    print(f"{sys.argv[1]}: {functions} functions to write; there, `python -m pytest` grades them")
