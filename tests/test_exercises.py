@@ -488,6 +488,19 @@ def test_an_afternoon_is_ten_minutes_of_computing():
     assert sum(practice.mean(table[key], "seconds") for key in afternoon) < 600
 
 
+def test_the_teachers_plans_leave_the_time_that_the_exercises_need():
+    text = (ROOT / "exercises" / "README.md").read_text()
+    minutes = {n: int(m) for n, m in re.findall(r"^\| \[(\d+)\]\(\w+\.py\)[^|]*\| (\d+) \|", text, re.M)}
+    page = (ROOT / "docs" / "teaching.md").read_text()
+    for plan, total in (("## Two hours", 120), ("## One lab", 180)):
+        rows = re.findall(r"^\| (\d+) \| (.*?) \| ([\d, ]*)\|", page.split(plan)[1].split("\n## ")[0], re.M)
+        assert sum(int(given) for given, _, _ in rows) == total and len(rows) >= 4
+        for given, what, exercises in rows:
+            needed = sorted(minutes[n] for n in re.findall(r"\d+", exercises))
+            needed = needed[-2:] if "takes two" in what else needed[-1:] if ", or " in what else needed
+            assert int(given) >= sum(needed), f"{what}: {needed}"
+
+
 FAILS = {
     "test_tokens::test_sign_magnitude_round_trips",
     "test_tokens::test_sign_magnitude_quantises_clamps_and_has_no_minus_zero",
