@@ -462,6 +462,15 @@ def test_a_run_wants_a_prediction_first(tmp_path):
     )
 
 
+def test_a_run_shows_the_unchanged_and_the_changed_row(monkeypatch, capsys):
+    monkeypatch.setattr(practice.load("ex11_final_observation"), "PREDICTION", {"50 bins": "more", "140 bins": "more"})
+    monkeypatch.setattr(practice, "run", lambda changes, seed: {"mean_steps": 10.0 * len(changes), "seconds": seed})
+    practice.main("ex11", 7)
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told] == ["unchanged", "50", "140", "Published:"]
+    assert "mean_steps 0 " in told[0] and "mean_steps 30 " in told[1] and "seconds 7" in told[2]
+
+
 # --- what is published ----------------------------------------------------------------------------------------
 def test_every_exercise_has_its_row_and_minutes():
     text = (ROOT / "exercises" / "README.md").read_text()
