@@ -23,7 +23,7 @@ from common.cli import cli
 from common.options import Count, Positive, Size, Whole
 from common.pictures import Film
 from common.runs import describe, newest_run, write_json
-from common.setup import load_run, run_settings
+from common.setup import load_run, measured_threshold, run_settings
 from model import EFM
 from rollout import evaluate, rollout
 
@@ -78,8 +78,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"{folder}/metrics.csv: missing; name a finished run with --run")
 
     env, policy, reward_model = load_run(folder, SHOWN, cfg.policy)
-    own = {"success_threshold": settings.get("success_threshold") or env.success_threshold}
-    options.fill(cfg, own | {"temperature": env.temperature})
+    options.fill(cfg, {"success_threshold": measured_threshold(folder, env), "temperature": env.temperature})
     s, how = cfg.success_threshold, {"greedy": cfg.greedy, "temperature": cfg.temperature}
     summary = evaluate(folder, cfg.episodes, cfg.seed, s, policy=cfg.policy, **how)
     told = {"run": str(folder), "seed": cfg.seed, "policy": cfg.policy, "greedy": cfg.greedy, **summary}

@@ -245,53 +245,56 @@ def chunks(env: VectorEnv, episodes: int, seed: int) -> Iterator[tuple[VectorEnv
         yield part, seed + first, torch.Generator().manual_seed(10**6 * first + seed)
 
 
-def true_success(policy: EFM, env: VectorEnv, episodes: int, seed: int, **how: Any) -> dict[str, float]:
-    """Success, with its 95 % interval, and steps of episodes that end in true success or at the horizon."""
-    reached, steps = 0, 0
+def true_success(
+    policy: EFM,
+    env: VectorEnv,
+    episodes: int,
+    seed: int,
+    judge: EFM | None = None,
+    s: float = 0.0,
+    **how: Any,
+) -> dict[str, float]:
+    """Success, with its 95 % interval, and steps of episodes that end in true success or at the horizon.
+
+    judge: with a reward model and its s, also the share of first detections that come true within s steps.
+    """
+    reached, steps, confirmed = 0, 0, []
     for part, first, generator in chunks(env, episodes, seed):
-        r = rollout(policy, None, part, first, generator, lambda d, truth: truth, keep=False, **how)
+        r = rollout(policy, judge, part, first, generator, lambda d, truth: truth, keep=False, **how)
         reached += int(r.truth[:, -1].sum())
         steps += int(r.length.sum())
+        confirmed += confirmed_detections(r.d.numpy(), r.truth.numpy(), s)
     low, high = wilson(reached, episodes)
-    success = {"success": reached / episodes, "success_low": low, "success_high": high}
-    return success | {"mean_steps": steps / episodes, "eval_episodes": episodes}
+    counted = {"success": reached / episodes, "success_low": low, "success_high": high}
+    counted |= {"mean_steps": steps / episodes, "eval_episodes": episodes}
+    if judge is not None:
+        counted["confirmed_detections"] = float(np.mean(confirmed)) if confirmed else 0.0
+    return counted
 
 
 def detector_confusion(
-    policy: EFM, reward_model: EFM, env: VectorEnv, episodes: int, seed: int, threshold: float, **how: Any
+    policy: EFM, judge: EFM, env: VectorEnv, episodes: int, seed: int, s: float, **how: Any
 ) -> dict[str, float]:
     """The detector's counts over episodes that it ends itself, as in practice."""
-    detected, truth, confirmed = [], [], []
+    detected, truth = [], []
     for part, first, generator in chunks(env, episodes, seed):
-        r = rollout(
-            policy, reward_model, part, first, generator, lambda d, _: d <= threshold, keep=False, **how
-        )
-        detected.append(r.d[:, -1].numpy() <= threshold)
+        r = rollout(policy, judge, part, first, generator, lambda d, truth: d <= s, keep=False, **how)
+        detected.append(r.d[:, -1].numpy() <= s)
         truth.append(r.truth[:, -1].numpy())
-        confirmed += confirmed_detections(r.d.numpy(), r.truth.numpy(), threshold)
-    table = confusion(np.concatenate(detected), np.concatenate(truth))
-    return table | {"confirmed_detections": float(np.mean(confirmed)) if confirmed else 0.0}
+    return confusion(np.concatenate(detected), np.concatenate(truth))
 
 
 def evaluate(
-    folder: Path,
-    episodes: int,
-    seed: int,
-    threshold: float,
-    temperature: float | None = None,
-    greedy: bool = False,
-    policy: str = "policy",
+    folder: Path, episodes: int, seed: int, s: float, policy: str = "policy", **how: Any
 ) -> dict[str, float]:
     """A run's true success, and its detector's confusion in practice.
 
-    threshold: the detector's s; temperature: None: the domain's; policy: which of the run's checkpoints acts.
+    s: the detector's threshold; policy: which of the run's checkpoints acts; how: `rollout`'s temperature, by
+    default the domain's, and greedy.
     """
-    env, actor, reward_model = load_run(folder, 1, policy)
-    temperature = env.temperature if temperature is None else temperature
-    how = {"temperature": temperature, "greedy": greedy}
+    env, actor, judge = load_run(folder, 1, policy)
+    how = {"temperature": env.temperature} | how
     seed = 5 * 10**8 + seed * 10**6  # not those of demonstrations or of practice
-    summary = {"temperature": temperature, "success_threshold": threshold}
-    summary |= true_success(actor, env, episodes, seed, **how)
-    return summary | detector_confusion(
-        actor, reward_model, env, episodes, seed + 5 * 10**5, threshold, **how
-    )
+    summary = {"temperature": how["temperature"], "success_threshold": s}
+    summary |= true_success(actor, env, episodes, seed, judge, s, **how)
+    return summary | detector_confusion(actor, judge, env, episodes, seed + 5 * 10**5, s, **how)

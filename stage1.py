@@ -33,7 +33,7 @@ from torch import Tensor
 from common import UserError, demos, ranks, setup
 from common.average import Average
 from common.cli import cli
-from common.options import Count, Positive, ScaleFlags, Share, Size, Whole
+from common.options import Count, Positive, ScaleFlags, Share, Whole
 from model import EFM
 from rollout import evaluate
 from tokens import QUESTION_ACTION, QUESTION_INSTRUCTION, QUESTION_STEPS, StepsToGo, action_tokenizer
@@ -56,14 +56,9 @@ class Config(ScaleFlags):
     updates: Count | None = None  # optimiser steps
     batch: int | None = None  # samples per update, split evenly over the objectives
     lr: Positive | None = None  # AdamW: a warm-up of 100 updates, then a cosine down to a tenth
-    symmetries: bool | None = (
-        None  # turn each tuple by one of the domain's; None: unless pre-trained. Not the paper's
-    )
-    average: Share | None = (
-        None  # decay of the average of the weights that is kept; None: 0.998 unless pre-trained
-    )
     policy: Literal["best", "last"] | None = None  # the policy: the best at cloning, or the last
-    success_threshold: Size | None = None  # s; None: measured on held-out demonstrations
+    symmetries: bool | None = None  # turn tuples by the domain's symmetries; None: if not pre-trained
+    average: Share | None = None  # decay of the weights' exponential average, which is kept; 0: none
     eval_every: Count = 500  # updates between two looks at the held-out episodes
 
 
@@ -85,22 +80,26 @@ def instruction_loss(model: EFM, obs: dict, goals: list[str]) -> Tensor:
     return -model.text_log_prob(obs, [QUESTION_INSTRUCTION] * len(goals), goals).mean()  # [L_instruction]
 
 
-# --- the detector's threshold -------------------------------------------------------------------------------
-def calibrate(before: Tensor, final: Tensor, precision: float = 0.85) -> tuple[float, float, float]:
-    """s = max {s : right(s) / (right(s) + wrong(s)) >= precision}, right: final <= s < before.
+# --- the detector of Section 3.2 ----------------------------------------------------------------------------
+def calibrate(before: Tensor, final: Tensor, precision: float = 0.9) -> tuple[float, float, float]:
+    """The largest s whose detections on held-out demonstrations are right in a share of at least `precision`.
 
-    final: d of a held-out demonstration's last observation, float (n,); before: the least d of all before it.
-    The largest, as whoever practises arrives faster than a demonstrator, where d is higher, and a miss costs
-    more than an early alarm. Returns s, its precision and its recall; if none is precise enough, the one that
-    is right most often.
+        s = max { s : right(s) / (right(s) + wrong(s)) >= precision }
+        right(s): final <= s < before;  wrong(s): before <= s
+
+    before: the least d of each demonstration's observations but the last, float (n,); final: the last one's.
+    The largest, because a missed arrival costs the rest of the horizon, an early alarm a step or two, and who
+    practises arrives faster than any demonstrator. Returns s, its precision, its recall: of the demonstrations
+    that no alarm ended before, the share that it ends. Where no s is precise enough: the one most often right.
     """
     candidates = torch.cat([before, final]).sort().values  # (2 n,)
-    wrong = (before <= candidates[:, None]).sum(1)
+    wrong = (before <= candidates[:, None]).sum(1)  # (2 n,)
     right = ((final <= candidates[:, None]) & (before > candidates[:, None])).sum(1)
     share = right / (right + wrong).clamp(min=1)
-    good = share >= precision
-    k = int(good.nonzero().max()) if good.any() else int(right.argmax())
-    return candidates[k].item(), share[k].item(), (right[k] / len(final)).item()
+    good = (share >= precision).nonzero()
+    k = int(good.max()) if len(good) else int(right.argmax())
+    recall = right[k] / (len(final) - wrong[k]).clamp(min=1)
+    return float(candidates[k]), float(share[k]), float(recall)
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -133,7 +132,7 @@ def main(cfg: Config) -> None:
     rng = np.random.default_rng(cfg.seed)
     average = Average(model, cfg.average)
     now = Progress(instruction_on=env.predicts_instruction)
-    run.track(optimizer=optimizer, average=average, rng=rng, progress=now)
+    run.track(optimizer=optimizer, rng=rng, progress=now, average=average)
     train, valid = demos.load(cfg, env)
     if model.cfg.state_names and model.cfg.state_mlp and cfg.init == "none" and not run.resumed:
         model.fit_standardiser(train.states())
@@ -162,12 +161,11 @@ def main(cfg: Config) -> None:
     for update in run.steps(now.update, cfg.updates, "stage 1"):
         third = cfg.batch // 3 if now.instruction_on else 0  # split evenly over the objectives
         half = (cfg.batch - third) // 2
-        bc = rng.choice(train.acted, half)
-        to_go = rng.integers(len(train.index), size=cfg.batch - third - half)
-        asked = rng.integers(len(train.ends), size=third)
-        rows = [train.turned(each, rng) for each in (bc, to_go, asked)]
+        bc = train.draw(rng.choice(train.acted, half), rng)
+        to_go = train.draw(rng.integers(len(train.index), size=cfg.batch - third - half), rng)
+        asked = train.draw(rng.integers(len(train.ends), size=third), rng)
         with ranks.autocast(cfg.bf16):
-            loss = wrapped(losses, train, *rows)
+            loss = wrapped(losses, train, bc, to_go, asked)
         for group in optimizer.param_groups:
             group["lr"] = setup.learning_rate(update, cfg.updates, cfg.lr)
         optimizer.zero_grad()
@@ -176,7 +174,7 @@ def main(cfg: Config) -> None:
         average.update()
         if (update + 1) % cfg.eval_every and update + 1 < cfg.updates:
             continue
-        average.exchange()  # the average is looked at and kept
+        average.exchange()  # it is the average that is looked at and kept
         with torch.no_grad(), ranks.autocast(cfg.bf16):
             held = ranks.mean(wrapped(losses, valid, *held_out))
         row = {"update": update + 1} | dict.fromkeys(held, math.nan) | ranks.mean(loss)
@@ -200,10 +198,10 @@ def main(cfg: Config) -> None:
 
     def evaluated() -> dict[str, float]:
         _, _, reward_model = setup.load_run(run.folder, 1)
-        s, precision, recall = calibrate(*demos.arrivals(reward_model, valid, steps))
-        s = s if cfg.success_threshold is None else cfg.success_threshold
-        held_out = {"held_out_precision": precision, "held_out_recall": recall}
-        return evaluate(run.folder, cfg.eval_episodes, cfg.seed, s) | held_out
+        episodes = 20 if cfg.weights or cfg.vit else 300  # large models take their time
+        s, precision, recall = calibrate(*demos.arrivals(reward_model, valid, steps, episodes))
+        measured = {"success_threshold": s, "held_out_precision": precision, "held_out_recall": recall}
+        return measured | evaluate(run.folder, cfg.eval_episodes, cfg.seed, s)
 
     run.finish(told, evaluated)
 

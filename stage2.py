@@ -58,10 +58,10 @@ class Config(ScaleFlags):
     success_bonus: Size | None = None  # added to the last reward on ground-truth success; 0
     updates: Count = 16  # N, optimiser steps per iteration
     batch: Count | None = None  # B, tuples per optimiser step; 64
-    lr: Positive = 1e-4  # AdamW
+    lr: Positive | None = None  # AdamW; 1e-4
     learns: Literal["all", "blocks"] | None = None  # all weights, or the transformer's blocks alone; all
     keep_optimizer: bool = False  # go on with Stage 1's last AdamW moments, as the authors' notebook does
-    num_envs: Count | None = None  # simulations that practise at once, at most; 128
+    num_envs: Count | None = None  # simulations at once, at most; 128, of an operator's stations 16
     first_look: Count = (
         200  # practice episodes of Stage 1's own policy: a better one has to beat them beyond noise
     )
@@ -118,16 +118,17 @@ class Progress:
     first: list[float] = field(
         default_factory=list
     )  # Stage 1's own policy in practice: mean steps, standard error
-    best: list[float] = field(default_factory=list)  # likewise of the policy that is kept
+    best: float = math.inf  # mean steps of the policy that is kept
     best_at: int = 0  # iteration
 
     def better(self, length: np.ndarray) -> bool:
-        """Whether practice is faster than ever, beyond noise: by two standard errors of the difference."""
+        """Whether practice is faster than ever, and than Stage 1's policy by three standard errors."""
         self.recent = [*self.recent, [len(length), float(length.mean()), float(length.var())]][-5:]
-        now = pooled_mean(self.recent)
-        if len(self.recent) < 5 or self.best[0] - now[0] <= 2 * math.hypot(now[1], self.best[1]):
+        mean, error = pooled_mean(self.recent)
+        beyond_noise = self.first[0] - mean > 3 * math.hypot(error, self.first[1])
+        if len(self.recent) < 5 or mean >= 0.99 * self.best or not beyond_noise:
             return False
-        self.best, self.best_at = now, self.iteration
+        self.best, self.best_at = mean, self.iteration
         return True
 
 
@@ -146,7 +147,7 @@ def main(cfg: Config) -> None:
 
     def practise(tuples: int) -> Episodes:
         """One episode of as many simulations as the tuples take; whole episodes, of the present policy."""
-        steps = now.recent[-1][1] if now.recent else env.horizon
+        steps = (now.recent or [[0, *(now.first or [env.horizon])]])[-1][1]  # of an episode, as far as is known
         stations = setup.simulations(
             env, min(cfg.num_envs // ranks.world(), 8 * math.ceil(tuples / steps / 8))
         )
@@ -158,11 +159,11 @@ def main(cfg: Config) -> None:
         now.episodes += stations.num_envs * ranks.world()
         return episodes
 
-    if not now.best:  # how Stage 1's own policy does, as practice will see it
+    if not now.first:  # how Stage 1's own policy does, as practice will see it
         looks = [practise(cfg.first_look * env.horizon)]
         while sum(len(r.length) for r in looks) * ranks.world() < cfg.first_look:
             looks.append(practise(cfg.first_look * env.horizon))
-        now.first = now.best = first_look(looks, cfg.success_threshold)
+        now.first = first_look(looks, cfg.success_threshold)
         now.env_steps = sum(ranks.all_gather(sum(int(r.length.sum()) for r in looks)))
     size = cfg.batch // ranks.world()  # of this process's part of a batch
     n = cfg.updates * size  # tuples of an iteration
@@ -203,7 +204,9 @@ def main(cfg: Config) -> None:
 
     told = {"stage": "stage2", "domain": cfg.domain, "obs": env.obs, "seed": cfg.seed, "stage1": cfg.stage1}
     told |= {"episodes": now.episodes, "env_steps": now.env_steps}
-    told |= {"believed_steps_before": now.first[0], "believed_steps": now.best[0]}
+    told |= {"believed_steps_before": now.first[0], "believed_steps_after": min(now.first[0], now.best)}
+    if now.best == math.inf:
+        tqdm.write("no policy was better than Stage 1's beyond noise: Stage 1's is kept")
     run.finish(told, lambda: evaluate(run.folder, cfg.eval_episodes, cfg.seed, cfg.success_threshold))
 
 

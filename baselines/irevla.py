@@ -2,23 +2,22 @@
 
 A policy cloned from demonstrations meets new tasks one after another. For each of them:
 
-    1  PPO on true sparse success trains the action head φ and a new critic; the backbone θ is frozen    Eq. 3
+    1  PPO on sparse true success trains the action head φ and a new critic; the backbone θ is frozen    Eq. 3
     2  the successes join the demonstrations, and cloning trains θ and φ on both                         Eq. 4
 
-The paper published no code and no hyper-parameter: those below are ours, and docs/baselines.md says where they
-come from. Differences from the paper: actions are tokens, so a likelihood stands for its squared error; the action
-head is a residual MLP before the tied logits; nano models have no LoRA. No d(o, g) is used anywhere in this file.
+The paper published no code and no hyper-parameter: those below are ours, docs/baselines.md says where they come from.
+Actions are tokens, so a likelihood stands for the paper's squared error. No d(o, g) is used anywhere in this file.
 
     python baselines/irevla.py --stage1 runs/tabletop,pairs=prior-stage1-s0
     python baselines/irevla.py --explores all                    # PPO-Replay: PPO on all weights
     python baselines/irevla.py --consolidates head               # iRe-VLA-freeze: the backbone never learns
-    python baselines/irevla.py --resume                          # continue an interrupted run, exactly
 """
 
 from __future__ import annotations
 
+import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,11 +31,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import ranks, setup  # noqa: E402
 from common.cli import cli  # noqa: E402
 from common.demos import Demonstrations  # noqa: E402
-from common.options import Count, Positive, ScaleFlags, Share, Whole  # noqa: E402
+from common.options import Count, Positive, ScaleFlags, Share, Whole, fill  # noqa: E402
 from model import EFM  # noqa: E402
 from rollout import Episodes, evaluate, metrics, rollout  # noqa: E402
 from stage1 import bc_loss  # noqa: E402
 from tokens import QUESTION_ACTION, action_tokenizer  # noqa: E402
+
+LOOK = 500  # updates of cloning between two rows of metrics.csv
+SL_COLUMNS = ("sl_update", "nll_demonstrations", "nll_successes")
+RL_COLUMNS = ("true_at_end", "detected", "false_positives", "mean_steps", "return_mean", "return_std", "return_negative",
+              "entropy", "successes", "explained_variance", "kl", "updates")  # fmt: skip
 
 
 @dataclass
@@ -54,13 +58,13 @@ class Config(ScaleFlags):
     gae_lambda: Share = 0.95
     clip: Positive = 0.2
     epochs: Count | None = None  # over the tuples; None: 4 where the head learns, 1 where all weights do
-    max_kl: Positive = 0.03  # leave the epochs beyond this mean KL
+    max_kl: Positive = 0.03  # leave the epochs as soon as a minibatch is further than this from the policy that acted
     lr: Positive | None = None  # PPO's; None: 3e-4 for the head, 1e-4 for all weights
     critic_lr: Positive = 1e-3
-    warmup: Whole = 2  # iterations in which the new critic learns alone
-    least_successes: Whole = 8  # with fewer an iteration says nothing about what is better
-    successes: Count = 512  # kept of each task, out of at most `attempts` episodes
-    attempts: Count = 1024
+    warmup: Whole = 2  # iterations of each task in which its new critic learns alone
+    least_successes: Whole = 8  # with fewer, an iteration says nothing about what is better
+    successes: Count = 512  # to collect of each task after PPO ...
+    collect_steps: Count = 100_000  # ... in at most so many steps
     sl_updates: Count = 2000
     sl_batch: Count = 128  # half of it demonstrations, half successes
     sl_lr: Positive = 3e-4
@@ -73,14 +77,13 @@ class Critic(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, 1))
-        self.renew()
 
-    def renew(self, seed: int = 0) -> None:
+    def renew(self, seed: int) -> None:
         """Forget everything, and say 0."""
         torch.manual_seed(seed)
         self.layers[0].reset_parameters()
-        nn.init.zeros_(self.layers[2].weight)
-        nn.init.zeros_(self.layers[2].bias)
+        for p in self.layers[2].parameters():
+            nn.init.zeros_(p)
 
     def forward(self, hidden: Tensor) -> Tensor:  # (B, L, D) -> (B,)
         return self.layers(hidden[:, 0])[:, 0]
@@ -88,10 +91,8 @@ class Critic(nn.Module):
 
 def with_action_head(model: EFM) -> EFM:
     """The same policy with a new action head, which adds nothing yet."""
-    if model.cfg.action_head:
-        return model
     headed = EFM(replace(model.cfg, action_head=4 * model.cfg.width), model.tokenizer).to(ranks.device())
-    headed.load_state_dict(model.state_dict(), strict=False)
+    headed.load_state_dict(headed.state_dict() | model.state_dict())
     return headed
 
 
@@ -109,15 +110,14 @@ def gae(reward: Tensor, value: Tensor, length: np.ndarray, gamma: float, lam: fl
     reward, value float (n, T), 0 behind an episode's end; length int (n,).
     """
     n, T = reward.shape
-    advantage = torch.zeros_like(reward)
-    following = torch.zeros(n)
+    end = torch.from_numpy(length)
+    value = torch.cat([value, torch.zeros(n, 1)], 1)  # (n, T + 1)
+    advantage = torch.zeros(n, T + 1)
     for t in reversed(range(T)):
-        goes_on = torch.from_numpy(t + 1 < length)
-        next_value = value[:, t + 1] * goes_on if t + 1 < T else torch.zeros(n)
-        delta = reward[:, t] + gamma * next_value - value[:, t]
-        following = (delta + gamma * lam * following * goes_on) * torch.from_numpy(t < length)
-        advantage[:, t] = following
-    return advantage
+        goes_on = (t + 1 < end).float()
+        delta = reward[:, t] + gamma * value[:, t + 1] * goes_on - value[:, t]
+        advantage[:, t] = (delta + gamma * lam * advantage[:, t + 1]) * (t < end)
+    return advantage[:, :T]
 
 
 def ppo_loss(log_prob: Tensor, before: Tensor, advantage: Tensor, clip: float) -> Tensor:
@@ -129,114 +129,93 @@ def ppo_loss(log_prob: Tensor, before: Tensor, advantage: Tensor, clip: float) -
 
 def action_log_prob(policy: EFM, hidden: Tensor, tokens: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
     """log p of the action's tokens (B, L) from hidden float (B, L, D), among the numbers allowed: float (B,)."""
-    total = torch.zeros(len(tokens), device=tokens.device)
+    total = 0
     for i, (first, end) in enumerate(ranges):
-        logits = policy.logits(hidden[:, i : i + 1], policy.number_ids(first, end))[:, 0].float()  # (B, K)
-        chosen = (tokens[:, i] - first)[:, None]
-        total = total + logits.log_softmax(-1).gather(1, chosen)[:, 0]
+        logits = policy.logits(hidden[:, i], policy.number_ids(first, end)).float()  # (B, K)
+        total = total + logits.log_softmax(-1).gather(1, tokens[:, i, None] - first)[:, 0]
     return total
 
 
 class Tuples:
-    """The tuples of one iteration's episodes, as PPO needs them."""
+    """The M tuples of one iteration's episodes, as PPO needs them."""
 
     @torch.no_grad()
     def __init__(self, policy: EFM, critic: Critic, rollouts: list[Episodes], cfg: Config, ranges: list):
-        self.policy, self.frozen = policy, cfg.explores == "head"
-        self.obs = {k: torch.cat([r.obs[k] for r in rollouts]) for k in rollouts[0].obs}
+        self.policy, self.critic, self.ranges = policy, critic, ranges
+        self.state = torch.cat([r.obs["state"] for r in rollouts])
         self.tokens = torch.cat([r.tokens for r in rollouts])
         self.prompts = [QUESTION_ACTION.format(g) for r in rollouts for g in r.goals]
-        # the backbone is frozen while the head explores: its hidden states are computed once for all epochs
-        parts = torch.arange(len(self.tokens)).split(cfg.minibatch)
-        self.kept = torch.cat([self._hidden(i) for i in parts])  # (M, L, D)
-        self.before = action_log_prob(policy, self.kept, self.tokens, ranges)
-        value, advantages = critic(self.kept).cpu(), []
-        for r in rollouts:
-            mine, value = value[: len(r.tokens)], value[len(r.tokens) :]
-            by_time = torch.zeros(r.truth.shape[0], r.truth.shape[1] - 1)
+        # once for all epochs: those of a frozen backbone stay what they are
+        rows = torch.arange(len(self.tokens))
+        self.kept = torch.cat([self.hidden(i) for i in rows.split(cfg.minibatch)])  # (M, L, D)
+        self.before = action_log_prob(policy, self.kept, self.tokens, ranges)  # (M,), of the policy that acted
+        value, advantage = critic(self.kept).cpu(), []
+        for r, mine in zip(rollouts, value.split([len(r.tokens) for r in rollouts]), strict=True):
+            by_time, reward = torch.zeros(2, len(r.length), r.truth.shape[1] - 1)  # (n, T) each
             by_time[r.row, r.t] = mine
-            reward = torch.zeros_like(by_time)
             reward[range(len(r.length)), r.length - 1] = r.truth[:, -1].float()  # R: 1 if it was done
-            advantages.append(gae(reward, by_time, r.length, cfg.gamma, cfg.gae_lambda)[r.row, r.t])
-        self.advantage = torch.cat(advantages).to(self.tokens.device)  # (M,)
-        self.returns = self.advantage + critic(self.kept)
+            advantage.append(gae(reward, by_time, r.length, cfg.gamma, cfg.gae_lambda)[r.row, r.t])
+        self.advantage = torch.cat(advantage).to(self.tokens.device)  # (M,)
+        self.returns = self.advantage + value.to(self.tokens.device)
         self.successes = sum(int(r.truth[:, -1].sum()) for r in rollouts)
 
-    def _hidden(self, i: Tensor) -> Tensor:
-        ids = self.tokens[i] + self.policy.tokenizer.loc
-        prompts = [self.prompts[k] for k in i.tolist()]
-        return self.policy.hidden({k: v[i] for k, v in self.obs.items()}, prompts, ids)
-
     def hidden(self, i: Tensor) -> Tensor:
-        """What predicts the actions of tuples i, float (B, L, D); with gradients where the backbone learns."""
-        return self.kept[i] if self.frozen else self._hidden(i)
+        """What predicts the actions of tuples i, float (B, L, D)."""
+        prompts = [self.prompts[k] for k in i.tolist()]
+        return self.policy.hidden({"state": self.state[i]}, prompts, self.tokens[i] + self.policy.tokenizer.loc)
 
 
-def ppo(
-    policy: EFM, critic: Critic, optimizer: torch.optim.Optimizer, data: Tuples, cfg: Config, ranges: list,
-    generator: torch.Generator, critic_alone: bool,
-) -> dict[str, float]:  # fmt: skip
+def ppo(data: Tuples, optimizer: torch.optim.Optimizer, cfg: Config, generator: torch.Generator, critic_alone: bool):
     """The epochs of one iteration. Returns what is logged of it."""
-    spread = data.advantage.std().clamp(min=0.05)  # a batch in which all fail, or none, has hardly any
+    spread = data.advantage.std().clamp(min=0.05)  # where all episodes fail, or none does, it is only noise
     advantage = (data.advantage - data.advantage.mean()) / spread
-    kl = torch.zeros(())
+    explained = 1 - data.advantage.var() / data.returns.var().clamp(min=1e-9)
+    told = {"successes": data.successes, "explained_variance": explained.item(), "kl": 0.0, "updates": 0}
     for _ in range(cfg.epochs):
         for i in torch.randperm(len(data.tokens), generator=generator).split(cfg.minibatch):
-            hidden = data.hidden(i)
-            value = critic(hidden.detach() if critic_alone else hidden)
-            loss = 0.5 * (value - data.returns[i]).square().mean()
+            hidden = data.kept[i] if critic_alone or cfg.explores == "head" else data.hidden(i)
+            loss = 0.5 * (data.critic(hidden) - data.returns[i]).square().mean()
             if not critic_alone:
-                log_prob = action_log_prob(policy, hidden, data.tokens[i], ranges)
+                log_prob = action_log_prob(data.policy, hidden, data.tokens[i], data.ranges)
                 loss = loss + ppo_loss(log_prob, data.before[i], advantage[i], cfg.clip)
-                kl = (data.before[i] - log_prob).detach().mean()
+                log_ratio = (log_prob - data.before[i]).detach()
+                told["kl"] = (log_ratio.exp() - 1 - log_ratio).mean().item()  # an estimate that is never below 0
+                if told["kl"] > cfg.max_kl:
+                    return told
             optimizer.zero_grad()
             loss.backward()
             for group in optimizer.param_groups:
-                torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+                nn.utils.clip_grad_norm_(group["params"], 1.0)
             optimizer.step()
-        if kl > cfg.max_kl:
-            break
-    explained = 1 - (data.returns - critic(data.kept).detach()).var() / data.returns.var().clamp(min=1e-9)
-    return {"kl": kl.item(), "explained_variance": explained.item(), "successes": data.successes}
+            told["updates"] += 1
+    return told
 
 
 # --- D_RL -------------------------------------------------------------------------------------------------------------
+@dataclass
 class Successes:
     """D_RL: the tuples of successful episodes, task by task."""
 
-    def __init__(self):
-        self.tasks: list[dict] = []
+    tasks: list[dict] = field(default_factory=list)
 
-    def add(self, rollouts: list[Episodes], most: int) -> int:
-        """Keep a task's successful episodes, at most so many. Returns how many there were."""
-        obs, tokens, goals, kept = [], [], [], 0
-        for r in rollouts:
-            chosen = r.truth[:, -1] & (r.truth[:, -1].cumsum(0) <= most - kept)
-            mine = chosen[r.row]
-            obs.append({k: v[mine] for k, v in r.obs.items()})
-            tokens.append(r.tokens[mine])
-            goals += list(r.goals[mine.numpy()])
-            kept += int(chosen.sum())
-        joined = {k: torch.cat([o[k] for o in obs]) for k in obs[0]}
-        self.tasks.append({"obs": joined, "tokens": torch.cat(tokens), "goals": goals})
-        return kept
+    def add(self, rollouts: list[Episodes]) -> None:
+        """A task's successful episodes; the others are left out."""
+        mine = [r.truth[:, -1][r.row] for r in rollouts]
+        state = torch.cat([r.obs["state"][i] for r, i in zip(rollouts, mine, strict=True)])
+        tokens = torch.cat([r.tokens[i] for r, i in zip(rollouts, mine, strict=True)])
+        goals = [goal for r, i in zip(rollouts, mine, strict=True) for goal in r.goals[i.numpy()]]
+        if goals:
+            self.tasks.append({"state": state, "tokens": tokens, "goals": goals})
 
     def batch(self, n: int, rng: np.random.Generator) -> tuple[dict[str, Tensor], list[str], Tensor]:
         """(observations, goals, tokens) of n tuples; every task is as likely as the others."""
-        picked = []
-        full = [task for task in self.tasks if task["goals"]]
-        for k, task in enumerate(full):
-            rows = rng.integers(len(task["goals"]), size=n // len(full) + (k < n % len(full)))
-            obs = {key: v[rows] for key, v in task["obs"].items()}
-            picked.append((obs, [task["goals"][i] for i in rows], task["tokens"][rows]))
-        obs, goals, tokens = zip(*picked, strict=True)
-        return {k: torch.cat([o[k] for o in obs]) for k in obs[0]}, sum(goals, []), torch.cat(tokens)
-
-    def state_dict(self) -> dict:
-        return {"tasks": self.tasks}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.tasks = state["tasks"]
+        state, goals, tokens = [], [], []
+        for k, task in enumerate(self.tasks):
+            rows = rng.integers(len(task["goals"]), size=n // len(self.tasks) + (k < n % len(self.tasks)))
+            state.append(task["state"][rows])
+            goals += [task["goals"][i] for i in rows]
+            tokens.append(task["tokens"][rows])
+        return {"state": torch.cat(state)}, goals, torch.cat(tokens)
 
 
 # --- Algorithm 1 ------------------------------------------------------------------------------------------------------
@@ -246,100 +225,100 @@ class Progress:
 
     task: int = 0
     phase: str = "new"  # of the task: new, rl, sl
-    iteration: int = 0  # of PPO, over all tasks
-    steps: int = 0  # of the simulations in this task
+    rl_iteration: int = 0  # of PPO in this task
+    rl_steps: int = 0  # of PPO in this task
+    update: int = 0  # of cloning in this task
+    row: int = 0  # of metrics.csv
     env_steps: int = 0  # in all, the collection of successes included
     episodes: int = 0
-    update: int = 0  # of cloning in this task
 
 
-def collect(policy: EFM, env: VectorEnv, cfg: Config, now: Progress, generator: torch.Generator) -> Episodes:
-    """One episode of each simulation, ended by true success or the horizon; counted."""
-    seed = 10**9 * (cfg.seed + 1) + now.episodes
-    episodes = rollout(policy, None, env, seed, generator, lambda d, truth: truth)
-    now.episodes += env.num_envs
-    now.env_steps += int(episodes.length.sum())
-    return episodes
+def collect(policy: EFM, env: VectorEnv, cfg: Config, now: Progress, generator: torch.Generator,
+            tuples: int, successes: float = math.inf) -> list[Episodes]:  # fmt: skip
+    """Rounds of one episode a simulation, to true success or the horizon, until there is enough of one; counted."""
+    rollouts, steps, reached = [], 0, 0
+    while steps < tuples and reached < successes:
+        seed = 10**9 * (cfg.seed + 1) + now.episodes
+        rollouts.append(rollout(policy, None, env, seed, generator, lambda d, truth: truth))
+        steps += len(rollouts[-1].tokens)
+        reached += int(rollouts[-1].truth[:, -1].sum())
+        now.episodes += env.num_envs
+    now.env_steps += steps
+    return rollouts
 
 
-def clone(policy: EFM, demos: Demonstrations, found: Successes, cfg: Config, rng: np.random.Generator, actions):
-    """-log p(a | o, l) of a batch: half demonstrations, half successes; demonstrations alone where there are none."""
-    half = cfg.sl_batch // 2 if any(task["goals"] for task in found.tasks) else 0
+def sl_losses(policy: EFM, demos: Demonstrations, found: Successes, cfg: Config, rng: np.random.Generator, actions):
+    """-log p(a | o, l) of half a batch of D_e, and of half a batch of D_RL; of D_e alone while nothing was found."""
+    half = cfg.sl_batch // 2 if found.tasks else 0
     obs, action, goals, _ = demos.batch(rng.choice(demos.acted, cfg.sl_batch - half), ranks.device())
-    loss = bc_loss(policy, obs, goals, actions.encode(action).to(ranks.device()), actions.ranges)
-    if half == 0:
-        return loss
-    obs, goals, tokens = found.batch(half, rng)
-    return (loss + bc_loss(policy, obs, goals, tokens, actions.ranges)) / 2  # [iRe-VLA Eq. 4]
+    losses = [bc_loss(policy, obs, goals, actions.encode(action).to(ranks.device()), actions.ranges)]
+    if half:
+        losses.append(bc_loss(policy, *found.batch(half, rng), actions.ranges))
+    return losses
 
 
 def main(cfg: Config) -> None:
-    tasks, run, policy, reward_model, data = setup.baseline(cfg, cfg.tasks, "irevla")
+    fill(cfg, {"epochs": 4, "lr": 3e-4} if cfg.explores == "head" else {"epochs": 1, "lr": 1e-4})
+    name = f"irevla-{cfg.explores}-{cfg.consolidates}".removesuffix("-head-all")
+    tasks, run, policy, reward_model, (demos, _) = setup.baseline(cfg, cfg.tasks, name)
     if run.done:
         return
-    demos, _ = data
-    head_only = cfg.explores == "head"
-    cfg.epochs = cfg.epochs or (4 if head_only else 1)
-    cfg.lr = cfg.lr or (3e-4 if head_only else 1e-4)
     torch.manual_seed(cfg.seed)
     policy = with_action_head(policy)  # π¹, π² := π⁰  [iRe-VLA Alg. 1, line 1]
-    policy.language_model.sparse = False  # a critic's gradient through the trunk is dense
     critic, found, now = Critic(policy.cfg.width).to(ranks.device()), Successes(), Progress()
     actions = action_tokenizer(**tasks[0].action_tokens)
-    explorers = learners(policy, cfg.explores)
-    groups = [{"params": explorers, "lr": cfg.lr}, {"params": list(critic.parameters()), "lr": cfg.critic_lr}]
-    ppo_optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    sl_optimizer = torch.optim.AdamW(learners(policy, cfg.consolidates), lr=cfg.sl_lr, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    rng = np.random.default_rng(cfg.seed)
+    groups = [{"params": learners(policy, cfg.explores)}, {"params": critic.parameters(), "lr": cfg.critic_lr}]
+    ppo_optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0)
+    sl_optimizer = torch.optim.AdamW(learners(policy, cfg.consolidates), lr=cfg.sl_lr, weight_decay=0)
+    generator, rng = torch.Generator().manual_seed(cfg.seed), np.random.default_rng(cfg.seed)
     run.track(policy=policy, critic=critic, found=found, ppo=ppo_optimizer, sl=sl_optimizer)
     run.track(generator=generator, rng=rng, progress=now)
     run.start(policy=policy, reward=reward_model)
+
+    def log(row: dict, tell: bool) -> None:
+        now.row += 1
+        where = {"row": now.row, "task": now.task + 1, "env_steps": now.env_steps, "episodes": now.episodes}
+        blank = dict.fromkeys(RL_COLUMNS + SL_COLUMNS, math.nan)
+        run.log(now.row, where | blank | row | {"seconds": run.seconds()}, tell)
+        run.checkpoint()
 
     while now.task < len(tasks):  # [iRe-VLA Alg. 1, line 2]
         env, name = tasks[now.task], f"task{now.task + 1}"
         if now.phase == "new":
             critic.renew(cfg.seed + now.task)  # [iRe-VLA Alg. 1, line 4]
             ppo_optimizer.state.clear()
-            now.phase, now.steps = "rl", 0
+            now.phase, now.rl_iteration, now.rl_steps = "rl", 0, 0
         learners(policy, cfg.explores)
-        while now.phase == "rl" and now.steps < cfg.env_steps:  # [iRe-VLA Alg. 1, line 5]
-            rollouts, before = [], now.env_steps
-            while sum(len(r.tokens) for r in rollouts) < cfg.tuples:
-                rollouts.append(collect(policy, env, cfg, now, generator))
-            now.steps += now.env_steps - before
+        while now.phase == "rl" and now.rl_steps < cfg.env_steps:  # [iRe-VLA Alg. 1, line 5]
+            rollouts = collect(policy, env, cfg, now, generator, cfg.tuples)
             data = Tuples(policy, critic, rollouts, cfg, actions.ranges)
-            now.iteration += 1
-            alone = now.steps <= cfg.warmup * cfg.tuples or data.successes < cfg.least_successes
-            row = {"iteration": now.iteration, "task": now.task + 1, "env_steps": now.env_steps}
-            row |= metrics(rollouts, data.returns, 0.0)
-            row |= ppo(policy, critic, ppo_optimizer, data, cfg, actions.ranges, generator, alone)
-            run.log(now.iteration, row | {"seconds": run.seconds()}, tell=now.iteration % 10 == 0)
-            run.checkpoint()
+            alone = now.rl_iteration < cfg.warmup or data.successes < cfg.least_successes
+            row = metrics(rollouts, data.returns, 0.0) | ppo(data, ppo_optimizer, cfg, generator, alone)
+            now.rl_iteration += 1
+            now.rl_steps += len(data.tokens)
+            run.keep(policy=policy)
+            log(row, tell=now.rl_iteration % 10 == 0)
         if now.phase == "rl":
             run.keep(**{f"{name}_rl": policy})
-            rollouts = [collect(policy, env, cfg, now, generator)]
-            reached = int(rollouts[0].truth[:, -1].sum())
-            while reached < cfg.successes and len(rollouts) * env.num_envs < cfg.attempts:
-                rollouts.append(collect(policy, env, cfg, now, generator))
-                reached += int(rollouts[-1].truth[:, -1].sum())
-            found.add(rollouts, cfg.successes)  # [iRe-VLA Alg. 1, line 6]
+            rollouts = collect(policy, env, cfg, now, generator, cfg.collect_steps, cfg.successes)
+            found.add(rollouts)  # [iRe-VLA Alg. 1, line 6]
             sl_optimizer.state.clear()
             now.phase, now.update = "sl", 0  # π² := π¹, the same weights  [iRe-VLA Alg. 1, line 8]
             run.checkpoint()
         learners(policy, cfg.consolidates)
         for update in run.steps(now.update, cfg.sl_updates, f"{name}: supervised"):
-            for group in sl_optimizer.param_groups:
-                group["lr"] = setup.learning_rate(update, cfg.sl_updates, cfg.sl_lr)
-            loss = clone(policy, demos, found, cfg, rng, actions)  # [iRe-VLA Alg. 1, line 9]
+            sl_optimizer.param_groups[0]["lr"] = setup.learning_rate(update, cfg.sl_updates, cfg.sl_lr)
+            losses = sl_losses(policy, demos, found, cfg, rng, actions)
+            loss = sum(losses) / len(losses)  # [iRe-VLA Eq. 4]
             sl_optimizer.zero_grad()
             loss.backward()
-            sl_optimizer.step()
-            if (update + 1) % 500 == 0:
+            sl_optimizer.step()  # [iRe-VLA Alg. 1, line 9]
+            if (update + 1) % LOOK == 0:
                 now.update = update + 1
-                run.checkpoint()
+                told = [now.update, *(loss.item() for loss in losses)]
+                log(dict(zip(SL_COLUMNS, told, strict=False)), tell=True)
         run.keep(**{f"{name}_sl": policy, "policy": policy})
-        now.phase, now.update, now.task = "new", 0, now.task + 1
+        now.phase, now.task = "new", now.task + 1
         run.checkpoint()
 
     told = {"stage": "irevla", "domain": cfg.tasks[0], "obs": tasks[0].obs, "seed": cfg.seed, "stage1": cfg.stage1}

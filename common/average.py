@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from common import ranks
+from common.ranks import shard_like
 
 
 class Average:
@@ -53,4 +53,4 @@ class Average:
         self.updates = state["updates"]
         with torch.no_grad():
             for name, average in self.average.items():
-                average.copy_(ranks.as_sharded(state[name], average))
+                average.copy_(shard_like(state[name], average))

@@ -16,11 +16,10 @@ from tqdm import tqdm
 import envs
 from common import UserError, ranks
 from common.runs import require_writable, write_atomically
-from envs.symmetries import NoTurns
+from envs.symmetries import Symmetries
 from model import EFM
 from tokens import StepsToGo
 
-NO_TURNS = NoTurns()
 FORMAT = 2  # of the cached files; in their names, so that what another version recorded is not read
 
 
@@ -203,19 +202,21 @@ def load(cfg: Any, env: VectorEnv) -> tuple[Demonstrations, Demonstrations]:
     """What a Stage 1 configuration learns from, and the episodes held out."""
     data = ranks.rank_0_first(load_demonstrations, cfg)
     held_out, used = split(len(data["length"]), cfg.data_fraction)
-    turns = env.symmetries if cfg.symmetries else NO_TURNS
-    train = Demonstrations(data, np.flatnonzero(~held_out & used), env.state_dim, turns)
+    train = Demonstrations(data, np.flatnonzero(~held_out & used), env.state_dim)
+    if cfg.symmetries:
+        train.symmetries = env.symmetries
     return train, Demonstrations(data, np.flatnonzero(held_out & used), env.state_dim)
 
 
 @torch.no_grad()
-def arrivals(reward_model: EFM, demos: Demonstrations, steps: StepsToGo) -> tuple[Tensor, Tensor]:
-    """(the least d of each demonstration's observations but the last, d of the last), float (episodes,) each."""
-    d, before, final = [], [], []
-    for rows in np.array_split(np.arange(len(demos.index)), len(demos.index) // 256 + 1):
-        obs, _, goals, _ = demos.batch(rows, reward_model.device)
-        d.append(reward_model.steps_to_go(obs, goals, steps).cpu())
-    for episode in torch.cat(d).split(demos.lengths.tolist()):
+def arrivals(model: EFM, demos: Demonstrations, steps: StepsToGo, episodes: int) -> tuple[Tensor, Tensor]:
+    """Of the first demonstrations: the least d of all observations but the last, and d of the last; float (n,) each."""
+    rows, d = np.flatnonzero(demos.episode < episodes), []
+    for part in np.array_split(rows, len(rows) // 512 + 1):
+        obs, _, goals, _ = demos.batch(part, model.device)
+        d.append(model.steps_to_go(obs, goals, steps).cpu())
+    before, final = [], []
+    for episode in torch.cat(d).split(np.bincount(demos.episode[rows]).tolist()):
         before.append(episode[:-1].min())
         final.append(episode[-1])
     return torch.stack(before), torch.stack(final)
@@ -224,10 +225,8 @@ def arrivals(reward_model: EFM, demos: Demonstrations, steps: StepsToGo) -> tupl
 class Demonstrations:
     """Tuples (o, a, g, steps to go) of some episodes, ready for batches."""
 
-    def __init__(
-        self, data: dict[str, np.ndarray | Frames], episodes: np.ndarray, state_dim: int, symmetries: NoTurns = NO_TURNS
-    ):
-        self.data, self.state_dim, self.symmetries = data, state_dim, symmetries
+    def __init__(self, data: dict[str, np.ndarray | Frames], episodes: np.ndarray, state_dim: int):
+        self.data, self.state_dim, self.symmetries = data, state_dim, Symmetries()
         self.instruction = data["instruction"][episodes]
         start, length = data["start"][episodes], data["length"][episodes]
         self.lengths = length  # observations of each episode
@@ -240,29 +239,36 @@ class Demonstrations:
         self.ends = np.stack([start, start + length - 1], 1)  # (episodes, 2) rows in data, first and last
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor, list[str], Tensor]:
-        """(observation, action float (B, A), goals, steps to go long (B,)) of rows int (B,), or (B, 2) by `turned`."""
-        rows, turn = rows.T if rows.ndim == 2 else (rows, np.zeros_like(rows))
+        """(observation, action float (B, A), goals, steps to go long (B,)) of the given rows.
+
+        rows int (B,), or, each turned by an element of `symmetries`, (B, 2): row, element.
+        """
+        rows, element = rows.T if rows.ndim == 2 else (rows, np.zeros(len(rows), int))
         i = self.index[rows]
         # then the frame before is a part of the observation
         successive = "frames" in self.data and self.data["frames"].ndim == 4
         obs = self.observe(np.stack([self.previous[rows], i], 1) if successive else i, device)
-        action, goals = torch.from_numpy(self.data["action"][i]), self.instruction[self.episode[rows]].tolist()
-        return *self.symmetries(turn, obs, action, goals), self.steps[rows]
+        goals, action = self.instruction[self.episode[rows]].tolist(), torch.from_numpy(self.data["action"][i])
+        obs, action, goals = self.symmetries(element, obs, action, goals)
+        return obs, action, goals, self.steps[rows]
+
+    def draw(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Rows int (B,) with an element of the symmetries drawn for each, int (B, 2)."""
+        return np.stack([rows, rng.integers(self.symmetries.order, size=len(rows))], 1)
 
     def states(self) -> Tensor:
         """The states of all tuples, float (M, S d)."""
         return torch.from_numpy(self.data["state"][self.index])
 
     def first_and_last(self, episodes: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], list[str]]:
-        """(the first and the last observation as one, goals) of episodes int (B,), or (B, 2) by `turned`."""
-        episodes, turn = episodes.T if episodes.ndim == 2 else (episodes, np.zeros_like(episodes))
-        obs, goals = self.observe(self.ends[episodes], device), self.instruction[episodes].tolist()
-        obs, _, goals = self.symmetries(turn, obs, None, goals)
-        return obs, goals
+        """(the first and the last observation as one, goals): what L_instruction is about.
 
-    def turned(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Rows, or episodes, int (B,) with one of the domain's symmetries each, drawn anew: int (B, 2)."""
-        return np.stack([rows, rng.integers(self.symmetries.order, size=len(rows))], 1)
+        episodes int (B,), or with the symmetries' elements (B, 2), as in `batch`.
+        """
+        episodes, element = episodes.T if episodes.ndim == 2 else (episodes, np.zeros(len(episodes), int))
+        obs, goals = self.observe(self.ends[episodes], device), self.instruction[episodes].tolist()
+        obs, _, goals = self.symmetries(element, obs, None, goals)
+        return obs, goals
 
     def observe(self, i: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         """Rows (B,) of data -> state (B, S, d) or images (B, 2, H, W, 3) and joints (B, J), two views of a moment;

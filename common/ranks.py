@@ -209,8 +209,8 @@ def full_state(state: Any) -> Any:
     return state.cpu() if rank() == 0 or state.dim() == 0 else None
 
 
-def as_sharded(x: Any, p: Tensor) -> Any:
-    """A tensor that `full_state` made, cut as p is; anything else, and other shapes, as they are."""
+def shard_like(x: Any, p: Tensor) -> Any:
+    """A tensor of `full_state`, cut as the parameter p that it belongs to; other things as they are."""
     if not hasattr(p, "full_tensor") or not isinstance(x, Tensor) or x.shape != p.shape:
         return x
     from torch.distributed.tensor import distribute_tensor
@@ -221,7 +221,5 @@ def as_sharded(x: Any, p: Tensor) -> Any:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """`optimizer.load_state_dict` of what `full_state` made, each tensor cut as the parameter it belongs to."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = {}
-    for i, each in state["state"].items():
-        moments[i] = {k: as_sharded(x, parameters[i]) for k, x in each.items()}
+    moments = {i: {k: shard_like(x, parameters[i]) for k, x in each.items()} for i, each in state["state"].items()}
     optimizer.load_state_dict({**optimizer.state_dict(), **state, "state": moments})

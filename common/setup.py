@@ -81,12 +81,10 @@ def open_run(cfg: Any, env: VectorEnv, stage: str, **more: Any) -> Run:
 
 
 def run_settings(folder: Path) -> dict:
-    """config.json of a Stage 1 or Stage 2 run, with its detector's threshold; other folders are a UserError."""
+    """config.json of a Stage 1 or Stage 2 run; other folders are a UserError."""
     settings = read_json(folder / "config.json")
     if not {"domain", "obs", "seed"} <= settings.keys():
         raise UserError(f"{folder}/config.json: not the configuration of a Stage 1 or Stage 2 run; name another run")
-    if settings.get("success_threshold") is None and (folder / "summary.json").exists():  # as Stage 1 measured it
-        settings["success_threshold"] = read_json(folder / "summary.json").get("success_threshold")
     return settings
 
 
@@ -96,6 +94,16 @@ def load_run(folder: Path, num_envs: int, policy: str = "policy") -> tuple[Vecto
     env = make_env(settings["domain"], num_envs, obs=settings["obs"])
     acting = load_checkpoint(folder / f"{policy}.safetensors", env)
     return env, acting, load_checkpoint(folder / "reward.safetensors", env, acting)
+
+
+def measured_threshold(folder: Path, env: VectorEnv) -> float:
+    """A run's s: its flag, or what Stage 1 has measured on held-out demonstrations, else the domain's."""
+    for name in ("config.json", "summary.json"):
+        if (folder / name).exists():
+            s = read_json(folder / name).get("success_threshold")
+            if s is not None:
+                return s
+    return env.success_threshold
 
 
 # --- Stage 0 ------------------------------------------------------------------------------------------------
@@ -133,7 +141,10 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     cfg.obs = cfg.obs or ("images" if pretrained else env.default_obs)
     env = make_env(cfg.domain, 1, obs=cfg.obs)
     defaults = env.stage1_defaults[cfg.obs]
-    usual = {"batch": 128, "lr": 1e-3, "symmetries": not pretrained, "average": 0.0 if pretrained else 0.998}
+    usual = {"batch": 128, "lr": 1e-3}
+    # who has seen the web knows what is as true turned round; and an average takes the memory of another model
+    average = 0.998 if cfg.lora_rank or not pretrained else 0.0
+    options.fill(cfg, {"symmetries": not pretrained, "average": average})
     uses_domains_model = (cfg.model or defaults["model"]) == defaults["model"]
     # a domain's batch and learning rate are for its model
     options.fill(cfg, usual | defaults if uses_domains_model else defaults | usual)
@@ -212,16 +223,15 @@ def initial_model(cfg: Any, env: VectorEnv, init: Path | None) -> EFM:
 # --- Stage 2 ------------------------------------------------------------------------------------------------
 # what a domain that says nothing else in `stage2_defaults` takes
 USUAL = {"gamma": 0.9, "temperature": 1.0, "clip_reward": 0.0, "success_bonus": 0.0, "batch": 64, "learns": "all",
-         "num_envs": 128}  # fmt: skip
+         "num_envs": 128, "lr": 1e-4}  # fmt: skip
+STATIONS = {"num_envs": 16}  # that an operator looks after
 
 
 def stage1_run(cfg: Any) -> tuple[Path, dict]:
     """The run that --stage1 names, or the newest Stage 1 run, and its configuration; its seed is the default."""
     folder = Path(cfg.stage1) if cfg.stage1 else newest_run("*-stage1-s*")
     if folder is None:
-        raise UserError(
-            "runs/: no finished Stage 1 run; run `python stage1.py` first or name a run with --stage1"
-        )
+        raise UserError("runs/: no finished Stage 1 run; run `python stage1.py` first or name a run with --stage1")
     settings = run_settings(folder)
     options.fill(cfg, {"seed": settings["seed"]})
     cfg.stage1 = str(folder)
@@ -240,10 +250,10 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, torch.opti
     options.fill(cfg, {"domain": settings["domain"]})
     obs = settings["obs"]
     env = make_env(cfg.domain, 1, obs=obs)
-    threshold = settings.get("success_threshold") or env.success_threshold
-    options.fill(cfg, USUAL | {"success_threshold": threshold} | env.stage2_defaults[obs])
-    ranks.require_divisible(cfg, "batch", "num_envs")
     reward_folder = Path(cfg.reward_run) if cfg.reward_run else stage1
+    measured = {"success_threshold": measured_threshold(reward_folder, env)}
+    options.fill(cfg, USUAL | (STATIONS if cfg.operator else {}) | measured | env.stage2_defaults[obs])
+    ranks.require_divisible(cfg, "batch", "num_envs")
     reward_settings = read_json(reward_folder / "config.json")
     of_domain = reward_settings.get("domain") in (settings["domain"], cfg.domain)
     moments = "--keep-optimizer: the moments are of all weights, not of the blocks'; leave it out or add --learns all"
@@ -308,19 +318,28 @@ def baseline(cfg: Any, domains: tuple[str, ...], name: str) -> tuple[list, Run, 
     and its demonstrations, learnt from and held out; no models if the run is done. Raises UserError."""
     check_scale(cfg)
     stage1, settings = stage1_run(cfg)
+    taught_here = {"episodes", "dataset", "data_fraction"} <= settings.keys()
+    must([
+        (domains, "--tasks: name at least one domain"),
+        (taught_here, f"--stage1 {stage1}: has no demonstrations of its own; name a Stage 1 run"),
+        (settings["obs"] == "state", f"--stage1 {stage1}: reads images, the baselines only states; name another"),
+        (not (cfg.lora_rank or cfg.bf16 or cfg.checkpointing or cfg.compile),
+         "--lora-rank, --bf16, --checkpointing, --compile: for stage1.py and stage2.py alone; leave them out"),
+    ])  # fmt: skip
     made = [make_env(domain, cfg.num_envs, obs=settings["obs"]) for domain in domains]
     taught = make_env(settings["domain"], 1, obs=settings["obs"])
     for env in made:
         require_alike(env, taught)
     policy = load_checkpoint(stage1 / "policy.safetensors", taught)
-    if policy.lora_rank:
-        raise UserError(f"--stage1 {stage1}: has LoRA adapters, which the baselines do not train; name another")
+    adapters = f"--stage1 {stage1}: has LoRA adapters, which no baseline trains; name another"
+    practised = f"--stage1 {stage1}: has no demonstrations of its own; name a Stage 1 run"
+    must([(not policy.lora_rank, adapters), ("episodes" in settings, practised)])
     ranks.choose_threads(cfg, sum(p.numel() for p in policy.parameters()))
     run = open_run(cfg, made[0], name, obs=settings["obs"], domain=domains[0])
     if run.done:
-        return made, run, None, None, None
+        return made, run, None, None, (None, None)
     reward_model = load_checkpoint(stage1 / "reward.safetensors", taught).requires_grad_(False)
-    data = demos.load(SimpleNamespace(**settings), taught)
+    data = demos.load(SimpleNamespace(**settings | {"symmetries": False}), taught)
     return made, run, policy, reward_model, data
 
 

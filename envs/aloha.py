@@ -50,7 +50,7 @@ import numpy as np
 from mujoco.batch import Batch
 
 from envs import MujocoDomain, SingleView
-from envs.symmetries import AlohaTurns
+from envs.symmetries import AlohaSymmetries, Symmetries
 
 SIDES = ("left", "right")  # the left arm takes the socket, the right one the peg
 START = np.array([0, -0.96, 1.16, 0, -0.3, 0])  # [rad]
@@ -300,9 +300,8 @@ class AlohaInsertionVectorEnv(MujocoDomain):
         self, num_envs: int = 1, obs: str = "state", size: int = 128, render_mode: str | None = None
     ):
         super().__init__(num_envs, obs, size, render_mode, scene())
-        if obs == "state":  # no camera sees the mirror's picture
-            self.symmetries = AlohaTurns()
         n = num_envs
+        self.symmetries = AlohaSymmetries() if obs == "state" else Symmetries()  # no camera sees the mirror's picture
         self.gripper_ids = [self.model.body(f"{side}/gripper").id for side in SIDES]
         self.command = np.zeros((n, 16))  # the servos' targets at the end of the last decision
         self.touch = np.zeros((n, 8), bool)  # what touched what in the last 0.1 s, pairs as in `scene`

@@ -35,7 +35,7 @@ import torch
 
 import pointmass
 from envs import Domain, SingleView
-from envs.symmetries import PointmassTurns
+from envs.symmetries import PointmassSymmetries
 
 COLOURS = ("red", "green", "blue")
 VERBS, NOUNS = ("move", "go", "drive", "steer"), ("goal", "target", "spot")
@@ -107,13 +107,13 @@ class PointmassVectorEnv(Domain):
     state_names, state_dim = ("position", "velocity", *COLOURS), 2
     steps_cap, steps_bins = 140, 140  # a bin is a step: near the goal, where the detector decides, d is sharp
     success_threshold = 3.0
+    symmetries = PointmassSymmetries(COLOURS)
     text_length, letters = 40, "abcdefghijklmnopqrstuvwxyz "
     stage1_defaults = {
-        "state": {"model": "nano", "episodes": 5000, "updates": 9000, "policy": "best"},
+        "state": {"model": "nano", "episodes": 1000, "updates": 4000, "lr": 3e-3, "policy": "best"},
         "images": {"model": "nano-vision", "episodes": 6000, "updates": 18_000, "policy": "best"},
     }
-    stage2_defaults = {"state": {"iterations": 200}, "images": {"iterations": 300}}
-    symmetries = PointmassTurns(COLOURS)
+    stage2_defaults = {"state": {"iterations": 110, "lr": 5e-4}, "images": {"iterations": 300}}
     STATE_FIELDS = ("pos", "vel", "goals", "colour", "waypoints", "waypoint")
     instructions, questions = staticmethod(instructions), staticmethod(questions)
 

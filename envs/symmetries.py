@@ -9,12 +9,12 @@ anew each time that the tuple is in a batch:
     g = rng.integers(symmetries.order, size=B)
     obs, action, goals = symmetries(g, obs, action, goals)
 
-    class           domain, obs                    elements
-    PointmassTurns  pointmass, states and images   8 of the square x 6 permutations of the colours
-    TabletopTurns   tabletop and banana, states    the mirror x B! permutations of the B blocks
-                    images, look=sim               the mirror
-    AlohaTurns      aloha, states                  the mirror
-    NoTurns         all others                     1
+    class                domain, obs                    elements
+    PointmassSymmetries  pointmass, states and images   8 of the square x 6 permutations of the colours
+    TabletopSymmetries   tabletop and banana, states    the mirror x B! permutations of the B blocks
+                         images, look=sim               the mirror
+    AlohaSymmetries      aloha, states                  the mirror
+    Symmetries           all others                     1
 
 `tests/test_symmetries.py` replays transformed demonstrations in the simulators.
 """
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 
-class NoTurns:
+class Symmetries:
     """The group of one element, and what every group offers. g int (B,) numbers an element per tuple."""
 
     order = 1
@@ -49,7 +49,7 @@ class NoTurns:
         return turned, action if action is None else self.action(g, action), goals
 
 
-class PointmassTurns(NoTurns):
+class PointmassSymmetries(Symmetries):
     """The table is a square and the goals differ in colour alone: g = 6 * square + colours."""
 
     def __init__(self, colours: tuple[str, ...]):
@@ -96,7 +96,7 @@ class PointmassTurns(NoTurns):
         return " ".join(becomes.get(word, word) for word in text.split(" "))
 
 
-class TabletopTurns(NoTurns):
+class TabletopSymmetries(Symmetries):
     """The table mirrored, y to -y; and from states the blocks' names exchanged: g = permutations * mirrored + permutation.
 
     names: of each block, all that it may be called, equally many. Exchanging them is exact but for the shapes: a moon
@@ -145,7 +145,7 @@ class TabletopTurns(NoTurns):
         return text
 
 
-class AlohaTurns(NoTurns):
+class AlohaSymmetries(Symmetries):
     """The scene mirrored in the upright plane through both arms' bases, y = 0.5 m: each arm and object stays on its side."""
 
     order = 2

@@ -56,7 +56,7 @@ import numpy as np
 
 from envs import MujocoDomain, SingleView
 from envs import tabletop_language as language
-from envs.symmetries import NoTurns, TabletopTurns
+from envs.symmetries import Symmetries, TabletopSymmetries
 from envs.tabletop_language import Meaning
 
 LOW, HIGH = np.array([0.15, -0.3048]), np.array([0.60, 0.3048])  # the tool's workspace [m]  (constants.py)
@@ -356,7 +356,7 @@ class TabletopVectorEnv(MujocoDomain):
     low, high = np.full(2, -ACTION_LIMIT), np.full(2, ACTION_LIMIT)
     action_tokens = {"kind": "sign-magnitude", "limit": STRIDE, "dims": 2}
     state_dim = 4
-    steps_cap, steps_bins = 100, 50
+    steps_cap, steps_bins = 100, 100  # a bin is a step: the paper's two cannot tell the last step from the one before
     success_threshold = 3.0
     predicts_instruction = True
     stage1_defaults = {
@@ -396,11 +396,11 @@ class TabletopVectorEnv(MujocoDomain):
         self.state_names = ("tool", *self.things)
         super().__init__(n, obs, size, render_mode, scene(self.things, look))
         B = len(self.things)
-        if obs == "images" and look == "real":
-            self.symmetries = NoTurns()  # the light is from one side
-        else:  # frames: a block's colour is its name; pairs: with the roles exchanged, nothing would be left unseen
-            names = [self._names(k) for k in range(B)]
-            self.symmetries = TabletopTurns(names, permute=obs == "state" and not any(self.pairs))
+        # frames tie names to colours and shapes; where some pairs are left out, others would tell of them
+        permute = obs == "state" and not any(getattr(self, "pairs", ()))
+        self.symmetries = TabletopSymmetries([self._names(k) for k in range(B)], permute)
+        if obs == "images" and look == "real":  # its light is from one side
+            self.symmetries = Symmetries()
         self.target = np.zeros((n, 2))
         # what "real" adds to the camera's position [m] and orientation [rad]
         self.camera = np.zeros((n, 2, 3))

@@ -23,7 +23,7 @@ from envs.aloha import (  # MuJoCo after it has chosen its GL
     Batch,
     mujoco,
 )
-from model import UniformBins, action_tokenizer
+from tokens import UniformBins, action_tokenizer
 
 MODES = ["state", "images"]
 N = 4
@@ -441,9 +441,8 @@ def test_four_cameras_are_stacked_in_pairs_with_a_black_gap():
 
 
 def test_a_demonstration_keeps_both_views_of_a_moment_and_the_joints(monkeypatch):
-    """Batches show what the domain showed: two views of the same moment, not a frame and the one before
-    it."""
-    import stage1
+    """Batches show what the domain showed: two views of one moment, not a frame and the one before it."""
+    from common import demos
 
     make_vec, shown = envs.make_vec, []
 
@@ -454,16 +453,14 @@ def test_a_demonstration_keeps_both_views_of_a_moment_and_the_joints(monkeypatch
         return env
 
     monkeypatch.setattr(envs, "make_vec", watched)
-    data = stage1.record("aloha", "images", 1, seed=0)
+    data = demos.record("aloha", "images", 1, seed=0)
     length = int(data["length"][0])
     assert data["frames"].shape == (length, 2, 32, 32, 3) and data["joints"].shape == (length, 14)
-    obs, _, _, steps = stage1.Demonstrations(data, np.array([0]), 7).batch(
+    obs, _, _, steps = demos.Demonstrations(data, np.array([0]), 7).batch(
         np.array([0, 3, length - 1]), torch.device("cpu")
     )
     assert obs["images"].shape == (3, 2, 32, 32, 3) and steps.tolist() == [length - 1, length - 4, 0]
-    episode = shown[
-        -length - 1 : -1
-    ]  # an episode that fails is started again; after the last one there was a reset
+    episode = shown[-length - 1 : -1]  # a failed one is started again; after the last there was a reset
     for k, t in enumerate((0, 3, length - 1)):
         assert all(np.array_equal(obs[key][k], episode[t][key][0]) for key in ("images", "joints"))
 

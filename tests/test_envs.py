@@ -365,10 +365,11 @@ def test_a_domain_that_lacks_something_says_what():
     assert "horizon" not in str(error.value) and "instructions" not in str(error.value)
 
 
-def test_without_images_a_domain_says_so():
-    env = domain()
-    with pytest.raises(ValueError, match="--obs images: pointmass has no images"):
-        envs.Domain._views(env, np.arange(2))
+def test_without_images_a_domain_says_so(monkeypatch):
+    monkeypatch.delattr("envs.pointmass.PointmassVectorEnv._views")
+    with pytest.raises(ValueError, match="--obs images: pointmass has no images; choose state"):
+        domain(obs="images")
+    domain(obs="state").reset(seed=0)
 
 
 @pytest.mark.parametrize(("name", "shape"), RENDERED.items())

@@ -284,7 +284,7 @@ def watched(monkeypatch) -> list[Episodes]:
 
 @pytest.mark.parametrize("s", [3.0, 69.0, 200.0])
 def test_evaluate_is_consistent(run, s, short):
-    r = evaluate(run, EPISODES, seed=1, threshold=s)
+    r = evaluate(run, EPISODES, seed=1, s=s)
     n = {k: r[k] for k in ("true_positives", "false_positives", "false_negatives", "true_negatives")}
     assert r["eval_episodes"] == EPISODES and sum(n.values()) == EPISODES and all(v >= 0 for v in n.values())
     assert 0 <= r["success_low"] <= r["success"] <= r["success_high"] <= 1
@@ -305,7 +305,7 @@ def test_evaluate_is_consistent(run, s, short):
 
 def test_evaluate_is_repeatable_and_seeded(run, short, monkeypatch):
     monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "_success", close_by)
-    a, b, c = (evaluate(run, 4, seed=seed, threshold=69.0) for seed in (0, 0, 3))
+    a, b, c = (evaluate(run, 4, seed=seed, s=69.0) for seed in (0, 0, 3))
     assert a == b
     assert a != c
 

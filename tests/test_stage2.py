@@ -237,10 +237,10 @@ def test_practice_of_the_blocks_changes_the_transformers_blocks_and_nothing_else
 
 def test_practice_of_a_single_tuple(tmp_path, monkeypatch):
     """Its standard deviation is none: that is not the learning rate's fault."""
-    one = {"iterations": 1, "updates": 1, "batch": 1, "num_envs": 1, "success_threshold": 1000.0}
+    one = {"iterations": 1, "updates": 1, "batch": 1, "num_envs": 1, "first_look": 1, "success_threshold": 1000.0}
     run(tmp_path, monkeypatch, "state", **one)
     row = np.genfromtxt("runs/stage2/metrics.csv", delimiter=",", names=True)
-    assert row["env_steps"] == 1 and row["return_std"] == 0
+    assert row["env_steps"] == 2 and row["return_std"] == 0  # the first look was the other
 
 
 def test_numbers_that_are_none_end_practice(tmp_path, monkeypatch):
@@ -275,7 +275,7 @@ def test_the_success_bonus_is_added_where_an_episode_truly_ended_in_success(tmp_
             rows.append(np.genfromtxt("runs/stage2/metrics.csv", delimiter=",", names=True))
     none, two = rows
     assert none["true_at_end"] > 0 and none["env_steps"] == two["env_steps"]  # the first practice is the same
-    added = 2 * two["true_at_end"] * two["episodes"] / two["env_steps"]
+    added = 2 * two["true_at_end"] / two["mean_steps"]
     assert two["return_mean"] - none["return_mean"] == pytest.approx(added, abs=1e-4)
 
 

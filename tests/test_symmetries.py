@@ -8,7 +8,7 @@ import torch
 
 import envs
 from envs import tabletop_language as language
-from envs.symmetries import NoTurns, TabletopTurns
+from envs.symmetries import Symmetries, TabletopSymmetries
 
 
 def observed(env, obs: dict) -> dict[str, torch.Tensor]:
@@ -29,7 +29,7 @@ def set_pointmass(env, g: int, like) -> None:
     env.colour = (source == like.colour[:, None]).argmax(1)
     env.texts = [turns.words(g, text) for text in like.texts]
     env.t, env.waypoint = like.t.copy(), like.waypoint.copy()
-    env._draw(np.ones(n, bool))
+    env._draw(np.arange(n), first=True)
 
 
 def set_tabletop(env, g: int, like) -> None:
@@ -55,7 +55,7 @@ def set_tabletop(env, g: int, like) -> None:
     for field in ("fixed", "offset", "anchor"):
         setattr(env.tasks, field, getattr(like.tasks, field) * [1, sign])
     env.t = like.t.copy()
-    env._draw(np.ones(n, bool), first=True)
+    env._draw(np.arange(n), first=True)
 
 
 def turned(target, becomes: np.ndarray, mirrored: bool):
@@ -124,8 +124,8 @@ def replayed(domain: str, obs: str, g: int, steps: int, n: int = 8, again: bool 
 
 def test_without_symmetries_nothing_changes():
     obs, action = {"state": torch.rand(3, 5, 2)}, torch.rand(3, 2)
-    assert NoTurns().order == 1
-    same = NoTurns()(np.zeros(3, int), obs, action, ["a", "b", "c"])
+    assert Symmetries().order == 1
+    same = Symmetries()(np.zeros(3, int), obs, action, ["a", "b", "c"])
     assert same[0] is obs and same[1] is action and same[2] == ["a", "b", "c"]
 
 
@@ -209,7 +209,7 @@ def test_tabletop_permutations(g):
 def test_tabletop_words(blocks):
     """Every sentence of every family becomes a sentence of the transformed meaning."""
     every = [language.names(k, blocks) for k in range(blocks)]
-    turns = TabletopTurns(every, permute=True)
+    turns = TabletopSymmetries(every, permute=True)
     rng, said = np.random.default_rng(0), 0
     for family in language.FAMILIES:
         meanings = language.meanings(family, blocks)

@@ -953,7 +953,7 @@ def test_without_anything_to_draw_with_states_work_and_frames_are_one_line(tmp_p
     assert out.stdout == "fine\n", out.stderr
     frames = missing + (
         f"sys.argv[1:] = '--domain tabletop --obs images --init none --episodes 20 --out {tmp_path}/run'.split(); "
-        "import common, stage1; common.cli(stage1.Config, stage1.main)"
+        "import stage1; from common.cli import cli; cli(stage1.Config, stage1.main)"
     )
     environ["PYTHONPATH"] = str(root)
     out = subprocess.run(
