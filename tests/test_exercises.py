@@ -27,6 +27,7 @@ from exercises import checks, ex16_flipped_sign, ex19_domain, practice, release
 from exercises import ex09_algorithm1 as bandit
 from exercises.ex19_domain import MARKS, NEAR
 from exercises.test_yours import NAMES
+from results import exercises as measure
 
 ROOT = Path(__file__).resolve().parents[1]
 returns_of, loss_of = stage2.monte_carlo_returns, stage2.reinforce_loss
@@ -469,6 +470,20 @@ def test_a_run_shows_the_unchanged_and_the_changed_row(monkeypatch, capsys):
     told = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in told] == ["unchanged", "50", "140", "Published:"]
     assert "mean_steps 0 " in told[0] and "mean_steps 30 " in told[1] and "seconds 7" in told[2]
+
+
+def test_what_is_measured_goes_on_where_it_was_interrupted(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(practice, "run", lambda changes, seed: ran.append(seed) or dict.fromkeys(measure.COLUMNS[3:], 0.5))
+    out = tmp_path / "exercises.csv"
+    measure.main(measure.Args(seeds=1, out=out))
+    measure.main(measure.Args(seeds=2, out=out))
+    n = len(practice.every_run())
+    assert ran == [0] * n + [1] * n
+    monkeypatch.setattr(practice, "CSV", out)
+    table = practice.measured()
+    assert set(table) == set(practice.every_run()) and {len(rows) for rows in table.values()} == {2}
+    assert len(practice.readme_table()) == 2 + n
 
 
 # --- what is published ----------------------------------------------------------------------------------------
