@@ -1,15 +1,17 @@
 """A copy of the repository for a graded class: `python exercises/release.py OUT`, graded by its own tests.
 
-The functions below are left without their bodies; the exercises and their solutions are left out.
+The functions below are left without their bodies; the exercises and their solutions are left out, but for
+README.md, which other pages link to.
 """
 
 import ast
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WITHOUT = ("exercises/", "tests/test_exercises.py")
+WITHOUT = ("exercises/*.py", "tests/test_exercises.py", "results/exercises.py")
 FUNCTIONS = {
     "tokens.py": ("SignMagnitude.encode", "SignMagnitude.decode", "StepsToGo.encode"),
     "model.py": ("prefix_mask", "EFM.steps_to_go"),
@@ -36,7 +38,7 @@ def strip(source: str, names: tuple[str, ...]) -> str:
 def release(out: Path) -> None:
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in files.splitlines():
-        if not name.startswith(WITHOUT):
+        if not any(fnmatch(name, pattern) for pattern in WITHOUT):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_bytes((ROOT / name).read_bytes())
     for name, functions in FUNCTIONS.items():
