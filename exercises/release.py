@@ -1,17 +1,17 @@
 """A copy of the repository for a graded class: `python exercises/release.py OUT`, graded by its own tests.
 
-The functions below are left without their bodies; the exercises and their solutions are left out, but for
-README.md, which other pages link to.
+The functions below are left without their bodies, but for the tags of the paper map.
+The solutions of the exercises are left out.
 """
 
 import ast
+import re
 import subprocess
 import sys
-from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WITHOUT = ("exercises/*.py", "tests/test_exercises.py", "results/exercises.py")
+SOLUTIONS = "tests/test_exercises.py"
 FUNCTIONS = {
     "tokens.py": ("SignMagnitude.encode", "SignMagnitude.decode", "StepsToGo.encode"),
     "model.py": ("prefix_mask", "EFM.steps_to_go"),
@@ -31,14 +31,16 @@ def strip(source: str, names: tuple[str, ...]) -> str:
     for function in sorted((found[name] for name in names), key=lambda f: -f.lineno):
         first, *rest = function.body
         start = rest[0].lineno - 1 if ast.get_docstring(function) else first.lineno - 1
-        lines[start : function.end_lineno] = [" " * first.col_offset + "raise NotImplementedError"]
+        tags = re.findall(r"  # \[.*\]", "\n".join(lines[start : function.end_lineno]))
+        stub = " " * first.col_offset + "raise NotImplementedError" + "".join(tags)
+        lines[start : function.end_lineno] = [stub]
     return "\n".join(lines) + "\n"
 
 
 def release(out: Path) -> None:
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in files.splitlines():
-        if not any(fnmatch(name, pattern) for pattern in WITHOUT):
+        if name != SOLUTIONS:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_bytes((ROOT / name).read_bytes())
     for name, functions in FUNCTIONS.items():
