@@ -1,6 +1,6 @@
 """What checks the exercises, a function each: numbers by hand first, then the repository's own functions.
 
-The text of an assertion is all that a student sees of it.
+The text of an assertion is all that a student sees.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ WHY = {  # what whoever is wrong is told
     "ex13_raw_labels": "Near the goal, d and so each reward are only 2.8 times as large; further off, flat.",
     "ex14_moving_reward": "A detection teaches d that what it detected was near. Who corrects a wrong one?",
     "ex15_fresh_adam": "A fresh Adam moves a weight by about its learning rate, however small the loss is.",
-    "ex16_flipped_sign": "Clipped updates make a policy worse bit by bit, and the best so far is what is left.",
+    "ex16_flipped_sign": "Clipped updates make a policy worse bit by bit, and the best so far is kept.",
     "ex17_reward_to_go": "At γ = 0.9, R_1 is about the first ten steps, and it rewards all that follow.",
 }
 

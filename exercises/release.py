@@ -17,7 +17,7 @@ FUNCTIONS = {
     "model.py": ("prefix_mask", "EFM.steps_to_go"),
     "stage2.py": ("rewards", "monte_carlo_returns", "reinforce_loss", "detect_success"),
     "rollout.py": ("confusion", "confirmed_detections"),
-    "pointmass.py": ("steps_to_go", "rewards", "monte_carlo_returns", "reinforce_loss"),
+    "pointmass.py": ("rewards", "monte_carlo_returns", "reinforce_loss"),
 }
 
 
