@@ -68,8 +68,7 @@ def ex02_bins(m) -> None:
     got = m.expected(torch.eye(50)[:1], 140, 50)
     equal(got, [0.0], "sure of bin 0: with its centre, 1.4, d never gets below, and s = 1 never fires")
     p = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 1.0]])
-    lesson = "0.5 · 0 + 0.25 · 2 + 0.25 · 4: bins of two steps begin at 0 2 4 6"
-    equal(m.expected(p, 8, 4), [1.5, 6.0], lesson)
+    equal(m.expected(p, 8, 4), [1.5, 6.0], "0.5 · 0 + 0.25 · 2 + 0.25 · 4: two steps a bin, from 0 2 4 6 on")
     steps = torch.arange(400)
     for cap, bins in ((140, 50), (100, 50), (300, 300), (7, 4)):
         own = tokens.StepsToGo(cap, bins)
