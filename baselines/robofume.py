@@ -284,8 +284,8 @@ class Learner(nn.Module):
             slow.lerp_(fast.detach(), cfg.target_rate)
         least = q.detach().amin(2)  # (B, L, K)
         q_data, q_policy = least.gather(2, tokens[..., None]).mean(), (pi.detach() * least).sum(-1).mean()
-        told = (q_data, q_policy, v_mu.mean(), bellman, q_data - v_mu.mean(), nll, *norms)
-        return dict(zip(Q_COLUMNS, map(float, told), strict=True))
+        told = torch.stack([q_data, q_policy, v_mu.mean(), bellman, q_data - v_mu.mean(), nll]).tolist()
+        return dict(zip(Q_COLUMNS, told + norms, strict=True))
 
 
 def step(optimizer: torch.optim.Optimizer, loss: Tensor, model: nn.Module) -> None:
@@ -311,6 +311,7 @@ class Progress:
     row: int = 0  # of metrics.csv
     env_steps: int = 0
     episodes: int = 0
+    labels: int = 0  # episodes that a person looked at, for D_⊖
 
 
 def act(actor: EFM, judge: Judge | None, env: Any, cfg: Config, now: Progress, generator, ends) -> Episodes:
@@ -337,6 +338,7 @@ def collect_failures(actor: EFM, env: Any, cfg: Config, now: Progress, failed: S
         goals = [*r.goals[mine.numpy()], *r.goals[: env.num_envs][failure.numpy()]]  # at t = 0 all are there
         failed.add({"state": state, "goals": goals, "done": torch.zeros(len(goals), dtype=torch.long)})
         found += int(failure.sum())
+        now.labels = now.episodes
         if found >= cfg.failures:
             return
     if not found:
@@ -439,7 +441,8 @@ def main(cfg: Config) -> None:
         log(row | {"interventions": stations.interventions}, tell=now.row % 10 == 0)
 
     told = {"stage": "robofume", "domain": env.name, "obs": env.obs, "seed": cfg.seed, "stage1": cfg.stage1}
-    told |= {"episodes": now.episodes, "env_steps": now.env_steps, "interventions": stations.interventions}
+    told |= {"episodes": now.episodes, "env_steps": now.env_steps, "labels": now.labels}
+    told |= {"interventions": stations.interventions, "judge_held_out_loss": now.judge_best}
     run.finish(told, lambda: evaluate(run.folder, cfg.eval_episodes, cfg.seed, env.success_threshold))
 
 
