@@ -39,8 +39,8 @@ from tokens import QUESTION_ACTION, action_tokenizer  # noqa: E402
 
 LOOK = 500  # updates of cloning between two rows of metrics.csv
 SL_COLUMNS = ("sl_update", "nll_demonstrations", "nll_successes")
-RL_COLUMNS = ("true_at_end", "detected", "false_positives", "mean_steps", "return_mean", "return_std", "return_negative",
-              "entropy", "successes", "explained_variance", "kl", "updates")  # fmt: skip
+RL_COLUMNS = ("true_at_end", "detected", "false_positives", "mean_steps", "return_mean", "return_std",
+              "return_negative", "entropy", "successes", "explained_variance", "kl", "updates")  # fmt: skip
 
 
 @dataclass
