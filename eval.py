@@ -22,8 +22,8 @@ from common import UserError, options, pictures
 from common.cli import cli
 from common.options import Count, Positive, Size, Whole
 from common.pictures import Film
-from common.runs import describe, newest_run, read_json, write_json
-from common.setup import load_run
+from common.runs import describe, newest_run, write_json
+from common.setup import load_run, measured_threshold, run_settings
 from model import EFM
 from rollout import evaluate, rollout
 
@@ -72,14 +72,13 @@ def main(cfg: Config) -> None:
     folder = Path(cfg.run) if cfg.run else newest_run("*-stage[12]-s*")
     if folder is None:
         raise UserError("runs/: no finished run; run `python stage1.py` first or name a run with --run")
-    settings = read_json(folder / "config.json")
+    settings = run_settings(folder)
     practised = "gamma" in settings
     if practised and not (folder / "metrics.csv").exists():
         raise UserError(f"{folder}/metrics.csv: missing; name a finished run with --run")
 
     env, policy, reward_model = load_run(folder, SHOWN, cfg.policy)
-    own = {"success_threshold": settings.get("success_threshold", env.success_threshold)}
-    options.fill(cfg, own | {"temperature": env.temperature})
+    options.fill(cfg, {"success_threshold": measured_threshold(folder, env), "temperature": env.temperature})
     s, how = cfg.success_threshold, {"greedy": cfg.greedy, "temperature": cfg.temperature}
     summary = evaluate(folder, cfg.episodes, cfg.seed, s, policy=cfg.policy, **how)
     told = {"run": str(folder), "seed": cfg.seed, "policy": cfg.policy, "greedy": cfg.greedy, **summary}

@@ -49,7 +49,7 @@ class EFMConfig:
     mlp_dim: int = 256
     vocab_size: int = 0  # 0: as many as the tokenizer has
     rope_theta: float = 10_000.0
-    sinusoidal_numbers: bool = False  # number tokens start on a curve, near numbers near each other
+    sinusoidal_numbers: float = 0.0  # the share of a curve in number tokens at first: near numbers are alike
     action_head: int = 0  # width of an MLP added to what scores number tokens, 0 at first; 0: none
     # vision tower (SigLIP layout); image_size 0: no images, the model reads states
     image_size: int = 0
@@ -62,6 +62,7 @@ class EFMConfig:
     # state: the names of its quantities, one token each, and the numbers in each quantity; (): no state
     state_names: tuple[str, ...] = ()
     state_dim: int = 0
+    state_sinusoids: int = 0  # a quantity's first two also enter as waves, so many: of length 16, 8, ...
     state_mlp: int = 0  # width of an MLP that reads the whole state, standardised, ...
     state_bias_tokens: int = 0  # ... and adds to where so many of an answer's first tokens are predicted
 
@@ -70,12 +71,12 @@ VIT_SMALL = dict(vit_width=384, vit_depth=12, vit_heads=6, vit_mlp_dim=1536)
 SO400M = dict(image_size=224, patch_size=14, vit_width=1152, vit_depth=27, vit_heads=16, vit_mlp_dim=4304)
 GEMMA_2B = dict(width=2048, depth=18, heads=8, kv_heads=1, head_dim=256, mlp_dim=16_384, vocab_size=257_216)
 PRESETS = {
-    "nano": EFMConfig(),  # reads states
+    "nano": EFMConfig(sinusoidal_numbers=0.9, state_sinusoids=7),  # reads states
     "nano-vision": EFMConfig(depth=3),  # reads frames: one block more, to relate what it sees
     "nano-deep": EFMConfig(depth=4),  # a table's geometry takes more blocks in a row
     # two arms: answers of 70 tokens, the first target's 14 joints with the help of an MLP
-    "nano-arms": EFMConfig(depth=4, sinusoidal_numbers=True, state_mlp=512, state_bias_tokens=14),
-    "nano-wide": EFMConfig(width=128, depth=3, head_dim=32, mlp_dim=512),  # Figure 3's smaller shares
+    "nano-arms": EFMConfig(depth=4, sinusoidal_numbers=1.0, state_mlp=512, state_bias_tokens=14),
+    "nano-wide": EFMConfig(width=128, depth=3, head_dim=32, mlp_dim=512),  # a table, few demonstrations
     "nano-sight": EFMConfig(depth=5, vit_width=128, vit_depth=2, vit_mlp_dim=512),  # a table's frames
     "small": EFMConfig(width=512, depth=8, heads=8, kv_heads=2, head_dim=64, mlp_dim=2048, **VIT_SMALL),
     "paligemma-3b": EFMConfig(**GEMMA_2B, **SO400M),
@@ -305,8 +306,9 @@ class EFM(nn.Module):
         """Random weights: all but norms, biases and, with `sinusoidal_numbers`, the number tokens."""
         self.apply(self.initialise_module)
         if self.cfg.sinusoidal_numbers:
-            loc = self.tokenizer.loc
-            self.language_model.embed_tokens.weight.data[loc : loc + N_LOC] = sinusoids(self.cfg.width)
+            loc, share = self.tokenizer.loc, self.cfg.sinusoidal_numbers
+            numbers = self.language_model.embed_tokens.weight.data[loc : loc + N_LOC]
+            numbers.mul_((1 - share) ** 0.5).add_(share**0.5 * sinusoids(self.cfg.width))
         for name, p in self.named_parameters():  # what blocks add starts small (GPT-2)
             if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
                 p.data /= math.sqrt(2 * (self.cfg.depth if "language" in name else self.cfg.vit_depth))
@@ -492,7 +494,8 @@ class EFM(nn.Module):
         """Weights that read a state: a linear map for each quantity and, perhaps, an MLP for them all."""
         cfg = self.cfg
         S = len(cfg.state_names)
-        weight = torch.randn(S, cfg.state_dim, cfg.width) / math.sqrt(cfg.state_dim)
+        d = cfg.state_dim + 2 * 2 * cfg.state_sinusoids
+        weight = torch.randn(S, d, cfg.width) / math.sqrt(d)
         self.state_weight = nn.Parameter(weight)
         # on the CPU even where the weights are made on the meta device: no file brings these two
         words = [self.tokenizer.encode(name) for name in cfg.state_names]
@@ -518,6 +521,12 @@ class EFM(nn.Module):
         with no_autocast(state):
             if self.cfg.state_mlp:
                 state = self.standardise(state.flatten(2)).view_as(state)
+            if self.cfg.state_sinusoids:  # a sum of cosines is nearly a distance: a goal's radius
+                octaves = 2 ** torch.arange(self.cfg.state_sinusoids, device=state.device)
+                # of places alone: waves would make legible how far the tool lags behind its target, the last
+                # action, and a policy that copies it clones better and does not arrive
+                angle = (state[..., :2, None] * (2 * math.pi / 16) * octaves).flatten(-2)
+                state = torch.cat([state, angle.sin(), angle.cos()], -1)
             state = torch.einsum("bfsd,sdw->bfsw", state, self.state_weight) + names
         return state.flatten(1, 2)
 

@@ -143,6 +143,34 @@ def rollout(
     return Episodes(obs, tokens, texts, entropy, row, time, last, d, truth, length)
 
 
+class Buffer:
+    """The tuples (o, a, g, R) of one iteration."""
+
+    def __init__(self):
+        self.placed: list[tuple] = []
+
+    def place(self, episodes: Episodes, returns: Tensor) -> None:
+        """Put every tuple of the episodes in, with its return; returns float (n, T)."""
+        of_tuples = returns[episodes.row, episodes.t].to(episodes.tokens.device)  # (M,)
+        self.placed.append((episodes.obs, episodes.tokens, episodes.goals, of_tuples))
+
+    def __len__(self) -> int:
+        return sum(len(tokens) for _, tokens, _, _ in self.placed)
+
+    def returns(self) -> Tensor:
+        return torch.cat([returns for _, _, _, returns in self.placed])
+
+    def batches(self, n: int, size: int, generator: torch.Generator) -> Iterator[tuple]:
+        """(obs, prompts, tokens, returns) of n tuples, `size` at a time, none twice; the rest is dropped."""
+        obs, tokens, goals, returns = zip(*self.placed, strict=True)
+        obs = {k: torch.cat([o[k] for o in obs]) for k in obs[0]}
+        tokens, goals, returns = torch.cat(tokens), np.concatenate(goals), torch.cat(returns)
+        for i in torch.randperm(len(self), generator=generator)[:n].split(size):
+            prompts = [QUESTION_ACTION.format(g) for g in goals[i.numpy()]]
+            i = i.to(tokens.device)
+            yield {k: v[i] for k, v in obs.items()}, prompts, tokens[i], returns[i]
+
+
 # --- counting -----------------------------------------------------------------------------------------------
 def metrics(rollouts: list[Episodes], returns: Tensor, threshold: float) -> dict[str, float]:
     """What Stage 2 logs of an iteration's episodes and of the returns of their tuples, over all ranks."""
@@ -159,10 +187,30 @@ def metrics(rollouts: list[Episodes], returns: Tensor, threshold: float) -> dict
         "false_positives": float((detected & ~truth).mean()),
         "mean_steps": float(length.mean()),
         "return_mean": returns.mean().item(),
-        "return_std": returns.std().item(),
+        "return_std": returns.std().item() if len(returns) > 1 else 0.0,
         "return_negative": (returns < 0).float().mean().item(),
         "entropy": entropy.mean().item(),
     }
+
+
+def pooled_mean(parts: list[list[float]]) -> list[float]:
+    """[mean, its standard error] of what has been counted in parts (number, mean, variance)."""
+    n, mean, variance = np.array(parts).T
+    pooled = float((n * mean).sum() / n.sum())
+    spread = float((n * (variance + (mean - pooled) ** 2)).sum() / n.sum())
+    return [pooled, math.sqrt(spread / n.sum())]
+
+
+def first_look(looks: list[Episodes], threshold: float) -> list[float]:
+    """How Stage 1's own policy does in practice, as the model sees it: [mean steps, standard error]."""
+    length = np.concatenate([r.length for r in looks])
+    length, d = ranks.concat_ranks(length, torch.cat([r.d[:, -1] for r in looks]))
+    steps = pooled_mean([[len(length), float(length.mean()), float(length.var())]])
+    share = (d <= threshold).float().mean().item()
+    print(f"the detector fires in {share:.0%} of Stage 1's own episodes; they take {steps[0]:.1f} steps")
+    if share < 0.2:
+        print("that is too few to learn from: take more demonstrations, or a larger --success-threshold")
+    return steps
 
 
 def confusion(detected: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -197,53 +245,56 @@ def chunks(env: VectorEnv, episodes: int, seed: int) -> Iterator[tuple[VectorEnv
         yield part, seed + first, torch.Generator().manual_seed(10**6 * first + seed)
 
 
-def true_success(policy: EFM, env: VectorEnv, episodes: int, seed: int, **how: Any) -> dict[str, float]:
-    """Success, with its 95 % interval, and steps of episodes that end in true success or at the horizon."""
-    reached, steps = 0, 0
+def true_success(
+    policy: EFM,
+    env: VectorEnv,
+    episodes: int,
+    seed: int,
+    judge: EFM | None = None,
+    s: float = 0.0,
+    **how: Any,
+) -> dict[str, float]:
+    """Success, with its 95 % interval, and steps of episodes that end in true success or at the horizon.
+
+    judge: with a reward model and its s, also the share of first detections that come true within s steps.
+    """
+    reached, steps, confirmed = 0, 0, []
     for part, first, generator in chunks(env, episodes, seed):
-        r = rollout(policy, None, part, first, generator, lambda d, truth: truth, keep=False, **how)
+        r = rollout(policy, judge, part, first, generator, lambda d, truth: truth, keep=False, **how)
         reached += int(r.truth[:, -1].sum())
         steps += int(r.length.sum())
+        confirmed += confirmed_detections(r.d.numpy(), r.truth.numpy(), s)
     low, high = wilson(reached, episodes)
-    success = {"success": reached / episodes, "success_low": low, "success_high": high}
-    return success | {"mean_steps": steps / episodes, "eval_episodes": episodes}
+    counted = {"success": reached / episodes, "success_low": low, "success_high": high}
+    counted |= {"mean_steps": steps / episodes, "eval_episodes": episodes}
+    if judge is not None:
+        counted["confirmed_detections"] = float(np.mean(confirmed)) if confirmed else 0.0
+    return counted
 
 
 def detector_confusion(
-    policy: EFM, reward_model: EFM, env: VectorEnv, episodes: int, seed: int, threshold: float, **how: Any
+    policy: EFM, judge: EFM, env: VectorEnv, episodes: int, seed: int, s: float, **how: Any
 ) -> dict[str, float]:
     """The detector's counts over episodes that it ends itself, as in practice."""
-    detected, truth, confirmed = [], [], []
+    detected, truth = [], []
     for part, first, generator in chunks(env, episodes, seed):
-        r = rollout(
-            policy, reward_model, part, first, generator, lambda d, _: d <= threshold, keep=False, **how
-        )
-        detected.append(r.d[:, -1].numpy() <= threshold)
+        r = rollout(policy, judge, part, first, generator, lambda d, truth: d <= s, keep=False, **how)
+        detected.append(r.d[:, -1].numpy() <= s)
         truth.append(r.truth[:, -1].numpy())
-        confirmed += confirmed_detections(r.d.numpy(), r.truth.numpy(), threshold)
-    table = confusion(np.concatenate(detected), np.concatenate(truth))
-    return table | {"confirmed_detections": float(np.mean(confirmed)) if confirmed else 0.0}
+    return confusion(np.concatenate(detected), np.concatenate(truth))
 
 
 def evaluate(
-    folder: Path,
-    episodes: int,
-    seed: int,
-    threshold: float,
-    temperature: float | None = None,
-    greedy: bool = False,
-    policy: str = "policy",
+    folder: Path, episodes: int, seed: int, s: float, policy: str = "policy", **how: Any
 ) -> dict[str, float]:
     """A run's true success, and its detector's confusion in practice.
 
-    threshold: the detector's s; temperature: None: the domain's; policy: which of the run's checkpoints acts.
+    s: the detector's threshold; policy: which of the run's checkpoints acts; how: `rollout`'s temperature, by
+    default the domain's, and greedy.
     """
-    env, actor, reward_model = load_run(folder, 1, policy)
-    temperature = env.temperature if temperature is None else temperature
-    how = {"temperature": temperature, "greedy": greedy}
+    env, actor, judge = load_run(folder, 1, policy)
+    how = {"temperature": env.temperature} | how
     seed = 5 * 10**8 + seed * 10**6  # not those of demonstrations or of practice
-    summary = {"temperature": temperature, "success_threshold": threshold}
-    summary |= true_success(actor, env, episodes, seed, **how)
-    return summary | detector_confusion(
-        actor, reward_model, env, episodes, seed + 5 * 10**5, threshold, **how
-    )
+    summary = {"temperature": how["temperature"], "success_threshold": s}
+    summary |= true_success(actor, env, episodes, seed, judge, s, **how)
+    return summary | detector_confusion(actor, judge, env, episodes, seed + 5 * 10**5, s, **how)

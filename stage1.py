@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from common import UserError, demos, ranks, setup
+from common.average import Average
 from common.cli import cli
-from common.options import Count, Positive, ScaleFlags, Whole
+from common.options import Count, Positive, ScaleFlags, Share, Whole
 from model import EFM
 from rollout import evaluate
 from tokens import QUESTION_ACTION, QUESTION_INSTRUCTION, QUESTION_STEPS, StepsToGo, action_tokenizer
@@ -56,6 +57,8 @@ class Config(ScaleFlags):
     batch: int | None = None  # samples per update, split evenly over the objectives
     lr: Positive | None = None  # AdamW: a warm-up of 100 updates, then a cosine down to a tenth
     policy: Literal["best", "last"] | None = None  # the policy: the best at cloning, or the last
+    symmetries: bool | None = None  # turn tuples by the domain's symmetries; None: if not pre-trained
+    average: Share | None = None  # decay of the weights' exponential average, which is kept; 0: none
     eval_every: Count = 500  # updates between two looks at the held-out episodes
 
 
@@ -75,6 +78,28 @@ def steps_to_go_loss(model: EFM, obs: dict, goals: list[str], tokens: Tensor, ra
 def instruction_loss(model: EFM, obs: dict, goals: list[str]) -> Tensor:
     """-log p(g | o_first, o_last, Question_instruction), summed over g's tokens, averaged over the batch."""
     return -model.text_log_prob(obs, [QUESTION_INSTRUCTION] * len(goals), goals).mean()  # [L_instruction]
+
+
+# --- the detector of Section 3.2 ----------------------------------------------------------------------------
+def calibrate(before: Tensor, final: Tensor, precision: float = 0.9) -> tuple[float, float, float]:
+    """The largest s whose detections on held-out demonstrations are right in a share of at least `precision`.
+
+        s = max { s : right(s) / (right(s) + wrong(s)) >= precision }
+        right(s): final <= s < before;  wrong(s): before <= s
+
+    before: the least d of each demonstration's observations but the last, float (n,); final: the last one's.
+    The largest, because a missed arrival costs the rest of the horizon, an early alarm a step or two, and who
+    practises arrives faster than any demonstrator. Returns s, its precision, its recall: of the demonstrations
+    that no alarm ended before, the share that it ends. Where no s is precise enough: the one most often right.
+    """
+    candidates = torch.cat([before, final]).sort().values  # (2 n,)
+    wrong = (before <= candidates[:, None]).sum(1)  # (2 n,)
+    right = ((final <= candidates[:, None]) & (before > candidates[:, None])).sum(1)
+    share = right / (right + wrong).clamp(min=1)
+    good = (share >= precision).nonzero()
+    k = int(good.max()) if len(good) else int(right.argmax())
+    recall = right[k] / (len(final) - wrong[k]).clamp(min=1)
+    return float(candidates[k]), float(share[k]), float(recall)
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -105,8 +130,9 @@ def main(cfg: Config) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=0.01, fused=True)
     rng = np.random.default_rng(cfg.seed)
+    average = Average(model, cfg.average)
     now = Progress(instruction_on=env.predicts_instruction)
-    run.track(optimizer=optimizer, rng=rng, progress=now)
+    run.track(optimizer=optimizer, rng=rng, progress=now, average=average)
     train, valid = demos.load(cfg, env)
     if model.cfg.state_names and model.cfg.state_mlp and cfg.init == "none" and not run.resumed:
         model.fit_standardiser(train.states())
@@ -135,9 +161,9 @@ def main(cfg: Config) -> None:
     for update in run.steps(now.update, cfg.updates, "stage 1"):
         third = cfg.batch // 3 if now.instruction_on else 0  # split evenly over the objectives
         half = (cfg.batch - third) // 2
-        bc = rng.choice(train.acted, half)
-        to_go = rng.integers(len(train.index), size=cfg.batch - third - half)
-        asked = rng.integers(len(train.ends), size=third)
+        bc = train.draw(rng.choice(train.acted, half), rng)
+        to_go = train.draw(rng.integers(len(train.index), size=cfg.batch - third - half), rng)
+        asked = train.draw(rng.integers(len(train.ends), size=third), rng)
         with ranks.autocast(cfg.bf16):
             loss = wrapped(losses, train, bc, to_go, asked)
         for group in optimizer.param_groups:
@@ -145,8 +171,10 @@ def main(cfg: Config) -> None:
         optimizer.zero_grad()
         sum(loss.values()).backward()
         optimizer.step()
+        average.update()
         if (update + 1) % cfg.eval_every and update + 1 < cfg.updates:
             continue
+        average.exchange()  # it is the average that is looked at and kept
         with torch.no_grad(), ranks.autocast(cfg.bf16):
             held = ranks.mean(wrapped(losses, valid, *held_out))
         row = {"update": update + 1} | dict.fromkeys(held, math.nan) | ranks.mean(loss)
@@ -162,11 +190,20 @@ def main(cfg: Config) -> None:
             run.keep(reward=model)
         if cfg.policy == "last":  # the paper's Aloha: an over-fitted policy is the better one; both are kept
             run.keep(policy=model)
+        average.exchange()  # training goes on from the weights themselves
         run.checkpoint()
 
     told = {"stage": "stage1", "domain": cfg.domain, "obs": cfg.obs, "seed": cfg.seed}
     told["episodes"] = len(train.ends) + len(valid.ends)
-    run.finish(told, lambda: evaluate(run.folder, cfg.eval_episodes, cfg.seed, env.success_threshold))
+
+    def evaluated() -> dict[str, float]:
+        _, _, reward_model = setup.load_run(run.folder, 1)
+        episodes = 20 if cfg.weights or cfg.vit else 300  # large models take their time
+        s, precision, recall = calibrate(*demos.arrivals(reward_model, valid, steps, episodes))
+        measured = {"success_threshold": s, "held_out_precision": precision, "held_out_recall": recall}
+        return measured | evaluate(run.folder, cfg.eval_episodes, cfg.seed, s)
+
+    run.finish(told, evaluated)
 
 
 if __name__ == "__main__":

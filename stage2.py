@@ -8,6 +8,13 @@ The frozen Stage 1 model says how many steps are left, d(o, g), and that is all 
 REINFORCE on Monte Carlo returns improves the policy. The domain's ground truth is logged, and learnt from
 only where `--success-bonus` says so: on Aloha, as in the paper.
 
+With V = -d, minus the demonstrator's steps to go, Equation 3 (Appendix E) says what this rewards:
+
+    r_t = (1 - γ) V(o_t+1) + [γ V(o_t+1) - V(o_t)]                            the bracket is reward shaping
+    R_t = (1 - γ) Σ_{i>=t} γ^(i-t) V(o_i+1) + γ^(T-t+1) V(o_T+1) - V(o_t)     -V(o_t) is a baseline
+
+The paper leaves out the middle term of R_t: 0 where an episode ends in its goal, and not where time runs out.
+
     python stage2.py                                    # from the newest Stage 1 run, 2 minutes on two cores
     python stage2.py --stage1 runs/pointmass-stage1-s1  # a given one
     python stage2.py --success ground-truth --gamma 0   # an ablation
@@ -18,7 +25,6 @@ only where `--success-bonus` says so: on Aloha, as in the paper.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,8 +37,8 @@ from common import UserError, ranks, setup
 from common.cli import cli
 from common.options import Count, Positive, ScaleFlags, Share, Size, Whole
 from model import EFM
-from rollout import Episodes, evaluate, metrics, rollout
-from tokens import QUESTION_ACTION, action_tokenizer
+from rollout import Buffer, Episodes, evaluate, first_look, metrics, pooled_mean, rollout
+from tokens import action_tokenizer
 
 
 @dataclass
@@ -52,10 +58,13 @@ class Config(ScaleFlags):
     success_bonus: Size | None = None  # added to the last reward on ground-truth success; 0
     updates: Count = 16  # N, optimiser steps per iteration
     batch: Count | None = None  # B, tuples per optimiser step; 64
-    lr: Positive = 1e-4  # AdamW
+    lr: Positive | None = None  # AdamW; 1e-4
     learns: Literal["all", "blocks"] | None = None  # all weights, or the transformer's blocks alone; all
     keep_optimizer: bool = False  # go on with Stage 1's last AdamW moments, as the authors' notebook does
-    num_envs: Count | None = None  # simulations that practise at once; 16
+    num_envs: Count | None = None  # simulations at once, at most; 128, of an operator's stations 16
+    first_look: Count = (
+        200  # practice episodes of Stage 1's own policy: a better one has to beat them beyond noise
+    )
     operator: bool = False  # practise without resets, but for an operator's: as on the paper's robots
     iterations: Count | None = None  # of Algorithm 1's loop, at most
     patience: Count = 100  # stop after so many iterations without a better policy
@@ -96,69 +105,38 @@ def detect_success(d: Tensor, s: float) -> Tensor:
 
 
 # --- Algorithm 1 --------------------------------------------------------------------------------------------
-class Buffer:
-    """The tuples (o, a, g, R) of one iteration."""
-
-    def __init__(self):
-        self.placed: list[tuple] = []
-
-    def place(self, episodes: Episodes, returns: Tensor) -> None:
-        """Put every tuple of the episodes in, with its return; returns float (n, T)."""
-        of_tuples = returns[episodes.row, episodes.t].to(episodes.tokens.device)  # (M,)
-        self.placed.append((episodes.obs, episodes.tokens, episodes.goals, of_tuples))
-
-    def __len__(self) -> int:
-        return sum(len(tokens) for _, tokens, _, _ in self.placed)
-
-    def returns(self) -> Tensor:
-        return torch.cat([returns for _, _, _, returns in self.placed])
-
-    def batches(self, n: int, size: int, generator: torch.Generator) -> Iterator[tuple]:
-        """(obs, prompts, tokens, returns) of n tuples, `size` at a time, none twice; the rest is dropped."""
-        obs, tokens, goals, returns = zip(*self.placed, strict=True)
-        obs = {k: torch.cat([o[k] for o in obs]) for k in obs[0]}
-        tokens, goals, returns = torch.cat(tokens), np.concatenate(goals), torch.cat(returns)
-        for i in torch.randperm(len(self), generator=generator)[:n].split(size):
-            prompts = [QUESTION_ACTION.format(g) for g in goals[i.numpy()]]
-            i = i.to(tokens.device)
-            yield {k: v[i] for k, v in obs.items()}, prompts, tokens[i], returns[i]
-
-
 @dataclass
 class Progress:
-    """What a run continues from, beside the weights."""
+    """What a run continues from, beside the weights. Steps: how soon the model believes to be there."""
 
     iteration: int = 0
     env_steps: int = 0
     episodes: int = 0
-    recent: list[float] = field(default_factory=list)  # mean steps of the last five iterations' episodes
-    best: float = math.inf  # the least mean of `recent` so far
-    best_at: int = 5  # iteration
+    recent: list[list[float]] = field(
+        default_factory=list
+    )  # of five iterations: episodes, mean steps, variance
+    first: list[float] = field(
+        default_factory=list
+    )  # Stage 1's own policy in practice: mean steps, standard error
+    best: float = math.inf  # mean steps of the policy that is kept
+    best_at: int = 0  # iteration
 
-    def better(self, mean_steps: float) -> bool:
-        """Whether this is the best policy so far, by what the model sees: how soon it believes to arrive."""
-        self.recent = [*self.recent, mean_steps][-5:]
-        score = float(np.mean(self.recent))
-        if len(self.recent) < 5 or score >= 0.99 * self.best:
+    def better(self, length: np.ndarray) -> bool:
+        """Whether practice is faster than ever, and than Stage 1's policy by three standard errors."""
+        self.recent = [*self.recent, [len(length), float(length.mean()), float(length.var())]][-5:]
+        mean, error = pooled_mean(self.recent)
+        beyond_noise = self.first[0] - mean > 3 * math.hypot(error, self.first[1])
+        if len(self.recent) < 5 or mean >= 0.99 * self.best or not beyond_noise:
             return False
-        self.best, self.best_at = score, self.iteration
+        self.best, self.best_at = mean, self.iteration
         return True
 
 
 def main(cfg: Config) -> None:
-    env, run, policy, reward_model, stage1 = setup.stage2(cfg)
+    env, run, policy, reward_model, optimizer, wrapped = setup.stage2(cfg)
     if run.done:
         return
     ranges = action_tokenizer(**env.action_tokens).ranges
-    learnt = [name for name, p in policy.named_parameters() if p.requires_grad]
-    if policy.cfg.image_size:  # frozen, as it is fed its features; AdamW skips it
-        policy.vision_tower.requires_grad_(False)
-    shard = run.config["model"] == "paligemma" and not cfg.lora_rank
-    wrapped = ranks.scale(policy, cfg, shard, judge=reward_model)
-    trainable = [policy.get_parameter(name) for name in learnt]
-    optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=0.0)
-    if cfg.keep_optimizer:
-        setup.load_moments(optimizer, stage1)
     generator = torch.Generator().manual_seed(cfg.seed)
     now = Progress()
     run.track(optimizer=optimizer, generator=generator, progress=now, operator=env if cfg.operator else None)
@@ -167,6 +145,26 @@ def main(cfg: Config) -> None:
     def ends(d: Tensor, truth: Tensor) -> Tensor:
         return detect_success(d, cfg.success_threshold) if cfg.success == "detector" else truth
 
+    def practise(tuples: int) -> Episodes:
+        """One episode of as many simulations as the tuples take; whole episodes, of the present policy."""
+        steps = (now.recent or [[0, *(now.first or [env.horizon])]])[-1][1]  # of an episode, as far as is known
+        stations = setup.simulations(
+            env, min(cfg.num_envs // ranks.world(), 8 * math.ceil(tuples / steps / 8))
+        )
+        seed = 10**9 * (cfg.seed + 1) + now.episodes + ranks.rank() * stations.num_envs
+        with ranks.unsharded(policy, reward_model), ranks.autocast(cfg.bf16):
+            episodes = rollout(policy, reward_model, stations, seed, generator, ends, cfg.temperature)
+        if cfg.operator:
+            env.steps += episodes.length
+        now.episodes += stations.num_envs * ranks.world()
+        return episodes
+
+    if not now.first:  # how Stage 1's own policy does, as practice will see it
+        looks = [practise(cfg.first_look * env.horizon)]
+        while sum(len(r.length) for r in looks) * ranks.world() < cfg.first_look:
+            looks.append(practise(cfg.first_look * env.horizon))
+        now.first = first_look(looks, cfg.success_threshold)
+        now.env_steps = sum(ranks.all_gather(sum(int(r.length.sum()) for r in looks)))
     size = cfg.batch // ranks.world()  # of this process's part of a batch
     n = cfg.updates * size  # tuples of an iteration
     for iteration in run.steps(now.iteration, cfg.iterations, "stage 2"):  # [Alg. 1, line 1]
@@ -176,16 +174,10 @@ def main(cfg: Config) -> None:
         rollouts, buffer = [], Buffer()
         if ranks.rank():  # the first rank's generator is in the checkpoint, the others' need not be
             generator.manual_seed(10**9 * (cfg.seed + 1) + 10**4 * iteration + ranks.rank())
-        while min(ranks.all_gather(len(buffer))) < n:
-            seed = 10**9 * (cfg.seed + 1) + now.episodes + ranks.rank() * env.num_envs
-            with ranks.unsharded(policy, reward_model), ranks.autocast(cfg.bf16):
-                how = (generator, ends, cfg.temperature)
-                episodes = rollout(policy, reward_model, env, seed, *how)  # [Alg. 1, line 2]
-            if cfg.operator:
-                env.steps += episodes.length
+        while (placed := min(ranks.all_gather(len(buffer)))) < n:
+            episodes = practise(n - placed)  # [Alg. 1, line 2]
             buffer.place(episodes, practice_returns(episodes, cfg))  # [Alg. 1, line 5]
             rollouts.append(episodes)
-            now.episodes += cfg.num_envs
         for obs, prompts, tokens, returns in buffer.batches(n, size, generator):  # [Alg. 1, line 8]
             with ranks.autocast(cfg.bf16):
                 log_prob = wrapped(EFM.log_prob, obs, prompts, tokens, ranges, cfg.temperature)
@@ -200,12 +192,11 @@ def main(cfg: Config) -> None:
         row |= metrics(rollouts, buffer.returns(), cfg.success_threshold)
         row |= {"grad_norm": grad_norm.item(), "seconds": run.seconds()}
         if cfg.operator:
-            hours = now.env_steps / env.metadata["render_fps"] / 3600
-            row |= {"interventions": env.interventions, "robot_hours": hours}
+            row |= {"interventions": env.interventions, "robot_hours": env.hours(now.env_steps)}
         run.log(iteration + 1, row, tell=iteration % 10 == 9)
         if not all(map(math.isfinite, row.values())):
             raise UserError(f"--lr {cfg.lr}: the policy's numbers are none any more; take a smaller one")
-        better = now.better(row["mean_steps"])
+        better = now.better(*ranks.concat_ranks(np.concatenate([r.length for r in rollouts])))
         now.iteration = iteration + 1
         if better:
             run.keep(policy=policy)
@@ -213,6 +204,9 @@ def main(cfg: Config) -> None:
 
     told = {"stage": "stage2", "domain": cfg.domain, "obs": env.obs, "seed": cfg.seed, "stage1": cfg.stage1}
     told |= {"episodes": now.episodes, "env_steps": now.env_steps}
+    told |= {"believed_steps_before": now.first[0], "believed_steps_after": min(now.first[0], now.best)}
+    if now.best == math.inf:
+        tqdm.write("no policy was better than Stage 1's beyond noise: Stage 1's is kept")
     run.finish(told, lambda: evaluate(run.folder, cfg.eval_episodes, cfg.seed, cfg.success_threshold))
 
 

@@ -16,6 +16,9 @@ from tqdm import tqdm
 import envs
 from common import UserError, ranks
 from common.runs import require_writable, write_atomically
+from envs.symmetries import Symmetries
+from model import EFM
+from tokens import StepsToGo
 
 FORMAT = 2  # of the cached files; in their names, so that what another version recorded is not read
 
@@ -61,7 +64,7 @@ def deflate_row(part: dict[str, np.ndarray], i: int) -> dict[str, np.ndarray | b
 
 
 def record(domain: str, obs: str, episodes: int, seed: int) -> dict[str, np.ndarray | Frames]:
-    """Successful demonstrations by the domain's demonstrator, the final observation included, as flat arrays of M tuples.
+    """Successful demonstrations by the domain's demonstrator, final observations included, as flat arrays of M tuples.
 
     Returns state float32 (M, S), or `Frames` (M, H, W, 3), of a domain with two views of a moment (M, 2, H, W, 3),
     and the robot's joints float32 (M, J) where it has some; action float32 (M, A), zero on final observations;
@@ -97,7 +100,7 @@ def record(domain: str, obs: str, episodes: int, seed: int) -> dict[str, np.ndar
 
 
 def pack(episodes: list[tuple], like: dict[str, np.ndarray]) -> dict[str, np.ndarray | Frames]:
-    """(instruction, rows by `deflate_row`, actions) per episode -> `record`'s arrays; like: a `recorded_part`, for shapes."""
+    """(instruction, rows by `deflate_row`, actions) per episode -> `record`'s arrays; like: for shapes."""
     packed: dict[str, np.ndarray | Frames] = {}
     for key in like:
         rows = [row[key] for _, observations, _ in episodes for row in observations]
@@ -110,7 +113,7 @@ def pack(episodes: list[tuple], like: dict[str, np.ndarray]) -> dict[str, np.nda
 
 
 def from_minari(dataset_id: str, domain: str, obs: str) -> dict[str, np.ndarray | Frames]:
-    """The successful episodes of a Minari dataset whose spaces and words are the domain's. Raises UserError otherwise."""
+    """The successful episodes of a Minari dataset with the domain's spaces and words. Raises UserError otherwise."""
     import minari
 
     blame = f"--dataset {dataset_id}"
@@ -119,10 +122,8 @@ def from_minari(dataset_id: str, domain: str, obs: str) -> dict[str, np.ndarray 
     except Exception as e:  # Minari raises many kinds here
         raise UserError(f"{blame}: cannot be loaded ({e}); `minari list local` shows what is there") from None
     env = envs.make_vec(domain, 1, obs=obs)
-    if (env.single_observation_space, env.single_action_space) != (
-        dataset.observation_space,
-        dataset.action_space,
-    ):
+    spaces = (env.single_observation_space, env.single_action_space)
+    if spaces != (dataset.observation_space, dataset.action_space):
         raise UserError(f"{blame}: its spaces are not those of --domain {domain} --obs {obs}; choose another")
     words = set(" ".join(env.instructions()).replace(",", " , ").split())
     episodes, part = [], {}
@@ -202,16 +203,33 @@ def load(cfg: Any, env: VectorEnv) -> tuple[Demonstrations, Demonstrations]:
     data = ranks.rank_0_first(load_demonstrations, cfg)
     held_out, used = split(len(data["length"]), cfg.data_fraction)
     train = Demonstrations(data, np.flatnonzero(~held_out & used), env.state_dim)
+    if cfg.symmetries:
+        train.symmetries = env.symmetries
     return train, Demonstrations(data, np.flatnonzero(held_out & used), env.state_dim)
+
+
+@torch.no_grad()
+def arrivals(model: EFM, demos: Demonstrations, steps: StepsToGo, episodes: int) -> tuple[Tensor, Tensor]:
+    """Of the first demonstrations: the least d of all observations but the last, and d of the last; float (n,) each."""
+    rows, d = np.flatnonzero(demos.episode < episodes), []
+    for part in np.array_split(rows, len(rows) // 512 + 1):
+        obs, _, goals, _ = demos.batch(part, model.device)
+        d.append(model.steps_to_go(obs, goals, steps).cpu())
+    before, final = [], []
+    for episode in torch.cat(d).split(np.bincount(demos.episode[rows]).tolist()):
+        before.append(episode[:-1].min())
+        final.append(episode[-1])
+    return torch.stack(before), torch.stack(final)
 
 
 class Demonstrations:
     """Tuples (o, a, g, steps to go) of some episodes, ready for batches."""
 
     def __init__(self, data: dict[str, np.ndarray | Frames], episodes: np.ndarray, state_dim: int):
-        self.data, self.state_dim = data, state_dim
+        self.data, self.state_dim, self.symmetries = data, state_dim, Symmetries()
         self.instruction = data["instruction"][episodes]
         start, length = data["start"][episodes], data["length"][episodes]
+        self.lengths = length  # observations of each episode
         self.episode = np.repeat(np.arange(len(episodes)), length)  # (M,)
         t = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
         self.index = np.repeat(start, length) + t  # (M,) row in data
@@ -221,25 +239,40 @@ class Demonstrations:
         self.ends = np.stack([start, start + length - 1], 1)  # (episodes, 2) rows in data, first and last
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor, list[str], Tensor]:
-        """(observation, action float (B, A), goals, steps to go long (B,)) of the given rows."""
+        """(observation, action float (B, A), goals, steps to go long (B,)) of the given rows.
+
+        rows int (B,), or, each turned by an element of `symmetries`, (B, 2): row, element.
+        """
+        rows, element = rows.T if rows.ndim == 2 else (rows, np.zeros(len(rows), int))
         i = self.index[rows]
         # then the frame before is a part of the observation
         successive = "frames" in self.data and self.data["frames"].ndim == 4
         obs = self.observe(np.stack([self.previous[rows], i], 1) if successive else i, device)
-        goals = self.instruction[self.episode[rows]].tolist()
-        return obs, torch.from_numpy(self.data["action"][i]), goals, self.steps[rows]
+        goals, action = self.instruction[self.episode[rows]].tolist(), torch.from_numpy(self.data["action"][i])
+        obs, action, goals = self.symmetries(element, obs, action, goals)
+        return obs, action, goals, self.steps[rows]
+
+    def draw(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Rows int (B,) with an element of the symmetries drawn for each, int (B, 2)."""
+        return np.stack([rows, rng.integers(self.symmetries.order, size=len(rows))], 1)
 
     def states(self) -> Tensor:
         """The states of all tuples, float (M, S d)."""
         return torch.from_numpy(self.data["state"][self.index])
 
     def first_and_last(self, episodes: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], list[str]]:
-        """(the first and the last observation as one, goals) of the given episodes: what L_instruction is about."""
-        return self.observe(self.ends[episodes], device), self.instruction[episodes].tolist()
+        """(the first and the last observation as one, goals): what L_instruction is about.
+
+        episodes int (B,), or with the symmetries' elements (B, 2), as in `batch`.
+        """
+        episodes, element = episodes.T if episodes.ndim == 2 else (episodes, np.zeros(len(episodes), int))
+        obs, goals = self.observe(self.ends[episodes], device), self.instruction[episodes].tolist()
+        obs, _, goals = self.symmetries(element, obs, None, goals)
+        return obs, goals
 
     def observe(self, i: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-        """Rows (B,) of data -> state (B, S, d) or images (B, 2, H, W, 3) and joints (B, J), two views of a moment; pairs
-        of rows (B, 2) -> state (B, 2, S, d) or images (B, 2, H, W, 3), one view of two moments."""
+        """Rows (B,) of data -> state (B, S, d) or images (B, 2, H, W, 3) and joints (B, J), two views of a moment;
+        pairs of rows (B, 2) -> state (B, 2, S, d) or images (B, 2, H, W, 3), one view of two moments."""
         if "state" in self.data:
             state = torch.from_numpy(self.data["state"][i])
             return {"state": state.unflatten(-1, (-1, self.state_dim)).to(device)}

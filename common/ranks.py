@@ -70,9 +70,7 @@ def process_group(several: bool) -> Iterator[None]:
     if torch.cuda.is_available():
         here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if here > gpus:
-            raise UserError(
-                f"torchrun: --nproc_per_node {here}, but there are {gpus} GPUs here; give each process one"
-            )
+            raise UserError(f"torchrun: --nproc_per_node {here}, but there are {gpus} GPUs here; give each process one")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what `device` means from here on
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=6))  # rank 0 may record demonstrations meanwhile
@@ -211,16 +209,17 @@ def full_state(state: Any) -> Any:
     return state.cpu() if rank() == 0 or state.dim() == 0 else None
 
 
+def shard_like(x: Any, p: Tensor) -> Any:
+    """A tensor of `full_state`, cut as the parameter p that it belongs to; other things as they are."""
+    if not hasattr(p, "full_tensor") or not isinstance(x, Tensor) or x.shape != p.shape:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """`optimizer.load_state_dict` of what `full_state` made, each tensor cut as the parameter it belongs to."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def cut(x: Any, p: nn.Parameter) -> Any:
-        if not hasattr(p, "full_tensor") or not isinstance(x, Tensor) or x.shape != p.shape:
-            return x
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
-
-    moments = {i: {k: cut(x, parameters[i]) for k, x in each.items()} for i, each in state["state"].items()}
+    moments = {i: {k: shard_like(x, parameters[i]) for k, x in each.items()} for i, each in state["state"].items()}
     optimizer.load_state_dict({**optimizer.state_dict(), **state, "state": moments})

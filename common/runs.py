@@ -199,6 +199,8 @@ class Run:
         ranks.all_gather(None)  # every rank has looked at the folder as it was
         if ranks.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for left_behind in self.folder.glob("*.*.tmp"):  # by a process that was killed while it wrote
+                left_behind.unlink()
             write_json(self.folder / "config.json", self.config)
             self.metrics = open(self.folder / "metrics.csv", "a+b")
             self.metrics.truncate(self.state["metrics_bytes"] if self.resumed else 0)

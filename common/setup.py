@@ -96,6 +96,16 @@ def load_run(folder: Path, num_envs: int, policy: str = "policy") -> tuple[Vecto
     return env, acting, load_checkpoint(folder / "reward.safetensors", env, acting)
 
 
+def measured_threshold(folder: Path, env: VectorEnv) -> float:
+    """A run's s: its flag, or what Stage 1 has measured on held-out demonstrations, else the domain's."""
+    for name in ("config.json", "summary.json"):
+        if (folder / name).exists():
+            s = read_json(folder / name).get("success_threshold")
+            if s is not None:
+                return s
+    return env.success_threshold
+
+
 # --- Stage 0 ------------------------------------------------------------------------------------------------
 def stage0(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     """The domain, the run, and a model from scratch for a Stage 0 configuration; no model if the run is done."""
@@ -132,6 +142,9 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     env = make_env(cfg.domain, 1, obs=cfg.obs)
     defaults = env.stage1_defaults[cfg.obs]
     usual = {"batch": 128, "lr": 1e-3}
+    # who has seen the web knows what is as true turned round; and an average takes the memory of another model
+    average = 0.998 if cfg.lora_rank or not pretrained else 0.0
+    options.fill(cfg, {"symmetries": not pretrained, "average": average})
     uses_domains_model = (cfg.model or defaults["model"]) == defaults["model"]
     # a domain's batch and learning rate are for its model
     options.fill(cfg, usual | defaults if uses_domains_model else defaults | usual)
@@ -143,7 +156,7 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
         ((cfg.model == "paligemma") == bool(cfg.weights),
          "--model paligemma and --weights FOLDER_OR_HUB_ID go together: give both or neither"),
         (not (pretrained and cfg.obs == "state"), "--obs state: a pre-trained model reads images; leave it out"),
-        (not (pretrained and named), f"--init {cfg.init}: the model starts from --weights or --vit; leave one of them out"),
+        (not (pretrained and named), f"--init {cfg.init}: the model starts from --weights or --vit; leave one out"),
         (cfg.batch >= least, f"--batch {cfg.batch}: must be at least {least}"),
         (cfg.episodes >= 2, f"--episodes {cfg.episodes}: must be at least 2"),
     ])  # fmt: skip
@@ -210,7 +223,8 @@ def initial_model(cfg: Any, env: VectorEnv, init: Path | None) -> EFM:
 # --- Stage 2 ------------------------------------------------------------------------------------------------
 # what a domain that says nothing else in `stage2_defaults` takes
 USUAL = {"gamma": 0.9, "temperature": 1.0, "clip_reward": 0.0, "success_bonus": 0.0, "batch": 64, "learns": "all",
-         "num_envs": 16}  # fmt: skip
+         "num_envs": 128, "lr": 1e-4}  # fmt: skip
+STATIONS = {"num_envs": 16}  # that an operator looks after
 
 
 def stage1_run(cfg: Any) -> tuple[Path, dict]:
@@ -224,19 +238,22 @@ def stage1_run(cfg: Any) -> tuple[Path, dict]:
     return folder, settings
 
 
-def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, Path]:
-    """The domain, the run, policy and frozen reward model of a Stage 2 configuration, and the run they come from.
+def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, torch.optim.Optimizer | None, Any]:
+    """The domain, the run, policy, frozen reward model and the policy's optimiser of a Stage 2 configuration, and what
+    to call for a forward pass with gradients (`ranks.scale`).
 
-    No models if the run is done. Fields of the configuration that are None get the domain's defaults. Raises UserError.
+    None from the policy on if the run is done. Fields of the configuration that are None get the domain's defaults.
+    Raises UserError.
     """
     check_scale(cfg)
     stage1, settings = stage1_run(cfg)
     options.fill(cfg, {"domain": settings["domain"]})
     obs = settings["obs"]
     env = make_env(cfg.domain, 1, obs=obs)
-    options.fill(cfg, USUAL | {"success_threshold": env.success_threshold} | env.stage2_defaults[obs])
-    ranks.require_divisible(cfg, "batch", "num_envs")
     reward_folder = Path(cfg.reward_run) if cfg.reward_run else stage1
+    measured = {"success_threshold": measured_threshold(reward_folder, env)}
+    options.fill(cfg, USUAL | (STATIONS if cfg.operator else {}) | measured | env.stage2_defaults[obs])
+    ranks.require_divisible(cfg, "batch", "num_envs")
     reward_settings = read_json(reward_folder / "config.json")
     of_domain = reward_settings.get("domain") in (settings["domain"], cfg.domain)
     moments = "--keep-optimizer: the moments are of all weights, not of the blocks'; leave it out or add --learns all"
@@ -267,7 +284,7 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, Path]:
     ranks.choose_threads(cfg, sum(p.numel() for p in policy.parameters()))
     run = open_run(cfg, env, "stage2", obs=obs, model=settings.get("model"))
     if run.done:
-        return env, run, None, None, stage1
+        return env, run, None, None, None, None
     if cfg.learns == "blocks":  # the others' gradient is hardly more than noise, and AdamW steps as far along noise
         for name, p in policy.named_parameters():
             p.requires_grad_(p.requires_grad and ".layers." in name)
@@ -275,7 +292,25 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, Path]:
         torch.manual_seed(cfg.seed)
         policy = adapt(policy, cfg.lora_rank, stage1 / "policy.safetensors")
     run.track(policy=policy)
-    return env, run, policy, reward_model, stage1
+    learnt = [name for name, p in policy.named_parameters() if p.requires_grad]
+    if policy.cfg.image_size:  # frozen, as it is fed its features; AdamW skips it
+        policy.vision_tower.requires_grad_(False)
+    shard = settings.get("model") == "paligemma" and not cfg.lora_rank
+    wrapped = ranks.scale(policy, cfg, shard, judge=reward_model)
+    optimizer = torch.optim.AdamW([policy.get_parameter(name) for name in learnt], lr=cfg.lr, weight_decay=0.0)
+    if cfg.keep_optimizer and not run.resumed:
+        load_moments(optimizer, stage1)
+    return env, run, policy, reward_model, optimizer, wrapped
+
+
+def simulations(env: VectorEnv, n: int) -> VectorEnv:
+    """The domain with n simulations, made once for each n; an operator's stations are as many as they are."""
+    if isinstance(env, Operator) or n == env.num_envs:
+        return env
+    made = vars(env).setdefault("of_other_sizes", {})
+    if n not in made:
+        made[n] = make_env(env.name, n, obs=env.obs)
+    return made[n]
 
 
 def baseline(cfg: Any, domains: tuple[str, ...], name: str) -> tuple[list, Run, EFM | None, EFM | None, Any]:
@@ -296,14 +331,15 @@ def baseline(cfg: Any, domains: tuple[str, ...], name: str) -> tuple[list, Run, 
     for env in made:
         require_alike(env, taught)
     policy = load_checkpoint(stage1 / "policy.safetensors", taught)
-    if policy.lora_rank:
-        raise UserError(f"--stage1 {stage1}: has LoRA adapters, which the baselines do not train; name another")
+    adapters = f"--stage1 {stage1}: has LoRA adapters, which no baseline trains; name another"
+    practised = f"--stage1 {stage1}: has no demonstrations of its own; name a Stage 1 run"
+    must([(not policy.lora_rank, adapters), ("episodes" in settings, practised)])
     ranks.choose_threads(cfg, sum(p.numel() for p in policy.parameters()))
     run = open_run(cfg, made[0], name, obs=settings["obs"], domain=domains[0])
     if run.done:
         return made, run, None, None, (None, None)
     reward_model = load_checkpoint(stage1 / "reward.safetensors", taught).requires_grad_(False)
-    data = demos.load(SimpleNamespace(**settings), taught)
+    data = demos.load(SimpleNamespace(**settings | {"symmetries": False}), taught)
     return made, run, policy, reward_model, data
 
 
@@ -318,4 +354,9 @@ def require_alike(env: VectorEnv, taught: VectorEnv) -> None:
 
 def load_moments(optimizer: torch.optim.Optimizer, run: Path) -> None:
     """Give the optimiser another run's last AdamW moments, and not its learning rate."""
-    ranks.load_optimizer(optimizer, {"state": load_state(run / "resume.pt")["optimizer"]["state"]})
+    moments = load_state(run / "resume.pt")["optimizer"]["state"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, each in moments.items():
+        if i >= len(parameters) or each["exp_avg"].shape != parameters[i].shape:
+            raise UserError(f"--keep-optimizer: the moments of {run} are of other weights; leave it out")
+    ranks.load_optimizer(optimizer, {"state": moments})

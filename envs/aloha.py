@@ -1,37 +1,43 @@
-"""AlohaInsertion-v0: two robot arms pick up a peg and a socket and put the one into the other, ACT's task in MuJoCo.
+"""AlohaInsertion-v0: two robot arms pick up a peg and a socket and put the one into the other, ACT's task in
+MuJoCo.
 
 Description
-    The paper's second embodiment. The scene is gym-aloha's `bimanual_viperx_insertion.xml` (Zhao et al., 2023): two
-    6-joint ViperX arms, of the same joints, axes, lengths, ranges and bases, drawn with capsules and boxes; the same
-    peg, socket, table, cameras and stages. `qpos` has its layout: 8 numbers for the left arm, 8 for the right, 7 for the
-    peg, 7 for the socket.
+    The paper's second embodiment. The scene is gym-aloha's `bimanual_viperx_insertion.xml` (Zhao et al.,
+    2023): two 6-joint ViperX arms, of the same joints, axes, lengths, ranges and bases, drawn with capsules
+    and boxes; the same peg, socket, table, cameras and stages. `qpos` has its layout: 8 numbers for the left
+    arm, 8 for the right, 7 for the peg, 7 for the socket.
 Action space
-    Box(low, high, (70,), float32): one decision, 0.5 s, is five targets at 10 Hz for 14 joints, flattened. Of each arm
-    waist, shoulder, elbow, forearm roll, wrist angle, wrist rotate [rad], *as motions from the joints' positions at the
-    decision's start* ("semi-global", Appendix B.3), then its gripper: 0 closed, 1 open, absolute, because on an object
-    it commands a force, not a place. `targets` adds the start. Servos get a straight line between targets.
+    Box(low, high, (70,), float32): one decision, 0.5 s, is five targets at 10 Hz for 14 joints, flattened. Of
+    each arm waist, shoulder, elbow, forearm roll, wrist angle, wrist rotate [rad], *as motions from the
+    joints' positions at the decision's start* ("semi-global", Appendix B.3), then its gripper: 0 closed, 1
+    open, absolute, because on an object it commands a force, not a place. `targets` adds the start. Servos
+    get a straight line between targets.
 Observation space (Dict)
     instruction  text, e.g. "insert the red peg into the blue socket"
-    obs="state"  state float32 (49,): seven quantities of seven numbers, `state_names`. An arm: its six joints [rad] and
-                 its gripper's opening, of the left finger. A pose: x, y, z [dm] and a quaternion, w first and >= 0; of the
-                 socket and the peg from (0, 0.5, 0) on the table, of each in the gripper of its arm from between the
-                 fingertips (the peg turned half round, it is symmetric), of the peg in the socket from the socket's middle
-    obs="images" images uint8 (2, size, size, 3), both of now: the cameras top over front and left over right wrist, with a
-                 black gap, each camera's 4:3 view squeezed into its half; joints float32 (14,), the state's first two
-                 quantities
+    obs="state"  state float32 (49,): seven quantities of seven numbers, `state_names`. An arm: its six joints
+                 [rad] and its gripper's opening, of the left finger. A pose: x, y, z [dm] and a quaternion, w
+                 first and >= 0; of the socket and the peg from (0, 0.5, 0) on the table, of each in the
+                 gripper of its arm from between the fingertips (the peg turned half round, it is symmetric),
+                 of the peg in the socket from the socket's middle
+    obs="images" images uint8 (2, size, size, 3), both of now: the cameras top over front and left over right
+                 wrist, with a black gap, each camera's 4:3 view squeezed into its half; joints float32 (14,),
+                 the state's first two quantities
 Rewards
-    1 on success, else 0. Stage 2 never reads it. `info["stage"]` is gym-aloha's reward, 0 to 4 (`stages`), of what
-    touched in the last 0.1 s.
+    1 on success, else 0. Stage 2 never reads it. `info["stage"]` is gym-aloha's reward, 0 to 4 (`stages`), of
+    what touched in the last 0.1 s.
 Starting state
-    Arms at START; 5 cm above the table the peg, x 0.1-0.2, y 0.4-0.6, and the socket, x -0.2 - -0.1, y 0.4-0.6 [m].
+    Arms at START; 5 cm above the table the peg, x 0.1-0.2, y 0.4-0.6, and the socket, x -0.2 - -0.1, y
+    0.4-0.6 [m].
 Episode end
-    terminated: the peg has touched the pin, 2 cm inside the socket, at any time in this decision; truncated: 40 decisions.
+    terminated: the peg has touched the pin, 2 cm inside the socket, at any time in this decision; truncated:
+    40 decisions.
 Arguments
     obs "state" | "images"; size, a frame's pixels (128).
 Version history
-    v0: first version. Against gym-aloha: servos are damped and carry the arms' weight (there, dry friction does both), a
-    finger is two boxes in place of its mesh's hull, objects have no dry friction in the air, a floor lies 0.4 m below
-    the table's top, steps are 8.3 ms (2 ms). ACT's own script takes 7 s, and so does our expert.
+    v0: first version. Against gym-aloha: servos are damped and carry the arms' weight (there, dry friction
+    does both), a finger is two boxes in place of its mesh's hull, objects have no dry friction in the air, a
+    floor lies 0.4 m below the table's top, steps are 8.3 ms (2 ms). ACT's own script takes 7 s, and so does
+    our expert.
 """
 
 from __future__ import annotations
@@ -44,6 +50,7 @@ import numpy as np
 from mujoco.batch import Batch
 
 from envs import MujocoDomain, SingleView
+from envs.symmetries import AlohaSymmetries, Symmetries
 
 SIDES = ("left", "right")  # the left arm takes the socket, the right one the peg
 START = np.array([0, -0.96, 1.16, 0, -0.3, 0])  # [rad]
@@ -52,7 +59,7 @@ CLOSED, OPEN = 0.01844, 0.058  # finger positions that grippers 0 and 1 stand fo
 CHUNK, TARGET_S, STEP_S = 5, 0.1, 0.1 / 12  # targets in a decision, time between targets, simulation step [s]
 CAMERAS = ("top", "front_close", "left_wrist", "right_wrist")
 
-# --- the scene --------------------------------------------------------------------------------------------------------
+# --- the scene ----------------------------------------------------------------------------------------------
 # name, range [rad], servo stiffness [Nm/rad] and force limit [Nm], axis, offset from the joint before [m]
 JOINTS = (
     ("waist", -3.14158, 3.14158, 800, 150, "0 0 1", "0 0 .079"),
@@ -126,13 +133,15 @@ def scene() -> str:
     """The MJCF of the table, the arms, the peg and the socket."""
     servos = ""
     for side in SIDES:
-        servos += "".join(f'<position joint="{side}/{name}" ctrlrange="{low} {high}" kp="{kp}" forcerange="-{most} {most}" '
-                          'dampratio="1"/>' for name, low, high, kp, most, _, _ in JOINTS)  # fmt: skip
+        servos += "".join(f'<position joint="{side}/{name}" ctrlrange="{low} {high}" kp="{kp}" '
+                          f'forcerange="-{most} {most}" dampratio="1"/>'
+                          for name, low, high, kp, most, _, _ in JOINTS)  # fmt: skip
         for finger, limits in (("left", ".021 .057"), ("right", "-.057 -.021")):
             servos += (
                 f'<position joint="{side}/{finger}_finger" ctrlrange="{limits}" kp="200" dampratio="1"/>'
             )
-    walls = "".join(f'<geom class="object" type="box" size=".06 {a} {b}" pos="0 {y} {z}" friction="1 .05 .001" rgba="0 0 1 1"/>'
+    walls = "".join(f'<geom class="object" type="box" size=".06 {a} {b}" pos="0 {y} {z}" '
+                    'friction="1 .05 .001" rgba="0 0 1 1"/>'
                     for a, b, y, z in ((0.018, 0.002, 0, -0.02), (0.018, 0.002, 0, 0.02), (0.002, 0.018, 0.02, 0),
                                        (0.002, 0.018, -0.02, 0)))  # fmt: skip
     inertial = (
@@ -140,15 +149,18 @@ def scene() -> str:
     )
     # who touches whom: what the stages and the expert ask, in this order
     pairs = (("left/left_finger", "socket"), ("left/right_finger", "socket"), ("right/left_finger", "peg"),
-             ("right/right_finger", "peg"), ("peg", "table"), ("socket", "table"), ("peg", "socket"), ("peg", "pin"))  # fmt: skip
+             ("right/right_finger", "peg"), ("peg", "table"), ("socket", "table"),
+             ("peg", "socket"), ("peg", "pin"))  # fmt: skip
     sensors = "".join(f'<contact body1="{a}" body2="{b}" num="1" data="found"/>' for a, b in pairs)
-    # "discrete" solves contacts together with the servos. "implicitfast" damps what it has solved before: at 5 ms
-    # further from the motion of tiny steps than this at 8.3, with twice the solver's iterations. At 10 ms the expert fails
+    # "discrete" solves contacts together with the servos. "implicitfast" damps what it has solved before: at
+    # 5 ms further from the motion of tiny steps than this at 8.3, with twice the solver's iterations. At 10
+    # ms the expert fails
     return f"""
     <mujoco model="aloha">
       <option timestep="{STEP_S}" jacobian="dense" integrator="discrete"/>
       <visual>
-        <quality offsamples="0" shadowsize="0"/> <global offwidth="640" offheight="640"/> <map znear=".02" zfar="10"/>
+        <quality offsamples="0" shadowsize="0"/> <map znear=".02" zfar="10"/>
+        <global offwidth="640" offheight="640"/>
         <headlight ambient=".4 .4 .4" diffuse=".4 .4 .4" specular="0 0 0"/>
       </visual>
       <statistic extent="1" center="0 .6 0"/>
@@ -174,7 +186,7 @@ def scene() -> str:
     </mujoco>"""
 
 
-# --- poses: positions float (..., 3) and quaternions float (..., 4), w first ------------------------------------------
+# --- poses: positions float (..., 3) and quaternions float (..., 4), w first --------------------------------
 def multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The rotation b, then a."""
     w = a[..., :1] * b[..., :1] - (a[..., 1:] * b[..., 1:]).sum(-1, keepdims=True)
@@ -219,15 +231,16 @@ def within(v: np.ndarray, limit: np.ndarray) -> np.ndarray:
 def stages(touch: np.ndarray) -> np.ndarray:
     """gym-aloha's reward (tasks/sim.py) of what touches what, bool (..., 8) as in `scene` -> int (...).
 
-    1 the left arm's left finger touches the socket and the right arm's right finger the peg; 2 and both are off the
-    table; 3 the peg touches the socket, both off the table; 4 the peg touches the pin. The last that holds counts.
+    1 the left arm's left finger touches the socket and the right arm's right finger the peg; 2 and both are
+    off the table; 3 the peg touches the socket, both off the table; 4 the peg touches the pin. The last that
+    holds counts.
     """
     left, _, _, right, peg_table, socket_table, walls, pin = np.moveaxis(np.asarray(touch, bool), -1, 0)
     lifted = ~peg_table & ~socket_table
     return np.select([pin, walls & lifted, left & right & lifted, left & right], [4, 3, 2, 1], 0)
 
 
-# --- the domain -------------------------------------------------------------------------------------------------------
+# --- the domain ---------------------------------------------------------------------------------------------
 BASES = np.array([[-0.469, 0.5, 0], [0.469, 0.5, 0]])  # [m]
 HALF_TURN = np.array([0, 0, 0, 1.0])  # about z: the right arm faces the left one
 TURNS = np.array([[1.0, 0, 0, 0], HALF_TURN])
@@ -239,7 +252,8 @@ VERBS, PEGS, SOCKETS = ("insert", "put", "push", "plug"), ("peg", "red peg"), ("
 
 
 def ranges() -> tuple[np.ndarray, np.ndarray]:
-    """The least and the greatest action, float (70,). Zero, which is to stay, is the middle of one of 256 bins."""
+    """The least and the greatest action, float (70,). Zero, which is to stay, is the middle of one of 256
+    bins."""
     motion = RATE * TARGET_S * np.arange(1, CHUNK + 1)[:, None]  # (5, 6)
     bounds = ((-257 / 256 * motion, 0.0), (255 / 256 * motion, 1.0))  # arms, gripper
     low, high = (np.concatenate([x, np.full((CHUNK, 1), gripper)], 1) for x, gripper in bounds)
@@ -264,7 +278,8 @@ class AlohaInsertionVectorEnv(MujocoDomain):
     state_dim = 7
     steps_cap, steps_bins = 40, 40  # steps to go count decisions, as in the paper
     success_threshold = 0.25
-    temperature = 0.5  # the demonstrators' noise is in the policy too: drawn from at 1 it drops more; practice broadens it
+    # the demonstrators' noise is in the policy too: drawn from at 1 it drops more; practice broadens it
+    temperature = 0.5
     text_length, letters = 60, "abcdefghijklmnopqrstuvwxyz "
     stage1_defaults = {
         "state": {"model": "nano-arms", "episodes": 5000, "updates": 14_000, "batch": 32, "lr": 4e-3,
@@ -286,11 +301,13 @@ class AlohaInsertionVectorEnv(MujocoDomain):
     ):
         super().__init__(num_envs, obs, size, render_mode, scene())
         n = num_envs
+        self.symmetries = AlohaSymmetries() if obs == "state" else Symmetries()  # no camera sees the mirror's picture
         self.gripper_ids = [self.model.body(f"{side}/gripper").id for side in SIDES]
         self.command = np.zeros((n, 16))  # the servos' targets at the end of the last decision
         self.touch = np.zeros((n, 8), bool)  # what touched what in the last 0.1 s, pairs as in `scene`
         self.stage = np.zeros(n, int)
-        # the demonstrator's habits: where each hand aims amiss [m], drops to come, where the peg will be off the socket [m]
+        # the demonstrator's habits: where each hand aims amiss [m], drops to come, where the peg will be off
+        # the socket [m]
         self.miss, self.drops, self.bump = np.zeros((n, 2, 3)), np.zeros((n, 2), bool), np.zeros((n, 3))
 
     def _spaces(self) -> dict[str, gym.Space]:
@@ -328,7 +345,8 @@ class AlohaInsertionVectorEnv(MujocoDomain):
         self.stage = np.where((sensed[:, :, -1] > 0).any(1), 4, stages(self.touch))
 
     def targets(self, actions: np.ndarray) -> np.ndarray:
-        """Actions (N, 70), clipped to the action space -> absolute targets, float (N, 5, 14) [rad; gripper 0 to 1]."""
+        """Actions (N, 70), clipped to the action space -> absolute targets, float (N, 5, 14) [rad; gripper 0
+        to 1]."""
         targets = np.clip(np.asarray(actions, float), self.low, self.high).reshape(self.num_envs, CHUNK, 2, 7)
         targets[..., :6] += self.joints[:, None, :, :6]
         return targets.reshape(self.num_envs, CHUNK, 14)
@@ -349,10 +367,11 @@ class AlohaInsertionVectorEnv(MujocoDomain):
     def instructions(self) -> list[str]:
         return [f"{verb} the {peg} into the {socket}" for verb in VERBS for peg in PEGS for socket in SOCKETS]
 
-    # --- the scene ----------------------------------------------------------------------------------------------------
+    # --- the scene ------------------------------------------------------------------------------------------
     @property
     def joints(self) -> np.ndarray:
-        """Readings of the arms, float (N, 2, 7): six joints [rad] and the gripper's opening, of its left finger."""
+        """Readings of the arms, float (N, 2, 7): six joints [rad] and the gripper's opening, of its left
+        finger."""
         q = self.sim.qpos[:, :16].reshape(self.num_envs, 2, 8)
         return np.concatenate([q[..., :6], (q[..., 6:7] - CLOSED) / (OPEN - CLOSED)], -1)
 
@@ -364,7 +383,8 @@ class AlohaInsertionVectorEnv(MujocoDomain):
 
     @property
     def hands(self) -> tuple[np.ndarray, np.ndarray]:
-        """Points between the fingertips float (N, 2, 3) [m] and quaternions float (N, 2, 4) of the grippers."""
+        """Points between the fingertips float (N, 2, 3) [m] and quaternions float (N, 2, 4) of the
+        grippers."""
         quat = self.xquat[:, self.gripper_ids]
         return self.xpos[:, self.gripper_ids] + rotate(quat, GRIP), quat
 
@@ -423,18 +443,20 @@ class AlohaInsertionVectorEnv(MujocoDomain):
         """uint8 (height, width, 3) of simulation i, by one of the cameras."""
         return self._shoot(self._posed(self.sim.qpos[i]), name, height, width)
 
-    # --- who shows how ------------------------------------------------------------------------------------------------
+    # --- who shows how --------------------------------------------------------------------------------------
     def expert(self) -> np.ndarray:
         """The best we can script, actions float (N, 70)."""
         n = self.num_envs
         return self._plan(1.0, np.zeros((n, 2, 3)), np.zeros((n, 2), bool), np.zeros((n, 3)))
 
     def demonstrate(self) -> np.ndarray:
-        """People's way, actions float (N, 70): slower, not steady, with pauses; some miss, drop or bump, and try again.
+        """People's way, actions float (N, 70): slower, not steady, with pauses; some miss, drop or bump, and
+        try again.
 
-        What cannot be seen, a pause or a joint's unsteadiness, is decided anew every 0.5 s and lasts as long: were it the
-        hand's, or the episode's, one joint's token would tell what the others' have to be by way of the arm's Jacobian.
-        The peg is held beside the socket now and then because d has to see that near is not yet in.
+        What cannot be seen, a pause or a joint's unsteadiness, is decided anew every 0.5 s and lasts as long:
+        were it the hand's, or the episode's, one joint's token would tell what the others' have to be by way
+        of the arm's Jacobian. The peg is held beside the socket now and then because d has to see that near
+        is not yet in.
         """
         held, pause = self.held, np.array([rng.uniform() < 0.1 for rng in self.rngs]) & (self.t > 0)
         self.miss[(self.joints[..., 6] < 0.3) & ~held & (self.t > 0)[:, None]] = (
@@ -451,7 +473,8 @@ class AlohaInsertionVectorEnv(MujocoDomain):
         return np.clip(action.reshape(self.num_envs, -1), self.low, self.high)
 
     def _acquire_habits(self, i: int, rng: np.random.Generator) -> None:
-        """How simulation i's demonstrator goes about this episode: most of them miss, drop or bump something once."""
+        """How simulation i's demonstrator goes about this episode: most of them miss, drop or bump something
+        once."""
         self.miss[i] = (rng.uniform(size=(2, 1)) < 0.15) * [0, 0, 1] * rng.uniform(0.03, 0.05, (2, 1))
         self.drops[i] = rng.uniform(size=2) < 0.15
         way = rng.uniform(0, 2 * np.pi)
@@ -460,7 +483,8 @@ class AlohaInsertionVectorEnv(MujocoDomain):
         )
 
     def _invert(self, q: np.ndarray, pos: np.ndarray, quat: np.ndarray) -> np.ndarray:
-        """Joints float (N, 2, 6) near q that bring the hands to pos (N, 2, 3) [m], quat (N, 2, 4): damped least squares."""
+        """Joints float (N, 2, 6) near q that bring the hands to pos (N, 2, 3) [m], quat (N, 2, 4): damped
+        least squares."""
         if self.arms is None:
             model = mujoco.MjModel.from_xml_string(
                 f"<mujoco>{DEFAULTS}<worldbody>{arm('left')}</worldbody></mujoco>"
@@ -480,7 +504,8 @@ class AlohaInsertionVectorEnv(MujocoDomain):
             hand = self.arm_xpos[:, self.arm_gripper] + rotate(now, GRIP)
             error = np.concatenate([pos - hand, to_vector(multiply(quat, inverse(now)))], 1)  # (2 N, 6)
             jacobian = np.concatenate(self.arms.jac(self.arm_gripper, hand), 1)[..., :6]  # (2 N, 6, 6)
-            # so damped that the forearm does not spin where the wrist is nearly straight and could not help it
+            # so damped that the forearm does not spin where the wrist is nearly straight and could not help
+            # it
             square = jacobian @ jacobian.swapaxes(1, 2) + 0.01 * np.eye(6)
             q = np.clip(
                 q + (jacobian.swapaxes(1, 2) @ np.linalg.solve(square, error[..., None]))[..., 0], low, high
@@ -488,11 +513,13 @@ class AlohaInsertionVectorEnv(MujocoDomain):
         return q.reshape(shape)
 
     def _plan(self, pace: float, miss: np.ndarray, drop: np.ndarray, bump: np.ndarray) -> np.ndarray:
-        """Actions float (N, 70): the hands move by rules, five targets ahead in thought, and the joints follow.
+        """Actions float (N, 70): the hands move by rules, five targets ahead in thought, and the joints
+        follow.
 
-        A hand without its object goes above it, down, and closes; one that holds it brings it, level, to the middle of
-        the table; the better the two are in line, the nearer they come. pace scales the speeds; the hands grasp `miss`
-        (N, 2, 3) [m] beside the object, let go where `drop` (N, 2), and bring the peg `bump` (N, 3) [m] beside the socket.
+        A hand without its object goes above it, down, and closes; one that holds it brings it, level, to the
+        middle of the table; the better the two are in line, the nearer they come. pace scales the speeds; the
+        hands grasp `miss` (N, 2, 3) [m] beside the object, let go where `drop` (N, 2), and bring the peg
+        `bump` (N, 3) [m] beside the socket.
         """
         joints, held = self.joints, self.held & ~drop
         start, opening = joints[..., :6], joints[..., 6]
@@ -514,8 +541,9 @@ class AlohaInsertionVectorEnv(MujocoDomain):
                 np.diff(hand + rotate(quat, in_hand), axis=1)[:, 0] - bump
             )  # (N, 3), from the socket's middle to the peg's
             slant = np.linalg.norm(rotate(quat, axis_in_hand)[..., 1:], axis=2).max(1)
-            # how far the peg's end is beside the socket's axis [m]; there are 8 mm of play, and they touch each other at
-            # 0.12, the pin at 0.10. A funnel, no threshold: who imitates one, a millimetre off, waits before it for ever
+            # how far the peg's end is beside the socket's axis [m]; there are 8 mm of play, and they touch
+            # each other at 0.12, the pin at 0.10. A funnel, no threshold: who imitates one, a millimetre off,
+            # waits before it for ever
             amiss = np.linalg.norm(gap[:, 1:], axis=1) + 0.06 * slant
             apart = np.where(both, 0.09 + 0.07 * np.clip((amiss - 0.004) / 0.006, 0, 1), 0.26)
             near = both & (gap[:, 0] < 0.17)

@@ -17,6 +17,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from envs.symmetries import Symmetries
+
 BASE_FIELDS = ("t", "texts", "frames", "rngs")  # what every domain's state has
 
 
@@ -52,6 +54,7 @@ class Domain(VectorEnv):
     simultaneous = True  # the two images are views of one moment; else the previous frame and the current one
     predicts_instruction = False  # Stage 1 asks which instruction led from the first observation to the last
     text_length, letters = 200, "abcdefghijklmnopqrstuvwxyz ,"  # the longest instruction; what it is made of
+    symmetries = Symmetries()  # what Stage 1 may turn a demonstration into: envs/symmetries.py
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"],
                 "render_fps": 10}  # fmt: skip  # steps a second
     # with BASE_FIELDS, all that the future depends on: arrays, numbers, texts, lists of them
@@ -85,9 +88,10 @@ class Domain(VectorEnv):
     def _views(self, rows: np.ndarray) -> np.ndarray:
         """The two images of obs="images" of simulations `rows`, uint8 (n, 2, size, size, 3).
 
-        Where they are not `simultaneous`, the first of them is taken, as the current frame.
+        Where they are not `simultaneous`, the first of them is taken, as the current frame. A domain without
+        this method has no images.
         """
-        raise ValueError(f"--obs images: {self.name} has no images; choose state")
+        raise NotImplementedError
 
     def _info(self) -> dict[str, np.ndarray]:
         """What `reset` and `step` tell beside the observation: (N,) each."""
@@ -100,9 +104,6 @@ class Domain(VectorEnv):
     def track(self) -> np.ndarray:
         """What moves, in shares of the rendered frame (x right, y down), float (N, 2); for figures."""
         raise NotImplementedError(f"{self.name} has no track()")
-
-    recipes = property(lambda self: self.stage1_defaults)  # until the stages use the new names
-    practice = property(lambda self: self.stage2_defaults)
 
     # Some domains also have
     #   questions() -> list[str], scenes(rng, n)    Stage 0's questions, and random scenes with the answers
@@ -117,6 +118,8 @@ class Domain(VectorEnv):
             raise NotImplementedError(f"{cls.__name__} lacks {', '.join(lacks)}: see envs.Domain")
         if obs not in ("state", "images"):
             raise ValueError(f"--obs {obs}: choose state or images")
+        if obs == "images" and cls._views is Domain._views:
+            raise ValueError(f"--obs images: {self.name} has no images; choose state")
         if not isinstance(size, int) or not 16 <= size <= 640:
             raise ValueError(f"size {size}: choose 16 to 640 pixels")
         if render_mode not in (None, *self.metadata["render_modes"]):

@@ -64,6 +64,10 @@ class Operator(VectorWrapper):
         self.steps[self.env.anew] = 0
         return begun
 
+    def hours(self, steps: int) -> float:
+        """Robot-hours: a station's hour of practice each."""
+        return steps / self.env.metadata["render_fps"] / 3600
+
     def state_dict(self) -> dict[str, Any]:
         """All that an exact resume needs, in tensors, numbers, texts, lists and dicts."""
         own = {"rng": copy.deepcopy(self.rng.bit_generator.state), "interventions": self.interventions}

@@ -1,23 +1,25 @@
 """Pointmass-v0: three coloured goals on a table; the instruction says to which of them the point must go.
 
 Description
-    The paper's toy task (Appendix E) for the foundation model: dynamics and PD expert of `pointmass.py`, made a domain
-    by three goals, language, a speed limit that walls impose, and actions that are tokens.
+    The paper's toy task (Appendix E) for the foundation model: dynamics and PD expert of `pointmass.py`, made
+    a domain by three goals, language, a speed limit that walls impose, and actions that are tokens.
 Action space
     Box(-A, A, (2,), float32), the acceleration added at each of 10 substeps [length / substep²], A = 3e-4.
 Observation space (Dict)
     instruction  text, e.g. "move to the red goal"
     obs="state"  state float32 (10,): position, velocity [0.01 length / substep], and the red,
                  the green and the blue goal as seen from the point; x then y of each
-    obs="images" images uint8 (2, size, size, 3), two views of now, y up: the table, 2.8 x 2.8 lengths, the point white;
-                 and what is around the point, 1.4 x 1.4 lengths, without it. Black, the wake: where the point was three
-                 steps before, if it has moved as it moves now. An observation is the state and nothing of what was before
+    obs="images" images uint8 (2, size, size, 3), two views of now, y up: the table, 2.8 x 2.8 lengths, the
+                 point white; and what is around the point, 1.4 x 1.4 lengths, without it. Black, the wake:
+                 where the point was three steps before, if it has moved as it moves now. An observation is
+                 the state and nothing of what was before
 Rewards
     1 on success, else 0. Stage 2 never reads it.
 Starting state
     position ~ U[-1, 1]², at rest, at least 0.3 from every goal; goals ~ U[-0.9, 0.9]², at least 0.45 apart.
 Episode end
-    terminated: within 0.15 (`pointmass.GOAL_RADIUS`) of the goal named in the instruction; truncated: 140 steps.
+    terminated: within 0.15 (`pointmass.GOAL_RADIUS`) of the goal named in the instruction; truncated: 140
+    steps.
 Arguments
     obs "state" | "images"; size, the frame's pixels (32).
 Version history
@@ -33,6 +35,7 @@ import torch
 
 import pointmass
 from envs import Domain, SingleView
+from envs.symmetries import PointmassSymmetries
 
 COLOURS = ("red", "green", "blue")
 VERBS, NOUNS = ("move", "go", "drive", "steer"), ("goal", "target", "spot")
@@ -53,7 +56,8 @@ def instructions() -> list[str]:
 
 
 def questions() -> list[str]:
-    """What Stage 0 asks of a scene: each goal by each of its names, in the frame and from the point; the point; its wake.
+    """What Stage 0 asks of a scene: each goal by each of its names, in the frame and from the point; the
+    point; its wake.
 
     A goal's name comes last, as in an instruction: what is learnt about it here is found again there.
     """
@@ -63,11 +67,12 @@ def questions() -> list[str]:
 
 
 def draw(pos: np.ndarray, wake: np.ndarray, goals: np.ndarray, size: int, zoom: float = 1) -> np.ndarray:
-    """Frames uint8 (N, size, size, 3) of anti-aliased discs: goals (N, 3, 2), the point in white, its wake in black.
+    """Frames uint8 (N, size, size, 3) of anti-aliased discs: goals (N, 3, 2), the point in white, its wake in
+    black.
 
-    pos, wake float (N, 2): a step moves the point by half a pixel, so the wake is what shows its velocity. Each goal
-    brightens one channel of a grey table, and a batch is one distance computation. With a zoom the frame is centred on
-    the point, and the point is not drawn.
+    pos, wake float (N, 2): a step moves the point by half a pixel, so the wake is what shows its velocity.
+    Each goal brightens one channel of a grey table, and a batch is one distance computation. With a zoom the
+    frame is centred on the point, and the point is not drawn.
     """
     if zoom != 1:
         goals, wake, pos = (goals - pos[:, None]) * zoom, (wake - pos) * zoom, np.full_like(pos, 100 * WALL)
@@ -81,7 +86,8 @@ def draw(pos: np.ndarray, wake: np.ndarray, goals: np.ndarray, size: int, zoom: 
         (axis.flip(0) - centres[..., 1:]) ** 2,
     )  # (N, 5, size): row 0 is y = +WALL
     radius = zoom * torch.tensor([pointmass.GOAL_RADIUS] * 3 + [POINT_RADIUS] * 2)[:, None]
-    # coverage of a pixel ~ (r² - dist²) / (2 r pixel) + 1/2: linear in the squared distance, which is separable
+    # coverage of a pixel ~ (r² - dist²) / (2 r pixel) + 1/2: linear in the squared distance, which is
+    # separable
     scale = 255 / (2 * radius * pixel)
     rows, columns = (radius**2 - dy2) * scale + 127.5, dx2 * scale  # (N, 5, size)
     discs = (rows[..., :, None] - columns[..., None, :]).clamp_(0, 255)  # (N, 5, size, size)
@@ -101,12 +107,13 @@ class PointmassVectorEnv(Domain):
     state_names, state_dim = ("position", "velocity", *COLOURS), 2
     steps_cap, steps_bins = 140, 140  # a bin is a step: near the goal, where the detector decides, d is sharp
     success_threshold = 3.0
+    symmetries = PointmassSymmetries(COLOURS)
     text_length, letters = 40, "abcdefghijklmnopqrstuvwxyz "
     stage1_defaults = {
-        "state": {"model": "nano", "episodes": 5000, "updates": 9000, "policy": "best"},
+        "state": {"model": "nano", "episodes": 1000, "updates": 4000, "lr": 3e-3, "policy": "best"},
         "images": {"model": "nano-vision", "episodes": 6000, "updates": 18_000, "policy": "best"},
     }
-    stage2_defaults = {"state": {"iterations": 200}, "images": {"iterations": 300}}
+    stage2_defaults = {"state": {"iterations": 110, "lr": 5e-4}, "images": {"iterations": 300}}
     STATE_FIELDS = ("pos", "vel", "goals", "colour", "waypoints", "waypoint")
     instructions, questions = staticmethod(instructions), staticmethod(questions)
 
@@ -141,7 +148,8 @@ class PointmassVectorEnv(Domain):
         self.waypoint = np.minimum(self.waypoint + passed, pointmass.N_WAYPOINTS)
 
     def demonstrate(self) -> np.ndarray:
-        """The demonstrator's actions, float (N, 2): the PD expert by way of five random waypoints, then the goal."""
+        """The demonstrator's actions, float (N, 2): the PD expert by way of five random waypoints, then the
+        goal."""
         return np.clip(pointmass.expert(self.pos, self.vel, self._target()), -ACTION_LIMIT, ACTION_LIMIT)
 
     def expert(self) -> np.ndarray:
@@ -149,10 +157,11 @@ class PointmassVectorEnv(Domain):
         return np.clip(pointmass.expert(self.pos, self.vel, self._goal()), -ACTION_LIMIT, ACTION_LIMIT)
 
     def scenes(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str], np.ndarray, None]:
-        """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers float (n, 2) in [0, 1].
-        Where everything is (None) is not told: the questions are enough here.
+        """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers
+        float (n, 2) in [0, 1]. Where everything is (None) is not told: the questions are enough here.
 
-        Positions are shares of the first view, "from the point" of two of them; "was" is the wake, in the second view.
+        Positions are shares of the first view, "from the point" of two of them; "was" is the wake, in the
+        second view.
         """
         pos, goals = rng.uniform(-WALL, WALL, (n, 2)), rng.uniform(-pointmass.GOAL, pointmass.GOAL, (n, 3, 2))
         wake = pos - np.clip(rng.normal(0, 0.06 * WAKE, (n, 2)), -WALL / ZOOM, WALL / ZOOM)

@@ -1,30 +1,32 @@
 """Tabletop-v0: Google's LanguageTable in MuJoCo. BananaTable-v0: the same table with one banana.
 
 Description
-    A round tool pushes blocks over a table to do what a sentence says, as in LanguageTable (Lynch et al., 2022), the
-    main domain of the paper. Geometry, camera, control, reset, grammar and success rules are those of
-    google-research/language-table; the physics are MuJoCo's, in the plane (blocks slide and turn, they do not tip).
+    A round tool pushes blocks over a table to do what a sentence says, as in LanguageTable (Lynch et al.,
+    2022), the main domain of the paper. Geometry, camera, control, reset, grammar and success rules are those
+    of google-research/language-table; the physics are MuJoCo's, in the plane (blocks slide and turn, they do
+    not tip).
 Action space
-    Box(-0.1, 0.1, (2,), float32) [m]: (dx, dy) added to the tool's *target*, which is then clipped to the workspace
-    x 0.15-0.60, y -0.3048-0.3048. x points away from the robot's base, which is down in the image; y points right.
-    10 Hz; after a first 1/240 s the tool covers 10 % of what is left to its target every 1/240 s.
+    Box(-0.1, 0.1, (2,), float32) [m]: (dx, dy) added to the tool's *target*, which is then clipped to the
+    workspace x 0.15-0.60, y -0.3048-0.3048. x points away from the robot's base, which is down in the image;
+    y points right. 10 Hz; after a first 1/240 s the tool covers 10 % of what is left to its target every
+    1/240 s.
 Observation space (Dict)
     instruction  text, e.g. "push the red moon to the blue cube"
-    obs="state"  state float32 (4 + 4 B,): the tool (x, y from the workspace's centre, then its target from the tool),
-                 each block (x, y from the tool, then cos, sin of its yaw); lengths in dm
-    obs="images" images uint8 (2, size, size, 3), both of now: LanguageTable's 16:9 view of the table squeezed into a
-                 square, and its part around the tool, twice as large, grey beyond the edge; with `history` the paper's
-                 two, the previous and the current frame of the table
+    obs="state"  state float32 (4 + 4 B,): the tool (x, y from the workspace's centre, then its target from
+                 the tool), each block (x, y from the tool, then cos, sin of its yaw); lengths in dm
+    obs="images" images uint8 (2, size, size, 3), both of now: LanguageTable's 16:9 view of the table squeezed
+                 into a square, and its part around the tool, twice as large, grey beyond the edge; with
+                 `history` the paper's two, the previous and the current frame of the table
 Rewards
     1 on success, else 0. Stage 2 never reads it.
 Starting state
-    Tool and blocks uniform in the workspace less 0.08 m a side, yaw uniform; blocks at least 0.0175 m apart and 0.06 m
-    from the tool (the banana 0.12 m), then pushed apart by the physics for 200 / 240 s and stopped. Then an instruction
-    is drawn that is not yet fulfilled.
+    Tool and blocks uniform in the workspace less 0.08 m a side, yaw uniform; blocks at least 0.0175 m apart
+    and 0.06 m from the tool (the banana 0.12 m), then pushed apart by the physics for 200 / 240 s and
+    stopped. Then an instruction is drawn that is not yet fulfilled.
 Episode end
-    terminated: the instruction's rule (`tabletop_language.py` for the words, `Tasks` for the rules); truncated: 100
-    steps with 4 blocks or the banana, 200 with 8. A block whose centre leaves the board, 0.4572 x 0.6096 m, has fallen
-    (`info["fallen"]`): it lies out of reach and sight until the next reset.
+    terminated: the instruction's rule (`tabletop_language.py` for the words, `Tasks` for the rules);
+    truncated: 100 steps with 4 blocks or the banana, 200 with 8. A block whose centre leaves the board,
+    0.4572 x 0.6096 m, has fallen (`info["fallen"]`): it lies out of reach and sight until the next reset.
 Arguments
     family   block2block | block2absolutelocation | block2relativelocation | block2block_relative_location |
              separate_blocks | mixed (a family drawn at each reset)
@@ -34,12 +36,14 @@ Arguments
              name for each simulation, which may be changed before `ask` or `reset`
     obs      "state" | "images"; size, the frame's pixels (64)
     history  0 | 1: of obs="images", the previous frame in place of the second view
-    look     "sim" | "real": a second domain for sim-to-real at our scale. "real" has duller colours, a browner board,
-             light from the side, a camera moved by up to 1 cm and turned by up to 1 degree along each axis at each reset,
-             friction with the table times 0.7-1.3, and a tool that covers 6 % instead of 10 %.
+    look     "sim" | "real": a second domain for sim-to-real at our scale. "real" has duller colours, a
+             browner board, light from the side, a camera moved by up to 1 cm and turned by up to 1 degree
+             along each axis at each reset, friction with the table times 0.7-1.3, and a tool that covers 6 %
+             instead of 10 %.
 Version history
-    v0: first version. Against LanguageTable: episodes end at a horizon; the action's bound is enforced; friction with
-    the table is the same along each axis, not along the motion; the arm is not there, only its tool; blocks fall.
+    v0: first version. Against LanguageTable: episodes end at a horizon; the action's bound is enforced;
+    friction with the table is the same along each axis, not along the motion; the arm is not there, only its
+    tool; blocks fall.
 """
 
 from __future__ import annotations
@@ -52,6 +56,7 @@ import numpy as np
 
 from envs import MujocoDomain, SingleView
 from envs import tabletop_language as language
+from envs.symmetries import Symmetries, TabletopSymmetries
 from envs.tabletop_language import Meaning
 
 LOW, HIGH = np.array([0.15, -0.3048]), np.array([0.60, 0.3048])  # the tool's workspace [m]  (constants.py)
@@ -98,7 +103,8 @@ BANANA = 0.1 * np.stack([np.cos(_ARC), np.sin(_ARC)], 1) - [
 
 
 def outline(shape: str) -> np.ndarray:
-    """A block's outline seen from above, float (n, 2) [m], counter-clockwise; as wide and long as LanguageTable's meshes."""
+    """A block's outline seen from above, float (n, 2) [m], counter-clockwise; as wide and long as
+    LanguageTable's meshes."""
     if shape == "cube":
         points = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
     elif shape == "moon":  # a crescent: half a disc, less half of a flatter ellipse
@@ -113,7 +119,8 @@ def outline(shape: str) -> np.ndarray:
 
 
 def prism(name: str, points: np.ndarray) -> str:
-    """A MuJoCo mesh, BLOCK_HEIGHT high. It is drawn as it is and collides as its convex hull, as in LanguageTable."""
+    """A MuJoCo mesh, BLOCK_HEIGHT high. It is drawn as it is and collides as its convex hull, as in
+    LanguageTable."""
     n = len(points)
     vertex = np.concatenate([np.c_[points, np.full(n, z)] for z in (0, BLOCK_HEIGHT)])
     if name == "moon":  # strips between the outer (0..8) and the inner arc (8..15, 0)
@@ -131,12 +138,14 @@ def prism(name: str, points: np.ndarray) -> str:
 
 
 def body(name: str, geoms: str, mass: float, grip: float) -> str:
-    """A thing that slides and turns in the plane; friction 0.5 with the table, `grip` [m] its mean lever arm."""
+    """A thing that slides and turns in the plane; friction 0.5 with the table, `grip` [m] its mean lever
+    arm."""
     force = 0.5 * 9.8 * mass  # [N]
     joints = "".join(
         f'<joint type="slide" axis="{a}" frictionloss="{force:.4g}"/>' for a in ("1 0 0", "0 1 0")
     )
-    return f'<body name="{name}">{joints}<joint type="hinge" axis="0 0 1" frictionloss="{force * grip:.4g}"/>{geoms}</body>'
+    joints += f'<joint type="hinge" axis="0 0 1" frictionloss="{force * grip:.4g}"/>'
+    return f'<body name="{name}">{joints}{geoms}</body>'
 
 
 def scene(things: tuple[str, ...], look: str) -> str:
@@ -156,8 +165,9 @@ def scene(things: tuple[str, ...], look: str) -> str:
             bodies += body(
                 name, f'<geom type="mesh" mesh="{shape}" mass=".01" rgba="{colours[colour]} 1"/>', 0.01, 0.015
             )
-    # LanguageTable's tool is one substep late, then covers 10 % (6 %) of what is left in each: e_n = slow^(n-1). A spring
-    # and a damper on a mass have e_n = A slow^n + B fast^n; this `fast` makes A = 1 / slow
+    # LanguageTable's tool is one substep late, then covers 10 % (6 %) of what is left in each:
+    # e_n = slow^(n-1). A spring and a damper on a mass have e_n = A slow^n + B fast^n; this `fast` makes
+    # A = 1 / slow
     slow = 0.94 if real else 0.9
     fast = slow / (1 + slow)
     stiff = 240**2 * TOOL_MASS * (1 - slow) * (1 - fast) / (slow * fast)
@@ -174,7 +184,8 @@ def scene(things: tuple[str, ...], look: str) -> str:
     <mujoco model="tabletop">
       <option timestep="{1 / 240}" jacobian="dense" gravity="0 0 0" cone="pyramidal"/>
       <visual>
-        <quality offsamples="0" shadowsize="0"/> <global offwidth="1280" offheight="1280"/> <map znear=".01" zfar="10"/>
+        <quality offsamples="0" shadowsize="0"/> <map znear=".01" zfar="10"/>
+        <global offwidth="1280" offheight="1280"/>
         <headlight ambient=".35 .35 .35" diffuse=".3 .3 .3" specular="0 0 0"/>
       </visual>
       <statistic extent="1" center=".35 0 0"/>
@@ -182,7 +193,8 @@ def scene(things: tuple[str, ...], look: str) -> str:
       <asset> {"".join(prism(s, outline(s)) for s in ("cube", "moon", "pentagon", "star"))} </asset>
       <worldbody>
         <light {light} castshadow="false"/>
-        <camera name="front" pos="{" ".join(map(str, CAMERA_POS))}" xyaxes="{" ".join(map(str, [*CAMERA_X, *CAMERA_Y]))}"
+        <camera name="front" pos="{" ".join(map(str, CAMERA_POS))}"
+                xyaxes="{" ".join(map(str, [*CAMERA_X, *CAMERA_Y]))}"
                 resolution="320 180" sensorsize=".32 .18" focal="{0.32 * FOCAL} {0.32 * FOCAL}"/>
         <geom type="plane" size="2 2 .1" pos="0 0 -.002" contype="0" conaffinity="0"
               rgba="{".75 .7 .6" if real else ".9 .9 .9"} 1"/>
@@ -194,7 +206,9 @@ def scene(things: tuple[str, ...], look: str) -> str:
                 rgba=".5 .5 .5 1"/>
         </body>
       </worldbody>
-      <actuator> <position joint="tool x" kp="{stiff:.6g}"/> <position joint="tool y" kp="{stiff:.6g}"/> </actuator>
+      <actuator>
+        <position joint="tool x" kp="{stiff:.6g}"/> <position joint="tool y" kp="{stiff:.6g}"/>
+      </actuator>
     </mujoco>"""
 
 
@@ -206,7 +220,8 @@ def rotation(vector: np.ndarray) -> np.ndarray:
 
 
 def pixels(points: np.ndarray, camera: np.ndarray = np.zeros((2, 3))) -> np.ndarray:  # noqa: B008 - read only
-    """Points float (..., 3) [m] -> (u right, v down) in shares of the frame's width and height, float (..., 2).
+    """Points float (..., 3) [m] -> (u right, v down) in shares of the frame's width and height,
+    float (..., 2).
 
     camera float (2, 3): what is added to the camera's position [m] and orientation [rad].
     """
@@ -216,12 +231,14 @@ def pixels(points: np.ndarray, camera: np.ndarray = np.zeros((2, 3))) -> np.ndar
 
 
 def corner(at: np.ndarray, s: int) -> np.ndarray:
-    """Where the second view begins in a picture of side 2 s, int (..., 2) [pixels] (right, down); at (..., 2) in shares."""
+    """Where the second view begins in a picture of side 2 s, int (..., 2) [pixels] (right, down); at (..., 2)
+    in shares."""
     return np.clip(np.round(at * 2 * s).astype(int) - s // 2, -s, 2 * s)
 
 
 def foveate(picture: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A picture uint8 (2 s, 2 s, 3) at half its fineness, and as it is around `at`, (2,) in shares: uint8 (2, s, s, 3).
+    """A picture uint8 (2 s, 2 s, 3) at half its fineness, and as it is around `at`, (2,) in shares:
+    uint8 (2, s, s, 3).
 
     Also where the second view begins in the picture, in shares of it, float (2,): (right, down).
     """
@@ -236,7 +253,8 @@ def foveate(picture: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def offset_beside(direction: str) -> np.ndarray:
-    """From a block to the place beside it in a direction, float (2,) [m]: 8 cm along an axis, 4 cm along both."""
+    """From a block to the place beside it in a direction, float (2,) [m]: 8 cm along an axis, 4 cm along
+    both."""
     return np.multiply(language.DIRECTIONS[direction], 0.08 if len(direction.split()) == 1 else 0.04 * 2**0.5)
 
 
@@ -244,9 +262,9 @@ def offset_beside(direction: str) -> np.ndarray:
 class Tasks:
     """What each of N simulations is asked, as one rule: *a block is near one of ten points*.
 
-    The points are fixed + Σ_k weights_k pos_k + scale · offset + away · (unit vector from there to the block), and
-    where they hang on another block, that one has moved by at most `drift` since the reset. Radii from LanguageTable's
-    rewards/*.py.
+    The points are fixed + Σ_k weights_k pos_k + scale · offset + away · (unit vector from there to the
+    block), and where they hang on another block, that one has moved by at most `drift` since the reset. Radii
+    from LanguageTable's rewards/*.py.
     """
 
     block: np.ndarray  # int (N,)
@@ -311,9 +329,11 @@ class Tasks:
 
 
 def detour(start: np.ndarray, goal: np.ndarray, obstacles: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """The next point of a way from start to goal past round obstacles, all float (N, 2); (N, K, 2) and (N, K) [m].
+    """The next point of a way from start to goal past round obstacles, all float (N, 2);
+    (N, K, 2) and (N, K) [m].
 
-    The nearest obstacle in the way is passed on the side on which it lies less; a start inside one leaves it first.
+    The nearest obstacle in the way is passed on the side on which it lies less; a start inside one leaves it
+    first.
     """
     way = goal - start
     length = np.maximum(np.linalg.norm(way, axis=1), 1e-9)
@@ -336,7 +356,7 @@ class TabletopVectorEnv(MujocoDomain):
     low, high = np.full(2, -ACTION_LIMIT), np.full(2, ACTION_LIMIT)
     action_tokens = {"kind": "sign-magnitude", "limit": STRIDE, "dims": 2}
     state_dim = 4
-    steps_cap, steps_bins = 100, 50
+    steps_cap, steps_bins = 100, 100  # a bin is a step: the paper's two cannot tell the last step from the one before
     success_threshold = 3.0
     predicts_instruction = True
     stage1_defaults = {
@@ -376,13 +396,18 @@ class TabletopVectorEnv(MujocoDomain):
         self.state_names = ("tool", *self.things)
         super().__init__(n, obs, size, render_mode, scene(self.things, look))
         B = len(self.things)
+        # frames tie names to colours and shapes; where some pairs are left out, others would tell of them
+        permute = obs == "state" and not any(getattr(self, "pairs", ()))
+        self.symmetries = TabletopSymmetries([self._names(k) for k in range(B)], permute)
+        if obs == "images" and look == "real":  # its light is from one side
+            self.symmetries = Symmetries()
         self.target = np.zeros((n, 2))
-        self.camera = np.zeros(
-            (n, 2, 3)
-        )  # what "real" adds to the camera's position [m] and orientation [rad]
+        # what "real" adds to the camera's position [m] and orientation [rad]
+        self.camera = np.zeros((n, 2, 3))
         self.tasks, self.fallen = Tasks.empty(n, B), np.zeros((n, B), bool)
         self.meanings: list[Meaning | None] = [None] * n
-        # the demonstrator's habits: speed, wobble now [m/step], steps of pause left, where to pass by first [m]
+        # the demonstrator's habits: speed, wobble now [m/step], steps of pause left, where to pass by
+        # first [m]
         self.speed, self.wobble, self.pause = np.zeros(n), np.zeros((n, 2)), np.zeros(n, int)
         self.pass_by = np.zeros((n, 2))
 
@@ -390,7 +415,7 @@ class TabletopVectorEnv(MujocoDomain):
         super()._simulate()
         self.friction = self.sim.expand("dof_frictionloss") if self.look == "real" else None
 
-    # --- Gymnasium ----------------------------------------------------------------------------------------------------
+    # --- Gymnasium ------------------------------------------------------------------------------------------
     def _place(self, rows: np.ndarray) -> None:
         asked = {i: self._family(i) for i in rows}  # once: else rare ones, like separate_blocks, get rarer
         while len(rows):  # until every simulation has an instruction
@@ -398,9 +423,11 @@ class TabletopVectorEnv(MujocoDomain):
             rows = rows[[not self._ask(i, asked[i]) for i in rows]]
 
     def ask(self, mask: np.ndarray) -> tuple[dict, dict]:
-        """A new instruction where `mask` (bool (N,)) says so and everything stays where it is: practice without resets.
+        """A new instruction where `mask` (bool (N,)) says so and everything stays where it is: practice
+        without resets.
 
-        Where nothing can be asked of the present scene, all is placed anew (`anew` says where). Returns what `reset` does.
+        Where nothing can be asked of the present scene, all is placed anew (`anew` says where). Returns what
+        `reset` does.
         """
         mask = self._require_mask(mask)
         # a draw may be fulfilled already, so there are twenty
@@ -425,7 +452,8 @@ class TabletopVectorEnv(MujocoDomain):
         return tuple(self._render(i, 180, 320) for i in range(self.num_envs))
 
     def track(self) -> np.ndarray:
-        """Where the tool meets the table, in shares of the rendered frame (x right, y down), float (N, 2); for figures."""
+        """Where the tool meets the table, in shares of the rendered frame (x right, y down), float (N, 2);
+        for figures."""
         return np.stack(
             [pixels(np.r_[tool, 0], camera) for tool, camera in zip(self.tool, self.camera, strict=True)]
         )
@@ -433,7 +461,7 @@ class TabletopVectorEnv(MujocoDomain):
     def instructions(self) -> list[str]:
         return language.instructions(self.families, len(self.things))
 
-    # --- Stage 0 ------------------------------------------------------------------------------------------------------
+    # --- Stage 0 --------------------------------------------------------------------------------------------
     def _names(self, k: int) -> list[str]:
         return language.names(k, len(self.things))
 
@@ -448,11 +476,13 @@ class TabletopVectorEnv(MujocoDomain):
     def scenes(
         self, rng: np.random.Generator, n: int
     ) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
-        """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers float (n, 2) in [0, 1],
-        and where `state_names`, the tool first, stand in each image, float (n, 2, B + 1, 2), in shares, outside [0, 1) if unseen.
+        """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers
+        float (n, 2) in [0, 1], and where `state_names`, the tool first, stand in each image, float
+        (n, 2, B + 1, 2), in shares, outside [0, 1) if unseen.
 
-        A place is where a thing stands in the view of the table, "near the tool" in the other one; "from the tool" is half
-        the way from there, plus a half. Answers out of range are clipped: where nothing is near the tool, to a direction.
+        A place is where a thing stands in the view of the table, "near the tool" in the other one; "from the
+        tool" is half the way from there, plus a half. Answers out of range are clipped: where nothing is near
+        the tool, to a direction.
         """
         B, images, texts = len(self.things), [], []
         answers, places = np.zeros((n, 2), np.float32), np.zeros((n, 2, B + 1, 2), np.float32)
@@ -498,7 +528,7 @@ class TabletopVectorEnv(MujocoDomain):
                 *asked, target = kept
                 self.meanings[i] = Meaning(*asked, tuple(target) if isinstance(target, list) else target)
 
-    # --- the scene ----------------------------------------------------------------------------------------------------
+    # --- the scene ------------------------------------------------------------------------------------------
     @property
     def pos(self) -> np.ndarray:
         """The blocks' centres, float (N, B, 2) [m]."""
@@ -553,7 +583,8 @@ class TabletopVectorEnv(MujocoDomain):
         return self.families[self.rngs[i].integers(len(self.families))]
 
     def _ask(self, i: int, family: str) -> bool:
-        """Draw an instruction for simulation i; False, and all as before, if its scene has none or already fulfils it."""
+        """Draw an instruction for simulation i; False, and all as before, if its scene has none or already
+        fulfils it."""
         rng, pos, trial = self.rngs[i], self.pos[i], Tasks.empty(1, len(self.things))
         meaning = propose(family, pos, ~self.fallen[i], self.things, rng, self.pairs[i])
         if meaning is None:
@@ -601,13 +632,14 @@ class TabletopVectorEnv(MujocoDomain):
         data.cam_xmat[0] = (rotation(camera[1]) @ data.cam_xmat[0].reshape(3, 3)).ravel()
         return self._shoot(data, 0, height, width)
 
-    # --- who shows how ------------------------------------------------------------------------------------------------
+    # --- who shows how --------------------------------------------------------------------------------------
     def expert(self) -> np.ndarray:
         """The best we can script, actions float (N, 2) [m]: straight and as fast as action tokens go."""
         return np.clip(self._push(np.full(self.num_envs, STRIDE)), -STRIDE, STRIDE)
 
     def demonstrate(self) -> np.ndarray:
-        """People's way, actions float (N, 2) [m]: each at a pace of its own, unsteady, with pauses, a quarter by a detour."""
+        """People's way, actions float (N, 2) [m]: each at a pace of its own, unsteady, with pauses, a quarter
+        by a detour."""
         action = self._push(self.speed)
         to_there = self.pass_by - self.target
         far = np.linalg.norm(to_there, axis=1)
@@ -628,7 +660,8 @@ class TabletopVectorEnv(MujocoDomain):
         return way * np.minimum(1, speed / np.maximum(np.linalg.norm(way, axis=1), 1e-9))[:, None]
 
     def _push(self, speed: np.ndarray) -> np.ndarray:
-        """Actions (N, 2) of going round the block and pushing it from behind, at most `speed` (N,) [m] long."""
+        """Actions (N, 2) of going round the block and pushing it from behind, at most `speed` (N,) [m]
+        long."""
         rows, tasks = np.arange(self.num_envs), self.tasks
         p, goal = self.pos[rows, tasks.block], tasks.points(self.pos)[:, 6]  # 0.9 of the offset
         goal = BOARD_CENTRE + np.clip(
@@ -667,7 +700,8 @@ def draw_pair(pairs: str, there: np.ndarray, rng: np.random.Generator) -> tuple[
 
 def propose(family: str, pos: np.ndarray, there: np.ndarray, things: tuple[str, ...],
             rng: np.random.Generator, pairs: str = "") -> Meaning | None:  # fmt: skip
-    """A task of the family for blocks at pos float (B, 2), as LanguageTable draws it; None where it finds none.
+    """A task of the family for blocks at pos float (B, 2), as LanguageTable draws it; None where it finds
+    none.
 
     there bool (B,): which blocks have not fallen. pairs: what block2block may ask, a name in PAIRS or "".
     """
@@ -720,7 +754,8 @@ class TabletopEnv(SingleView):
 
 
 class BananaTableVectorEnv(TabletopVectorEnv):
-    """N tables with a banana each: "push the banana to the top left of the table". Rules as for block2absolutelocation."""
+    """N tables with a banana each: "push the banana to the top left of the table". Rules as for
+    block2absolutelocation."""
 
     name, things, families, horizon = "bananatable", ("banana",), ("block2absolutelocation",), 100
     clearance, girth, reach = 0.12, 0.085, 0.095

@@ -1,16 +1,20 @@
-"""The instructions of Google's Language-Table (google-research/language-table, Apache-2.0): its grammar as data, in own code.
+"""The instructions of Google's Language-Table (google-research/language-table, Apache-2.0).
 
-A Meaning is what a task asks for; its sentences are one `Choice`, which `sample` draws from and `texts` writes out.
+Its grammar as data, in own code.
 
-    family                          target                                 a sentence
-    block2block                     another block                          slide the red moon next to the blue cube
-    block2absolutelocation          a name in PLACES                       put the red moon to the top side
-    block2relativelocation          (a name in DIRECTIONS, "near" | "far") push the red moon slightly up and to the left
-    block2block_relative_location   (a name in DIRECTIONS, another block)  move the red moon just left of the blue cube
-    separate_blocks                 its neighbours, nearest first          separate the red moon from the clump
+A Meaning is what a task asks for; its sentences are one `Choice`, which `sample` draws from and `texts`
+writes out.
 
-A block is its index in BLOCK_SETS[blocks]. Language-Table *samples* sentences for its tasks and *enumerates* others for its
-vocabulary: `_choice` says how they differ. Neither has its "rest of the blocks": its code always overwrites those words.
+    family                         target                                  a sentence
+    block2block                    another block                           slide the moon next to the star
+    block2absolutelocation         a name in PLACES                        put the red moon to the top side
+    block2relativelocation         (a name in DIRECTIONS, "near" | "far")  push the red moon slightly up
+    block2block_relative_location  (a name in DIRECTIONS, another block)   move the moon below the blue cube
+    separate_blocks                its neighbours, nearest first           separate the moon from the clump
+
+A block is its index in BLOCK_SETS[blocks]. Language-Table *samples* sentences for its tasks and *enumerates*
+others for its vocabulary: `_choice` says how they differ. Neither has its "rest of the blocks": its code
+always overwrites those words.
 """
 
 from __future__ import annotations
@@ -118,7 +122,8 @@ class Meaning(NamedTuple):
 
 
 def names(block: int, blocks: int) -> list[str]:
-    """What a block may be called: in full; "<colour> block" if no other has its colour; "<shape>" if no other has its shape."""
+    """What a block may be called: in full; "<colour> block" if no other has its colour; "<shape>" if no other
+    has its shape."""
     colour, shape = BLOCK_SETS[blocks][block].split()
     words = " ".join(BLOCK_SETS[blocks]).split()
     return [
@@ -129,7 +134,8 @@ def names(block: int, blocks: int) -> list[str]:
 
 
 def meanings(family: str, blocks: int) -> list[Meaning]:
-    """Every meaning of a family; but four neighbours or more, whom no sentence names, stand here once for each block."""
+    """Every meaning of a family; but four neighbours or more, whom no sentence names, stand here once for
+    each block."""
 
     def targets(block: int) -> Iterable:
         others = [b for b in range(blocks) if b != block]
@@ -146,7 +152,8 @@ def meanings(family: str, blocks: int) -> list[Meaning]:
 
 
 def _choice(meaning: Meaning, blocks: int, enumerating: bool = False) -> Choice:
-    """A meaning's sentences, as they are sampled, or as they are enumerated: full names, other verbs, no group of three."""
+    """A meaning's sentences, as they are sampled, or as they are enumerated: full names, other verbs, no
+    group of three."""
     family, block, target = meaning
 
     def name(b: int, comma: str = "") -> list[str]:
@@ -191,7 +198,8 @@ def _draw(choice: Choice, rng: np.random.Generator) -> str:
 
 
 def sample(meaning: Meaning, blocks: int, rng: np.random.Generator) -> str:
-    """One sentence. Each choice in it is uniform, as in Language-Table; so not every sentence is as likely as another."""
+    """One sentence. Each choice in it is uniform, as in Language-Table; so not every sentence is as likely as
+    another."""
     return _draw(_choice(meaning, blocks), rng)
 
 

@@ -1,4 +1,5 @@
-"""Aloha against its contract, its docstring, and gym-aloha's own model (aloha_reference.npz, by make_aloha_reference.py)."""
+"""Aloha against its contract, its docstring, and gym-aloha's own model (aloha_reference.npz, by
+make_aloha_reference.py)."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from envs.aloha import (  # MuJoCo after it has chosen its GL
     Batch,
     mujoco,
 )
-from model import UniformBins, action_tokenizer
+from tokens import UniformBins, action_tokenizer
 
 MODES = ["state", "images"]
 N = 4
@@ -46,7 +47,8 @@ def same(a: dict, b: dict) -> bool:
 
 
 def lift(env, decisions: int = 10) -> None:
-    """Let the expert act; after 10 decisions both objects are off the table, after 12 on their way together."""
+    """Let the expert act; after 10 decisions both objects are off the table, after 12 on their way
+    together."""
     for _ in range(decisions):
         env.step(env.expert())
 
@@ -57,7 +59,7 @@ def place(env, peg: list[float], socket: list[float], i: int = 0) -> None:
     env.sim.qvel[i, 16:] = 0
 
 
-# --- what test_envs.py does not ask of every domain -------------------------------------------------------------------
+# --- what test_envs.py does not ask of every domain ---------------------------------------------------------
 def test_instructions_and_arguments():
     env = domain(300)
     grammar = env.instructions()
@@ -88,7 +90,7 @@ def test_a_partial_reset_leaves_the_others_hands_untouched(obs):
         )
 
 
-# --- the scene against its docstring ----------------------------------------------------------------------------------
+# --- the scene against its docstring ------------------------------------------------------------------------
 def test_starts_are_as_documented():
     env = domain(500)
     env.reset(seed=0)
@@ -156,9 +158,10 @@ def test_quaternions_are_mujocos():
         )
 
 
-# --- gym-aloha's model and reward -------------------------------------------------------------------------------------
+# --- gym-aloha's model and reward ---------------------------------------------------------------------------
 def test_kinematics_and_cameras_are_gym_alohas():
-    """The issue's bar is 2 mm at 100 random joint positions; the numbers were copied, so they agree to rounding."""
+    """The issue's bar is 2 mm at 100 random joint positions; the numbers were copied, so they agree to
+    rounding."""
     model = mujoco.MjModel.from_xml_string(aloha.scene())
     data = mujoco.MjData(model)
     links = [*(j[0] for j in JOINTS[:5]), "gripper", "left_finger", "right_finger", "focus"]
@@ -186,7 +189,8 @@ def test_stages_are_gym_alohas_for_every_set_of_contacts():
 
 
 def test_stages_agree_in_situations_recorded_in_gym_aloha():
-    """Six episodes of ACT's script in gym-aloha. Fingers there are hulls of meshes: their contact may differ by 0.1 mm."""
+    """Six episodes of ACT's script in gym-aloha. Fingers there are hulls of meshes: their contact may differ
+    by 0.1 mm."""
     model = mujoco.MjModel.from_xml_string(aloha.scene())
     sim = Batch(model, len(REFERENCE["qpos"]))
     sim.qpos[:] = REFERENCE["qpos"]
@@ -211,7 +215,7 @@ def test_stages_agree_in_situations_recorded_in_gym_aloha():
         assert fingers and max(depth, default=0) < 1e-4
 
 
-# --- what happens in it -----------------------------------------------------------------------------------------------
+# --- what happens in it -------------------------------------------------------------------------------------
 def test_success_is_the_peg_on_the_pin():
     env = domain(3)
     env.reset(seed=0)
@@ -255,7 +259,8 @@ def test_targets_are_reached_and_clipped():
 
 @pytest.mark.parametrize("multiccd", ["enable", "disable"])
 def test_a_grasp_holds(monkeypatch, multiccd):
-    """Ten seconds in the air, with MuJoCo's MULTICCD, on by default since 3.8, and without: gym-aloha's does not hold."""
+    """Ten seconds in the air, with MuJoCo's MULTICCD, on by default since 3.8, and without: gym-aloha's does
+    not hold."""
     original, flag = aloha.scene(), f'<flag multiccd="{multiccd}"/>'
     assert "<worldbody>" in original
     monkeypatch.setattr(
@@ -280,7 +285,7 @@ def test_a_grasp_holds(monkeypatch, multiccd):
     assert np.abs(in_hand() - before).max() < 1e-3  # [m]
 
 
-# --- actions as tokens ------------------------------------------------------------------------------------------------
+# --- actions as tokens --------------------------------------------------------------------------------------
 def fingertips(targets: np.ndarray) -> np.ndarray:
     """Where the four fingertips are, float (M, 4, 3) [m], at targets float (M, 14)."""
     model = mujoco.MjModel.from_xml_string(aloha.scene())
@@ -326,11 +331,12 @@ def test_256_bins_of_motions_cost_1_mm_at_the_fingertips_and_absolute_ones_12():
     worst = np.linalg.norm(fingertips(coded) - fingertips(joints), axis=2).max()
     assert 0.010 < worst < 0.014
     print(
-        f"worst errors: {max(errors) * 1000:.2f} mm, absolute {max(errors_absolute) * 1000:.2f} and {worst * 1000:.2f} mm"
+        f"worst errors: {max(errors) * 1000:.2f} mm, "
+        f"absolute {max(errors_absolute) * 1000:.2f} and {worst * 1000:.2f} mm"
     )
 
 
-# --- who shows how ----------------------------------------------------------------------------------------------------
+# --- who shows how ------------------------------------------------------------------------------------------
 def steps_to_success(env, act, seed: int = 0) -> np.ndarray:
     """Decisions until success of one episode each, float (n,); nan where it fails."""
     env.reset(seed=seed)
@@ -412,7 +418,7 @@ def test_both_stages_run(tmp_path, monkeypatch, obs):
         assert next(Path("runs").glob(f"aloha*-{stage}-s0/summary.json")).exists()
 
 
-# --- its images -------------------------------------------------------------------------------------------------------
+# --- its images ---------------------------------------------------------------------------------------------
 def test_four_cameras_are_stacked_in_pairs_with_a_black_gap():
     env = domain(2, obs="images", size=64)
     o, _ = env.reset(seed=0)
@@ -435,8 +441,8 @@ def test_four_cameras_are_stacked_in_pairs_with_a_black_gap():
 
 
 def test_a_demonstration_keeps_both_views_of_a_moment_and_the_joints(monkeypatch):
-    """Batches show what the domain showed: two views of the same moment, not a frame and the one before it."""
-    import stage1
+    """Batches show what the domain showed: two views of one moment, not a frame and the one before it."""
+    from common import demos
 
     make_vec, shown = envs.make_vec, []
 
@@ -447,16 +453,14 @@ def test_a_demonstration_keeps_both_views_of_a_moment_and_the_joints(monkeypatch
         return env
 
     monkeypatch.setattr(envs, "make_vec", watched)
-    data = stage1.record("aloha", "images", 1, seed=0)
+    data = demos.record("aloha", "images", 1, seed=0)
     length = int(data["length"][0])
     assert data["frames"].shape == (length, 2, 32, 32, 3) and data["joints"].shape == (length, 14)
-    obs, _, _, steps = stage1.Demonstrations(data, np.array([0]), 7).batch(
+    obs, _, _, steps = demos.Demonstrations(data, np.array([0]), 7).batch(
         np.array([0, 3, length - 1]), torch.device("cpu")
     )
     assert obs["images"].shape == (3, 2, 32, 32, 3) and steps.tolist() == [length - 1, length - 4, 0]
-    episode = shown[
-        -length - 1 : -1
-    ]  # an episode that fails is started again; after the last one there was a reset
+    episode = shown[-length - 1 : -1]  # a failed one is started again; after the last there was a reset
     for k, t in enumerate((0, 3, length - 1)):
         assert all(np.array_equal(obs[key][k], episode[t][key][0]) for key in ("images", "joints"))
 

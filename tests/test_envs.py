@@ -65,7 +65,8 @@ def same(a, b) -> bool:
 
 
 def go_on(env, steps: int = 4) -> list:
-    """What happens next under the demonstrator, with a reset of some: all that the state and the random streams decide."""
+    """What happens next under the demonstrator, with a reset of some: all that the state and the random
+    streams decide."""
     seen = []
     for t in range(steps):
         action = env.demonstrate()
@@ -75,7 +76,7 @@ def go_on(env, steps: int = 4) -> list:
     return seen
 
 
-# --- the contract of a domain -----------------------------------------------------------------------------------------
+# --- the contract of a domain -------------------------------------------------------------------------------
 @every_domain
 def test_a_domain_says_what_it_has_to(name):
     env = domain(name=name)
@@ -364,10 +365,11 @@ def test_a_domain_that_lacks_something_says_what():
     assert "horizon" not in str(error.value) and "instructions" not in str(error.value)
 
 
-def test_without_images_a_domain_says_so():
-    env = domain()
-    with pytest.raises(ValueError, match="--obs images: pointmass has no images"):
-        envs.Domain._views(env, np.arange(2))
+def test_without_images_a_domain_says_so(monkeypatch):
+    monkeypatch.delattr("envs.pointmass.PointmassVectorEnv._views")
+    with pytest.raises(ValueError, match="--obs images: pointmass has no images; choose state"):
+        domain(obs="images")
+    domain(obs="state").reset(seed=0)
 
 
 @pytest.mark.parametrize(("name", "shape"), RENDERED.items())
@@ -410,7 +412,7 @@ def test_what_stands_behind_the_comma_is_blamed_on_the_domain(name, given, told)
         envs.make_vec(f"{name},size=32", 1, obs="pixels")
 
 
-# --- docs/domains.md --------------------------------------------------------------------------------------------------
+# --- docs/domains.md ----------------------------------------------------------------------------------------
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "domains.md").read_text()
 BLOCKS = [block.split("```")[0] for block in PAGE.split("```python\n")[1:]]
 
@@ -454,7 +456,7 @@ def test_the_pages_domain_keeps_the_contract(corridor):
     assert last.all()
 
 
-# --- beside others' code: what docs/domains.md says -------------------------------------------------------------------
+# --- beside others' code: what docs/domains.md says ---------------------------------------------------------
 @every_domain
 def test_stable_baselines_wrappers_make_it_a_box(name):
     env = gym.wrappers.FlattenObservation(
@@ -498,7 +500,7 @@ def test_mujoco_imported_first_is_told_the_way_out():
     )
 
 
-# --- the operator -----------------------------------------------------------------------------------------------------
+# --- the operator -------------------------------------------------------------------------------------------
 def practise(env: Operator, episodes: int = 4) -> list:
     """What happens in some episodes of 20 of the expert's steps that count as 600."""
     seen = []
@@ -580,7 +582,7 @@ def test_an_operators_state_is_data_and_goes_on_exactly(name):
     assert all(same(first, practise(twin)) for twin in twins)
 
 
-# --- pointmass --------------------------------------------------------------------------------------------------------
+# --- pointmass ----------------------------------------------------------------------------------------------
 def test_starts_are_as_documented():
     env = domain(2000)
     env.reset(seed=0)
@@ -689,9 +691,10 @@ def test_experts_reach_the_goal():
     assert (length[1] < straight.horizon).mean() > 0.9 and length[1].mean() > 3 * length[0].mean()
 
 
-# --- its images -------------------------------------------------------------------------------------------------------
+# --- its images ---------------------------------------------------------------------------------------------
 def test_the_images_show_the_state_and_nothing_of_what_was_before():
-    """Two points at the same place with the same velocity look alike, whatever they did; another velocity shows."""
+    """Two points at the same place with the same velocity look alike, whatever they did; another velocity
+    shows."""
     env, rng = domain(obs="images"), np.random.default_rng(0)
     env.reset(seed=0)
     for _ in range(5):

@@ -52,9 +52,7 @@ def unformatted(text: str) -> list[int]:
 
 def main_lines(text: str) -> int:
     """The lines of `main`, from its `def` to its end."""
-    (main,) = (
-        node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == "main"
-    )
+    (main,) = (node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == "main")
     return main.end_lineno - main.lineno + 1
 
 
@@ -115,16 +113,21 @@ def wrong_way(graph: dict[str, set[str]]) -> list[str]:
         package = module.split(".")[0]
         for other in others:
             same_package = package == other.split(".")[0] and package != "common"
+            if (module, other) in ALLOWED:
+                continue
             if other.split(".")[0] in LEAVES and not same_package:
                 wrong.append(f"{module} imports the leaf {other}")
             elif module in ALONE:
                 wrong.append(f"{module} imports {other}, and is to stand alone")
-            elif not same_package and floor(other) >= floor(module) and (module, other) != ALLOWED:
+            elif not same_package and floor(other) >= floor(module):
                 wrong.append(f"{module} imports {other}, which is not above it")
     return sorted(wrong)
 
 
-ALLOWED = ("common.options", "common")  # UserError; the package's own file imports nothing
+ALLOWED = {
+    ("common.options", "common"),  # UserError; the package's own file imports nothing
+    ("results.exercises", "exercises.practice"),  # measures what the exercises claim
+}
 
 
 # --- do they find anything? ---------------------------------------------------------------------------
@@ -168,6 +171,7 @@ def test_the_checker_of_circles_can_fail():
         ("envs.pointmass", "pointmass", ""),
         ("baselines.irevla", "baselines.robofume", ""),
         ("common.options", "common", ""),
+        ("results.exercises", "exercises.practice", ""),
         ("tokens", "model", "stand alone"),
         ("pointmass", "common", "stand alone"),
         ("model", "common.weights", "not above"),
@@ -177,6 +181,7 @@ def test_the_checker_of_circles_can_fail():
         ("common", "common.options", "not above"),
         ("stage2", "eval", "leaf"),
         ("results.figure2", "eval", "leaf"),
+        ("results.figure2", "exercises.practice", "leaf"),
         ("rollout", "baselines.irevla", "leaf"),
     ],
 )

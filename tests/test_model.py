@@ -259,6 +259,37 @@ def test_sinusoidal_numbers_lie_on_a_curve_and_change_no_word():
     assert waves.diagonal(1).min() > 0.8 > 0.5 > plain.diagonal(1).mean()
 
 
+def test_a_share_of_a_curve_keeps_numbers_apart():
+    """Nine tenths: near numbers are alike, and yet no two are the same, as on a fine curve they nearly are."""
+    torch.manual_seed(0)
+    cfg = dataclasses.replace(models.PRESETS["nano"], state_names=("red",), state_dim=2)
+    model = EFM(cfg, Tokenizer.train(["move to the red goal"]))
+    first = model.tokenizer.loc
+    numbers = model.language_model.embed_tokens.weight[first : first + N_LOC].detach()
+    near, far = ((numbers[:-k] * numbers[k:]).sum(1).mean() for k in (1, 200))
+    assert cfg.sinusoidal_numbers == 0.9 and 0.7 < near < 0.9 and far < 0.5
+
+
+def test_state_sinusoids_by_hand():
+    torch.manual_seed(0)
+    names = ("red", "the goal")
+    cfg = dataclasses.replace(TINY, state_names=names, state_dim=2, state_sinusoids=3)
+    model = EFM(cfg, Tokenizer.train([*INSTRUCTIONS, *names]))
+    state = torch.randn(5, 2, 2)
+    without = model.embed_state(torch.zeros(5, 2, 2))
+    seen = model.embed_state(state).detach()
+    assert model.state_weight.shape == (2, 2 * (1 + 2 * 3), TINY.width)
+    for k in range(2):
+        by_hand = torch.zeros(5, TINY.width)
+        for i in range(2):
+            by_hand += state[:, k, i, None] * model.state_weight[k, i]
+            for wave, length in enumerate((16, 8, 4)):
+                angle = 2 * torch.pi * state[:, k, i, None] / length
+                by_hand += angle.sin() * model.state_weight[k, 2 + 3 * i + wave]
+                by_hand += (angle.cos() - 1) * model.state_weight[k, 8 + 3 * i + wave]
+        torch.testing.assert_close(seen[:, k] - without[:, k].detach(), by_hand.detach(), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("L", [1, 2, 7])
 def test_a_longer_answer_costs_no_more_gradients_of_the_whole_table(L):
     """Each use of the embeddings makes one of their size, 2 GB at 3B: the tokens' look-up and the scores, no more."""

@@ -110,6 +110,15 @@ def test_rollout_bookkeeping(obs, end):
         for x in (r.d[i, 1 : length[i]] <= s if end == "detector" else r.truth[i, 1 : length[i]])
     ]
     assert not any(inner)  # at the first time, not a later one
+    # the last observation of every simulation
+    for i in range(n):
+        final = torch.from_numpy(env.seen[length[i]][obs][i])
+        if obs == "state":
+            assert torch.equal(r.last["state"][i].flatten(), final)
+        else:
+            with torch.no_grad():
+                encoded = policy.encode_images(final[None])[0]
+            torch.testing.assert_close(r.last["features"][i], encoded, atol=1e-5, rtol=1e-5)
     # rewards: 0 after the end, and their sum telescopes
     reward = r.d[:, :-1] - r.d[:, 1:]
     for i in range(n):
@@ -124,6 +133,14 @@ def test_a_rollout_repeats_with_its_seed_and_generator():
         rollout(policy, policy, env, seed, torch.Generator().manual_seed(5), never) for seed in (1, 1, 2)
     )
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.d, b.d) and not torch.equal(a.d, c.d)
+
+
+def test_a_rollout_without_a_reward_model_is_the_same_but_for_d():
+    policy, env = small("state", 0), envs.make_vec("pointmass", 4)
+    env.horizon = 5
+    a, b = (rollout(policy, m, env, 1, torch.Generator().manual_seed(5), never) for m in (policy, None))
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.truth, b.truth) and torch.equal(a.row, b.row)
+    assert torch.equal(a.obs["state"], b.obs["state"]) and b.d.shape == a.d.shape and b.d.isposinf().all()
 
 
 def test_a_greedy_rollout_takes_the_most_probable_tokens():
@@ -212,6 +229,7 @@ def episodes(length: list[int], d: list[float], truth: list[bool], entropy: list
         entropy=torch.tensor(entropy),
         row=torch.zeros(sum(length), dtype=torch.long),
         t=torch.zeros(sum(length), dtype=torch.long),
+        last={},
         d=torch.tensor([[9.0, x] for x in d]),
         truth=torch.tensor([[False, x] for x in truth]),
         length=np.array(length),
@@ -266,7 +284,7 @@ def watched(monkeypatch) -> list[Episodes]:
 
 @pytest.mark.parametrize("s", [3.0, 69.0, 200.0])
 def test_evaluate_is_consistent(run, s, short):
-    r = evaluate(run, EPISODES, seed=1, threshold=s)
+    r = evaluate(run, EPISODES, seed=1, s=s)
     n = {k: r[k] for k in ("true_positives", "false_positives", "false_negatives", "true_negatives")}
     assert r["eval_episodes"] == EPISODES and sum(n.values()) == EPISODES and all(v >= 0 for v in n.values())
     assert 0 <= r["success_low"] <= r["success"] <= r["success_high"] <= 1
@@ -287,7 +305,7 @@ def test_evaluate_is_consistent(run, s, short):
 
 def test_evaluate_is_repeatable_and_seeded(run, short, monkeypatch):
     monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "_success", close_by)
-    a, b, c = (evaluate(run, 4, seed=seed, threshold=69.0) for seed in (0, 0, 3))
+    a, b, c = (evaluate(run, 4, seed=seed, s=69.0) for seed in (0, 0, 3))
     assert a == b
     assert a != c
 
@@ -304,14 +322,16 @@ def test_the_first_hundred_episodes_do_not_depend_on_how_many_there_are(run, wat
     monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "horizon", 3)
     assert rollouts.CHUNK == 100
     results = {n: evaluate(run, n, 0, 69.0) for n in (100, 250)}
-    assert [len(r.length) for r in watched] == [100, 100] + [100, 100, 100, 100, 50, 50]
+    assert [len(r.length) for r in watched] == [100, 100] + 2 * [100, 100, 50]  # success, then the detector
     assert all(r.obs == {} for r in watched)
-    alone, of_many = watched[:2], watched[2:4]
+    alone, of_many = watched[:2], watched[2::3]
     for a, b in zip(alone, of_many, strict=True):
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.d, b.d) and torch.equal(a.truth, b.truth)
         assert a.goals.tolist() == b.goals.tolist() and a.length.tolist() == b.length.tolist()
-    begins = {tuple(r.d[:, 0].tolist()) for r in watched[2:]}
-    assert len(begins) == 6  # and no chunk has the episodes of another
+    drawn = {tuple(r.tokens.flatten().tolist()) for r in watched[2:]}
+    assert (
+        len(drawn) == 6 and len({tuple(r.goals) for r in watched[2:]}) == 6
+    )  # no chunk has another's episodes
     for n, result in results.items():
         table = [
             result[k] for k in ("true_positives", "false_positives", "false_negatives", "true_negatives")

@@ -256,6 +256,14 @@ def test_resume_before_the_first_checkpoint_starts_the_metrics_anew():
     assert rows(Path("run")) == ["update,loss", "1,0.5"]
 
 
+def test_resume_removes_what_a_killed_process_was_writing():
+    started().metrics.close()
+    Path("run/resume.pt.12345.tmp").write_bytes(b"half of it")
+    Path("run/notes.tmp").write_text("mine")
+    started(resume=True).metrics.close()
+    assert not Path("run/resume.pt.12345.tmp").exists() and Path("run/notes.tmp").read_text() == "mine"
+
+
 def test_resume_without_a_folder_starts_one():
     run = started(resume=True)
     run.log(1, {"update": 1})

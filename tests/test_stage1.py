@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 import envs
 import stage1
-from common import UserError, setup
+from common import UserError, demos, setup
 from common.demos import Demonstrations, load_demonstrations, split
 from common.runs import Run, load_state
 from common.weights import load_model
@@ -148,7 +149,8 @@ def test_the_third_objective_ends_when_the_held_out_answers_get_worse(quick, mon
     monkeypatch.setattr(PointmassVectorEnv, "predicts_instruction", True)
     monkeypatch.setitem(PRESETS, "nano", dataclasses.replace(PRESETS["nano"], width=32, depth=1, mlp_dim=32))
     # nine episodes are soon learnt by heart
-    cfg = stage1.Config(episodes=11, updates=120, eval_every=10, lr=1e-2, out="run")
+    plain = {"symmetries": False, "average": 0.0}
+    cfg = stage1.Config(episodes=11, updates=120, eval_every=10, lr=1e-2, out="run", **plain)
     stage1.main(cfg)
     rows = np.genfromtxt("run/metrics.csv", delimiter=",", names=True)
     worse = np.flatnonzero(np.diff(rows["valid_instruction"]) >= 0)
@@ -206,7 +208,7 @@ def test_the_last_policy_is_kept_beside_the_best_where_the_domain_takes_it(quick
     monkeypatch.setattr(setup, "learning_rate", lambda update, *_: 1e-2 if update < 8 else 1.0)
     tiny = dataclasses.replace(PRESETS["nano"], width=32, depth=1, heads=2, kv_heads=1, mlp_dim=32)
     monkeypatch.setitem(PRESETS, "nano", tiny)
-    cfg = stage1.Config(episodes=20, updates=12, batch=16, eval_every=2, eval_episodes=2)
+    cfg = stage1.Config(episodes=20, updates=12, batch=16, eval_every=2, eval_episodes=2, average=0.0)
     for name in ("best", "last"):
         stage1.main(dataclasses.replace(cfg, policy=name, out=name))
     held = np.genfromtxt("last/metrics.csv", delimiter=",", names=True)["valid_bc"]
@@ -220,6 +222,50 @@ def test_the_last_policy_is_kept_beside_the_best_where_the_domain_takes_it(quick
     for name, weights in (("early_policy", early), ("policy", last)):  # eval.py --policy
         acts = setup.load_run(Path("last"), 1, name)[1].state_dict()
         assert all(torch.equal(acts[k], weights[k]) for k in weights)
+
+
+def test_the_average_of_the_weights_is_what_is_kept(quick):
+    cfg = stage1.Config(episodes=20, updates=6, batch=16, eval_every=6, eval_episodes=2, policy="last", out="run")
+    stage1.main(cfg)
+    state, kept = load_state(Path("run/resume.pt")), load_model(Path("run/policy.safetensors")).state_dict()
+    assert json.loads(Path("run/config.json").read_text())["average"] == 0.998
+    assert state["average"]["updates"] == 6
+    named = [k for k in kept if k in state["average"]]
+    assert len(named) > 10
+    assert all(torch.equal(kept[k], state["average"][k]) for k in named)
+    assert any(not torch.equal(kept[k], state["model"][k]) for k in named)
+
+
+def test_the_threshold_is_measured_and_handed_on(quick):
+    stage1.main(stage1.Config(episodes=20, updates=6, batch=16, eval_every=6, eval_episodes=2, out="run"))
+    summary = json.loads(Path("run/summary.json").read_text())
+    env, _, reward_model = setup.load_run(Path("run"), 1)
+    cfg = types.SimpleNamespace(**json.loads(Path("run/config.json").read_text()))
+    _, valid = demos.load(cfg, env)
+    steps = StepsToGo(env.steps_cap, env.steps_bins)
+    before, final = demos.arrivals(reward_model, valid, steps, 300)
+    assert len(before) == len(final) == 2
+    for episode in range(2):  # by hand, one observation after another
+        rows = np.flatnonzero(valid.episode == episode)
+        obs, _, goals, left = valid.batch(rows, torch.device("cpu"))
+        with torch.no_grad():
+            d = reward_model.steps_to_go(obs, goals, steps)
+        torch.testing.assert_close(final[episode], d[left == 0][0])
+        torch.testing.assert_close(before[episode], d[left > 0].min())
+    assert summary["success_threshold"] == pytest.approx(stage1.calibrate(before, final)[0])
+    assert setup.measured_threshold(Path("run"), env) == summary["success_threshold"] != env.success_threshold
+    assert setup.measured_threshold(Path("nowhere"), env) == env.success_threshold
+
+
+def test_symmetries_are_for_those_who_have_seen_nothing_else(quick):
+    env = envs.make_vec("pointmass", 1)
+    for flag, order in ((None, 48), (True, 48), (False, 1)):
+        cfg = stage1.Config(episodes=20, updates=1, batch=8, symmetries=flag, out=f"run-{flag}")
+        setup.stage1(cfg)
+        train, valid = demos.load(cfg, env)
+        assert train.symmetries.order == order and valid.symmetries.order == 1
+        drawn = train.draw(np.arange(500) % len(train.index), np.random.default_rng(0))
+        assert drawn[:, 1].max() == order - 1 and drawn[:, 1].min() == 0
 
 
 def test_a_run_that_diverges_says_so(quick, monkeypatch):

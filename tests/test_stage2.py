@@ -228,7 +228,27 @@ def test_practice_of_the_blocks_changes_the_transformers_blocks_and_nothing_else
         stage2.main(
             stage2.Config(stage1="runs/stage1", out="runs/again", learns="blocks", keep_optimizer=True)
         )
+    # and of its moments, which are of fewer weights than all
+    with pytest.raises(UserError, match="--keep-optimizer: the moments of runs/stage2"):
+        few = {"updates": 1, "batch": 8, "num_envs": 2, "iterations": 1, "learns": "all"}
+        stage2.main(stage2.Config(stage1="runs/stage2", out="runs/again", keep_optimizer=True, **few))
     assert not Path("runs/again").exists()
+
+
+def test_practice_of_a_single_tuple(tmp_path, monkeypatch):
+    """Its standard deviation is none: that is not the learning rate's fault."""
+    one = {"iterations": 1, "updates": 1, "batch": 1, "num_envs": 1, "first_look": 1, "success_threshold": 1000.0}
+    run(tmp_path, monkeypatch, "state", **one)
+    row = np.genfromtxt("runs/stage2/metrics.csv", delimiter=",", names=True)
+    assert row["env_steps"] == 2 and row["return_std"] == 0  # the first look was the other
+
+
+def test_numbers_that_are_none_end_practice(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"--lr 1e\+30: .*smaller"):
+        run(tmp_path, monkeypatch, "state", lr=1e30)
+    assert not Path("runs/stage2/summary.json").exists()
+    kept = safetensors.torch.load_file("runs/stage2/policy.safetensors")
+    assert all(bool(w.isfinite().all()) for w in kept.values())
 
 
 def test_stage2_leaves_a_policy_however_short_it_is(tmp_path, monkeypatch):
@@ -255,7 +275,7 @@ def test_the_success_bonus_is_added_where_an_episode_truly_ended_in_success(tmp_
             rows.append(np.genfromtxt("runs/stage2/metrics.csv", delimiter=",", names=True))
     none, two = rows
     assert none["true_at_end"] > 0 and none["env_steps"] == two["env_steps"]  # the first practice is the same
-    added = 2 * two["true_at_end"] * two["episodes"] / two["env_steps"]
+    added = 2 * two["true_at_end"] / two["mean_steps"]
     assert two["return_mean"] - none["return_mean"] == pytest.approx(added, abs=1e-4)
 
 
@@ -344,6 +364,7 @@ def test_practice_in_another_domain(tmp_path, monkeypatch):
 
     def watched(*args, **kwargs):
         env = make_vec(*args, **kwargs)
+        env.horizon = 8
         looks.append((env.name, env.look, len(env.things)))
         return env
 
@@ -377,7 +398,7 @@ def test_stage2_repeats_exactly(tmp_path, monkeypatch):
     for name in ("a", "b"):
         with monkeypatch.context() as m:
             (tmp_path / name).mkdir()
-            weights.append(run(tmp_path / name, m, "state")[0][0].state_dict())
+            weights.append(run(tmp_path / name, m, "state", iterations=3)[0][0].state_dict())
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 

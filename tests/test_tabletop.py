@@ -57,7 +57,7 @@ def ask(env: tabletop.TabletopVectorEnv, family: str, block: int, target) -> Non
         env.tasks.assign(i, Meaning(family, block, target), env.pos[i])
 
 
-# --- the camera -------------------------------------------------------------------------------------------------------
+# --- the camera ---------------------------------------------------------------------------------------------
 def test_pixels_are_language_tables():
     points = np.array(
         [[0.15, -0.3048, 0], [0.15, 0.3048, 0], [0.6, -0.3048, 0], [0.6, 0.3048, 0], [0.375, 0, 0]]
@@ -120,7 +120,7 @@ def test_track_is_where_the_tool_is_seen():
     np.testing.assert_allclose(env.track() * [320, 180], [[160, 86.10]], atol=0.01)
 
 
-# --- geometry ---------------------------------------------------------------------------------------------------------
+# --- geometry -----------------------------------------------------------------------------------------------
 def test_blocks_are_language_tables():
     env = table(blocks=8)
     assert env.state_names[1:] == BLOCK_SETS[8] and table(blocks=4).state_names[1:] == BLOCK_SETS[4]
@@ -150,7 +150,8 @@ def test_blocks_are_language_tables():
 
 @pytest.mark.parametrize("shape", ["moon", "star"])
 def test_blocks_collide_as_their_convex_hull(shape):
-    """The tool does not enter the moon's hollow, nor the gap between two points of the star, where it would fit."""
+    """The tool does not enter the moon's hollow, nor the gap between two points of the star, where it would
+    fit."""
     env = table()
     outline = tabletop.outline(shape)
     ends = outline[[8, 0] if shape == "moon" else [0, 2]]  # of the edge that the hull has there
@@ -165,7 +166,7 @@ def test_blocks_collide_as_their_convex_hull(shape):
         assert deepest(env) == pytest.approx(max(depth, 0), abs=2e-4)
 
 
-# --- the tool ---------------------------------------------------------------------------------------------------------
+# --- the tool -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("look", "rate"), [("sim", 0.10), ("real", 0.06)])
 def test_the_tool_responds_as_language_tables(look, rate):
     env, covered = table(look=look), []
@@ -204,7 +205,8 @@ def test_targets_add_up_and_are_clipped():
 
 
 def test_pushes_flick_a_block_as_far_as_in_language_table():
-    """From pushes of 1, 2 and 3 cm a step the cube ends 3.5, 4.0 and 6.7 cm before the tool there; here 3.3, 4.8 and 7.3."""
+    """From pushes of 1, 2 and 3 cm a step the cube ends 3.5, 4.0 and 6.7 cm before the tool there; here 3.3,
+    4.8 and 7.3."""
     for step, low, high in ((0.01, 0.030, 0.040), (0.02, 0.035, 0.055), (0.03, 0.055, 0.085)):
         env, gaps = table(), []
         blocks = CORNERS.copy()
@@ -233,7 +235,7 @@ def test_nothing_overlaps_however_hard_it_is_pushed(blocks):
     assert moved > 3 and env.fallen.any()
 
 
-# --- reset ------------------------------------------------------------------------------------------------------------
+# --- reset --------------------------------------------------------------------------------------------------
 def test_things_are_placed_by_language_tables_rules(monkeypatch):
     env = table(150, blocks=8)
     monkeypatch.setattr(env.sim, "step", lambda *a, **k: None)  # before anything settles
@@ -254,7 +256,8 @@ def test_things_are_placed_by_language_tables_rules(monkeypatch):
 
 
 def test_things_have_settled_as_in_language_table():
-    """There, least pair distances of 150 resets of BLOCK_8: lowest 3.3 cm, 3.5 (5 %), median 4.4. Here 2.8, 3.4 and 4.5."""
+    """There, least pair distances of 150 resets of BLOCK_8: lowest 3.3 cm, 3.5 (5 %), median 4.4. Here 2.8,
+    3.4 and 4.5."""
     env = table(150, blocks=8)
     pairs = np.linalg.norm(env.pos[:, :, None] - env.pos[:, None], axis=3)[:, *np.triu_indices(8, 1)].min(1)
     assert pairs.min() > 0.025 and 0.038 < np.median(pairs) < 0.050
@@ -306,7 +309,7 @@ def test_tasks_start_as_in_language_table():
                 assert list(gap[list(target)]) == sorted(gap[list(target)])  # the nearest is said first
 
 
-# --- success ----------------------------------------------------------------------------------------------------------
+# --- success ------------------------------------------------------------------------------------------------
 def frozen() -> tabletop.TabletopVectorEnv:
     """A table on which nothing moves by itself: blocks may be put into one another."""
     env = table()
@@ -415,7 +418,7 @@ def test_fallen_blocks_do_not_fulfil_anything():
     assert env.tasks.solved(env.pos)[0] and not env.step(np.zeros((1, 2)))[2][0]
 
 
-# --- falling ----------------------------------------------------------------------------------------------------------
+# --- falling ------------------------------------------------------------------------------------------------
 def test_a_block_pushed_over_the_edge_is_gone_until_reset():
     env = table()
     blocks = CORNERS.copy()
@@ -456,7 +459,7 @@ def test_many_fallen_blocks_lie_apart_and_unseen():
     assert env.ask(np.ones(1, bool))[0]["instruction"] == tuple(env.texts)  # and nothing can be asked
 
 
-# --- a new instruction where everything stays -------------------------------------------------------------------------
+# --- a new instruction where everything stays ---------------------------------------------------------------
 @pytest.mark.parametrize("obs", ["state", "images", "history"])
 def test_ask_changes_the_instruction_and_nothing_else(obs):
     n, mask = 40, np.arange(40) % 2 == 0
@@ -524,7 +527,7 @@ def test_fallen_blocks_are_not_asked_for():
     assert not (part & env.fallen).any()
 
 
-# --- which block to which one -----------------------------------------------------------------------------------------
+# --- which block to which one -------------------------------------------------------------------------------
 ASKED = {  # of red moon 0, blue cube 1, green star 2, yellow pentagon 3
     "prior": {(0, 1), (1, 2), (2, 3), (3, 0), (1, 3), (2, 0), (3, 1)},
     "forward": {(0, 3)},
@@ -606,7 +609,7 @@ def test_wrong_pairs_are_one_clear_line(given):
         envs.make_vec(f"tabletop,{given}", 1)
 
 
-# --- seeds ------------------------------------------------------------------------------------------------------------
+# --- seeds --------------------------------------------------------------------------------------------------
 def rollout(env, seed: int | None, steps: int = 12) -> list:
     """What a seed gives: observations and infos under the demonstrator."""
     seen = [env.reset(seed=seed)]
@@ -682,7 +685,7 @@ def test_a_kept_state_goes_on_exactly(name, kwargs):
         assert equal(first, go_on(again))
 
 
-# --- what is seen -----------------------------------------------------------------------------------------------------
+# --- what is seen -------------------------------------------------------------------------------------------
 def test_the_state_is_the_one_in_the_docstring():
     env = table(5, blocks=8)
     for _ in range(3):
@@ -715,7 +718,7 @@ def test_the_real_look_is_as_documented():
     assert (at != shifted).any() and np.abs(at - sim.render()[0]).mean() > 20
 
 
-# --- experts ----------------------------------------------------------------------------------------------------------
+# --- experts ------------------------------------------------------------------------------------------------
 def the_expert_succeeds(env, share: float) -> bool:
     """In this share of the episodes at least; stops when that is certain."""
     env.reset(seed=1000)
@@ -752,7 +755,7 @@ def test_the_expert_over_500_bananas():
     assert the_expert_succeeds(envs.make_vec("bananatable", 500), 0.85)
 
 
-# --- wrong arguments, and no display ----------------------------------------------------------------------------------
+# --- wrong arguments, and no display ------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "flag", "wrong", "right"),
     [
@@ -800,7 +803,7 @@ def test_closed_renderers_come_back():
     assert not env.renderers and np.array_equal(env.render()[0], frame)
 
 
-# --- Stage 0 ------------------------------------------------------------------------------------------------------------
+# --- Stage 0 ------------------------------------------------------------------------------------------------
 CHANNELS = {"red": (0,), "blue": (2,), "green": (1,), "yellow": (0, 1)}
 
 
@@ -828,7 +831,8 @@ def test_scenes_ask_where_things_are_and_the_frames_show_it():
             name = text.removeprefix(way)
             if text.startswith(way) and name.split()[0] in CHANNELS and 0 < min(answer) <= max(answer) < 1:
                 found.append(shows(view, answer, name))
-    # the place is the middle of the block's foot: its own front hides it, another block or the tool seldom does
+    # the place is the middle of the block's foot: its own front hides it, another block or the tool seldom
+    # does
     assert all(len(found) > 20 and np.mean(found) > 0.85 for found in seen.values()), seen
     again = env.scenes(np.random.default_rng(0), 200)
     assert texts == again[1]
@@ -883,7 +887,8 @@ def test_foveate():
 
 
 def test_history_is_the_previous_frame_and_the_current_one():
-    """The current one is the other kind's first view; after a reset, and a new instruction, the frame before is the same."""
+    """The current one is the other kind's first view; after a reset, and a new instruction, the frame before
+    is the same."""
     now, past = (envs.make_vec("tabletop", 2, obs="images", history=h) for h in (False, True))
     assert now.simultaneous and not past.simultaneous
     frames = [(now.reset(seed=3)[0]["images"], past.reset(seed=3)[0]["images"])]
@@ -938,7 +943,9 @@ def test_scenes_from_the_tool_are_half_the_way_there():
 def test_without_anything_to_draw_with_states_work_and_frames_are_one_line(tmp_path):
     environ = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MUJOCO_GL", "PYOPENGL_PLATFORM")}
     root = Path(__file__).resolve().parents[1]
-    missing = "import ctypes.util; ctypes.util.find_library = lambda name: None; import sys; sys.argv[0] = 'stage1.py'; "
+    missing = (
+        "import ctypes.util, sys; ctypes.util.find_library = lambda name: None; sys.argv[0] = 'stage1.py'; "
+    )
     states = missing + "import envs; envs.make_vec('tabletop', 2).reset(seed=0); print('fine')"
     out = subprocess.run(
         [sys.executable, "-c", states], cwd=root, env=environ, capture_output=True, text=True, timeout=120
@@ -946,7 +953,7 @@ def test_without_anything_to_draw_with_states_work_and_frames_are_one_line(tmp_p
     assert out.stdout == "fine\n", out.stderr
     frames = missing + (
         f"sys.argv[1:] = '--domain tabletop --obs images --init none --episodes 20 --out {tmp_path}/run'.split(); "
-        "import common, stage1; common.cli(stage1.Config, stage1.main)"
+        "import stage1; from common.cli import cli; cli(stage1.Config, stage1.main)"
     )
     environ["PYTHONPATH"] = str(root)
     out = subprocess.run(

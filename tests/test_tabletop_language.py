@@ -38,7 +38,7 @@ def words(sentences: list[str]) -> set[str]:
     return {w for s in sentences for w in s.replace(",", " ,").split()}
 
 
-# --- enumerated: every number of Language-Table -----------------------------------------------------------------------
+# --- enumerated: every number of Language-Table -------------------------------------------------------------
 @pytest.mark.parametrize("blocks", [4, 8])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_enumerated_counts(family, blocks):
@@ -66,7 +66,7 @@ def test_enumerated_and_sampled_verbs_differ(blocks):
     assert not any(s.startswith("bring the") for s in instructions([relative], blocks))
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
+# --- names --------------------------------------------------------------------------------------------------
 def test_names():
     assert names(0, 4) == ["red moon", "red block", "moon"]
     assert all(len(names(b, 4)) == 3 for b in range(4))
@@ -76,7 +76,7 @@ def test_names():
         assert len(BLOCK_SETS[blocks]) == blocks and len(called) == len(set(called))
 
 
-# --- samples ----------------------------------------------------------------------------------------------------------
+# --- samples ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("blocks", [4, 8])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_samples_are_texts_and_instructions(family, blocks):
@@ -119,7 +119,8 @@ def test_samples_are_reproducible():
 
 
 def test_sampling_is_uniform_choice_by_choice():
-    """ "slightly" at the front is one of three forms, not one of eleven; and three neighbours are a group every other time."""
+    """ "slightly" at the front is one of three forms, not one of eleven; and three neighbours are a group
+    every other time."""
     rng = np.random.default_rng(0)
     near = [sample(Meaning("block2relativelocation", 0, ("up", "near")), 8, rng) for _ in range(3000)]
     assert np.mean([s.startswith("slightly") for s in near]) == pytest.approx(
@@ -150,7 +151,7 @@ def test_sentences():
     )
 
 
-# --- instructions -----------------------------------------------------------------------------------------------------
+# --- instructions -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("blocks", "longest"), [(4, 78), (8, 81)])
 def test_instructions(blocks, longest):
     every = instructions(FAMILIES, blocks)
@@ -170,7 +171,7 @@ def test_instructions(blocks, longest):
     assert only < words(every) and "slightly" not in only
 
 
-# --- geometry ---------------------------------------------------------------------------------------------------------
+# --- geometry -----------------------------------------------------------------------------------------------
 def test_directions_match_their_words():
     parts = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
     assert len(DIRECTIONS) == 8

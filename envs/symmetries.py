@@ -1,0 +1,171 @@
+"""What is as true turned round: the symmetries of a domain, for Stage 1's batches.
+
+A symmetry maps a tuple (observation, action, instruction) to another that the domain could have shown just as well; the steps
+to go stay. The paper has none: its model has seen the web, a nano model has not, and this is what it would have known.
+
+A domain's symmetries are a finite group. Its elements are numbered; number 0 changes nothing. A tuple's element is drawn
+anew each time that the tuple is in a batch:
+
+    g = rng.integers(symmetries.order, size=B)
+    obs, action, goals = symmetries(g, obs, action, goals)
+
+    class                domain, obs                    elements
+    PointmassSymmetries  pointmass, states and images   8 of the square x 6 permutations of the colours
+    TabletopSymmetries   tabletop and banana, states    the mirror x B! permutations of the B blocks
+                         images, look=sim               the mirror
+    AlohaSymmetries      aloha, states                  the mirror
+    Symmetries           all others                     1
+
+`tests/test_symmetries.py` replays transformed demonstrations in the simulators.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Symmetries:
+    """The group of one element, and what every group offers. g int (B,) numbers an element per tuple."""
+
+    order = 1
+
+    def __call__(
+        self, g: np.ndarray, obs: dict[str, Tensor], action: Tensor | None, goals: list[str]
+    ) -> tuple[dict[str, Tensor], Tensor | None, list[str]]:
+        """The tuples, each transformed by its element.
+
+        obs: state (B, S, d), or of two moments (B, 2, S, d); or images (B, 2, H, W, 3). action float (B, A), None where
+        there is none. goals: B instructions.
+        """
+        if not g.any():
+            return obs, action, goals
+        turned = {key: getattr(self, key)(g, value) for key, value in obs.items()}
+        goals = [self.words(k, text) for k, text in zip(g.tolist(), goals, strict=True)]
+        return turned, action if action is None else self.action(g, action), goals
+
+
+class PointmassSymmetries(Symmetries):
+    """The table is a square and the goals differ in colour alone: g = 6 * square + colours."""
+
+    def __init__(self, colours: tuple[str, ...]):
+        self.colours = colours
+        # row k: what stands in place of colour j afterwards was colour sources[k, j]
+        self.sources = np.array(list(itertools.permutations(range(len(colours)))))  # (6, 3)
+        self.order = 8 * len(self.sources)
+
+    def parts(self, g: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(x and y change places, then the sign of x, the sign of y: bool (B,) each; sources long (B, 3))."""
+        square, colours = np.divmod(g, len(self.sources))
+        bits = [torch.from_numpy(square >> k & 1).bool() for k in range(3)]
+        return *bits, torch.from_numpy(self.sources[colours])
+
+    def vectors(self, g: np.ndarray, v: Tensor) -> Tensor:
+        """Vectors float (B, ..., 2) of the plane."""
+        swap, minus_x, minus_y, _ = self.parts(g)
+        per_row = (-1, *[1] * (v.ndim - 1))
+        v = torch.where(swap.view(per_row).to(v.device), v.flip(-1), v)
+        signs = 1.0 - 2.0 * torch.stack([minus_x, minus_y], -1).float()  # (B, 2)
+        return v * signs.view(-1, *[1] * (v.ndim - 2), 2).to(v.device)
+
+    def state(self, g: np.ndarray, state: Tensor) -> Tensor:
+        """(B, ..., 5, 2): position, velocity and the goals by colour."""
+        source = self.parts(g)[3] + 2
+        rows = torch.cat([torch.tensor([[0, 1]]).expand(len(g), 2), source], 1)  # (B, 5)
+        rows = rows.view(-1, *[1] * (state.ndim - 3), 5, 1).to(state.device)
+        return torch.take_along_dim(self.vectors(g, state), rows, -2)
+
+    def images(self, g: np.ndarray, images: Tensor) -> Tensor:
+        """(B, 2, H, W, 3): row 0 is the largest y, a goal brightens the channel of its colour, the rest is grey."""
+        swap, minus_x, minus_y, source = (x.view(-1, 1, 1, 1, *x.shape[1:]).to(images.device) for x in self.parts(g))
+        images = torch.where(swap[..., None], images.transpose(2, 3).flip(2, 3), images)
+        images = torch.where(minus_x[..., None], images.flip(3), images)
+        images = torch.where(minus_y[..., None], images.flip(2), images)
+        return torch.take_along_dim(images, source, -1)
+
+    def action(self, g: np.ndarray, action: Tensor) -> Tensor:
+        return self.vectors(g, action)
+
+    def words(self, k: int, text: str) -> str:
+        source = self.sources[k % len(self.sources)].tolist()
+        becomes = {self.colours[old]: self.colours[new] for new, old in enumerate(source)}
+        return " ".join(becomes.get(word, word) for word in text.split(" "))
+
+
+class TabletopSymmetries(Symmetries):
+    """The table mirrored, y to -y; and from states the blocks' names exchanged: g = permutations * mirrored + permutation.
+
+    names: of each block, all that it may be called, equally many. Exchanging them is exact but for the shapes: a moon
+    pushed where a cube was does not turn as the cube did.
+    """
+
+    def __init__(self, names: list[list[str]], permute: bool):
+        self.names, self.count = names, len(names)
+        self.every = list(itertools.permutations(range(self.count))) if permute else [tuple(range(self.count))]
+        self.sources = np.array(self.every)  # (P, B): block j afterwards was block sources[k, j]
+        self.order = 2 * len(self.every)
+        known = sorted((name for block in names for name in block), key=len, reverse=True)  # "red moon" before "moon"
+        self.any_name = re.compile(r"\b(" + "|".join(known) + r")\b")
+        self.place = {name: (b, i) for b, block in enumerate(names) for i, name in enumerate(block)}
+
+    def mirrored(self, g: np.ndarray, like: Tensor) -> Tensor:
+        """bool (B, 1, ...), as many dimensions as `like` has."""
+        return torch.from_numpy(g >= len(self.every)).view(-1, *[1] * (like.ndim - 1)).to(like.device)
+
+    def state(self, g: np.ndarray, state: Tensor) -> Tensor:
+        """(B, ..., 1 + blocks, 4): of the tool x, y, target x, y; of each block x, y, cos and sin of its yaw."""
+        source = torch.from_numpy(self.sources[g % len(self.every)]) + 1
+        rows = torch.cat([torch.zeros(len(g), 1, dtype=torch.long), source], 1)  # (B, 1 + blocks)
+        rows = rows.view(-1, *[1] * (state.ndim - 3), self.count + 1, 1).to(state.device)
+        state = torch.take_along_dim(state, rows, -2)
+        return torch.where(self.mirrored(g, state), state * torch.tensor([1.0, -1.0, 1.0, -1.0], device=state.device), state)
+
+    def images(self, g: np.ndarray, images: Tensor) -> Tensor:
+        """(B, 2, H, W, 3): y points right."""
+        return torch.where(self.mirrored(g, images), images.flip(3), images)
+
+    def action(self, g: np.ndarray, action: Tensor) -> Tensor:
+        return torch.where(self.mirrored(g, action), action * torch.tensor([1.0, -1.0]), action)
+
+    def words(self, k: int, text: str) -> str:
+        mirrored, permutation = divmod(k, len(self.every))
+        becomes = np.argsort(self.sources[permutation])
+
+        def other(match: re.Match) -> str:
+            block, i = self.place[match[0]]
+            return self.names[becomes[block]][i]
+
+        text = self.any_name.sub(other, text)
+        if mirrored:
+            text = re.sub(r"\b(left|right)\b", lambda m: "right" if m[0] == "left" else "left", text)
+        return text
+
+
+class AlohaSymmetries(Symmetries):
+    """The scene mirrored in the upright plane through both arms' bases, y = 0.5 m: each arm and object stays on its side."""
+
+    order = 2
+    # an arm's waist, forearm roll and wrist rotate turn the other way; a pose's y changes its sign, and so do the
+    # rotations about x and z
+    JOINTS = torch.tensor([-1.0, 1, 1, -1, 1, -1, 1])
+    POSE = torch.tensor([1.0, -1, 1, 1, -1, 1, -1])
+    STATE = torch.stack([JOINTS] * 2 + [POSE] * 5)  # (7, 7)
+
+    def signs(self, g: np.ndarray, signs: Tensor, like: Tensor) -> Tensor:
+        turned = torch.from_numpy(g == 1).view(-1, *[1] * (like.ndim - 1))
+        return torch.where(turned, signs, 1.0).to(like.device)
+
+    def state(self, g: np.ndarray, state: Tensor) -> Tensor:
+        """(B, ..., 7, 7): two arms, then five poses."""
+        return state * self.signs(g, self.STATE, state)
+
+    def action(self, g: np.ndarray, action: Tensor) -> Tensor:
+        """(B, 70): five targets of two arms."""
+        return action * self.signs(g, self.JOINTS.repeat(10), action)
+
+    def words(self, k: int, text: str) -> str:
+        return text
