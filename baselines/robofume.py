@@ -443,7 +443,8 @@ def main(cfg: Config) -> None:
     told = {"stage": "robofume", "domain": env.name, "obs": env.obs, "seed": cfg.seed, "stage1": cfg.stage1}
     told |= {"episodes": now.episodes, "env_steps": now.env_steps, "labels": now.labels}
     told |= {"interventions": stations.interventions, "judge_held_out_loss": now.judge_best}
-    run.finish(told, lambda: evaluate(run.folder, cfg.eval_episodes, cfg.seed, env.success_threshold))
+    s = setup.measured_threshold(Path(cfg.stage1), env)  # for the confusion table of Stage 1's detector
+    run.finish(told, lambda: evaluate(run.folder, cfg.eval_episodes, cfg.seed, s))
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def practise(cfg: Config, runs: Path, seed: int) -> dict[str, Path]:
     if cfg.pilot:
         tiny["stage1"] = {"episodes": 20, "updates": 20, "eval_every": 20, "eval_episodes": 4}
         tiny["stage1"]["domain"] = "tabletop,pairs=both"  # among twenty, one in a hundred would not be there
-        tiny["stage2"] = {"updates": 2, "batch": 16, "num_envs": 4, "eval_episodes": 4}
+        tiny["stage2"] = {"updates": 2, "batch": 16, "num_envs": 4, "eval_episodes": 4, "first_look": 4}
         tiny["irevla"] = {"tuples": 32, "num_envs": 4, "sl_updates": 4, "eval_episodes": 4}
         tiny["robofume"] = {"failures": 2, "judge_updates": 4, "offline_updates": 4, "batch": 16, "num_envs": 4,
                             "warmup": 0, "eval_episodes": 4}  # fmt: skip
@@ -156,7 +156,8 @@ def practise(cfg: Config, runs: Path, seed: int) -> dict[str, Path]:
     start = {"stage1": str(taught), "seed": seed}
     tuples = tiny["stage2"].get("updates", 16) * tiny["stage2"].get("batch", 64)  # of an iteration, at least
     iterations = math.ceil(cfg.env_steps / tuples)
-    ours = start | tiny["stage2"] | {"iterations": iterations, "patience": iterations}
+    sixteen = {"num_envs": 16, "iterations": iterations, "patience": iterations}
+    ours = start | sixteen | tiny["stage2"]
     # PPO, then what is left of the budget for the successes; an iteration is not cut short, so PPO may take more
     parts = {"env_steps": int(0.8 * cfg.env_steps), "collect_steps": int(0.16 * cfg.env_steps)}
     one_task = {"tasks": ("tabletop,pairs=forward",)}

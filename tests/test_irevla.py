@@ -339,7 +339,7 @@ def test_what_a_run_logs(imitated):
         assert float(first["kl"]) == 0 < float(second["kl"])
     # all steps are counted: PPO's, 80 or a few more a task, and the collection's
     summary = read_json(imitated / "runs/whole/summary.json")
-    assert summary["env_steps"] == summary["episodes"] * 12  # none succeeds
+    assert 0.9 <= summary["env_steps"] / (summary["episodes"] * 12) <= 1  # hardly any succeeds
     assert 2 * (80 + 30) <= summary["env_steps"] <= 2 * (80 + 30 + 2 * 48)
     config = read_json(imitated / "runs/whole/config.json")
     assert (config["domain"], config["epochs"], config["lr"], config["gamma"]) == ("pointmass", 4, 3e-4, 0.99)
@@ -390,7 +390,7 @@ def test_names_of_runs(imitated, monkeypatch):
     [
         ({"tasks": ()}, "--tasks"),
         ({"tasks": ("nowhere",)}, "--domain nowhere"),
-        ({"tasks": ("tabletop",)}, "--domain tabletop"),
+        ({"tasks": ("tabletop",)}, "runs/one: is of pointmass, the task of tabletop"),
         ({"lora_rank": 4}, "--lora-rank"),
         ({"bf16": True}, "--bf16"),
         ({"stage1": "runs/whole"}, "runs/whole: has no demonstrations"),

@@ -133,6 +133,7 @@ def test_eval_evaluates_and_films_the_runs(compared, name, monkeypatch):
         assert (folder / picture).stat().st_size > 1000, picture
 
 
+@pytest.mark.slow
 def test_the_baselines_own_tables(workplace, capsys, monkeypatch):
     monkeypatch.setattr(own_tables, "PILOT_STEPS", 80)
     chosen = ("CQL", "no prior data")
