@@ -49,9 +49,7 @@ QUESTION_SUCCESS = "Is it done: {}"
 NO, YES = 0, 1  # number tokens
 LOOK = 500  # updates between two rows of metrics.csv, offline
 NUMBERS = ("state", "after", "tokens", "reward", "v_mu")  # (n, S, d), (n, S, d), (n, L), (n,), (n,)
-Batch = dict[
-    str, Any
-]  # n tuples: a tensor for each of NUMBERS, and `goals`, n texts; of the judge's: state, goals, done
+Batch = dict[str, Any]  # n tuples: NUMBERS as tensors, and `goals`, n texts; the judge's: state, goals, done
 Q_COLUMNS = ("q_data", "q_policy", "mc_return", "td", "calibration_gap", "bc_nll", "grad_climb", "grad_cloning")
 COLUMNS = ("true_at_end", "detected", "false_positives", "mean_steps", "return_mean", "return_std", "return_negative",
            "entropy", "false_positive_rate", "false_negative_rate", "precision", "base_rate", "true_forward",
@@ -197,22 +195,16 @@ def practised(r: Episodes, done: Tensor, gamma: float) -> Batch:
     left = torch.from_numpy(r.length)[r.row] - r.t
     v_mu = torch.where(done[r.row, -1], gamma ** (left - 1.0), 0.0)
     reward = done[r.row, r.t + 1].float()
-    return {
-        "state": state,
-        "after": after,
-        "tokens": r.tokens.cpu(),
-        "reward": reward,
-        "v_mu": v_mu,
-        "goals": [*r.goals],
-    }
+    numbers = (state, after, r.tokens.cpu(), reward, v_mu)
+    return dict(zip(NUMBERS, numbers, strict=True)) | {"goals": list(r.goals)}
 
 
 def demonstrated(demos: Demonstrations, rows: np.ndarray, actions, gamma: float) -> Batch:
     """Tuples of demonstrations: r = 1 where the next observation is the final one."""
     obs, action, goals, left = demos.batch(rows, torch.device("cpu"))
     after = demos.observe(demos.index[rows] + 1, torch.device("cpu"))
-    new = {"state": obs["state"], "after": after["state"], "tokens": actions.encode(action)}
-    return new | {"reward": (left == 1).float(), "v_mu": gamma ** (left - 1.0), "goals": goals}
+    numbers = (obs["state"], after["state"], actions.encode(action), (left == 1).float(), gamma ** (left - 1.0))
+    return dict(zip(NUMBERS, numbers, strict=True)) | {"goals": goals}
 
 
 class Station(Operator):
@@ -400,8 +392,7 @@ def main(cfg: Config) -> None:
     def log(row: dict, tell: bool) -> None:
         now.row += 1
         where = {"row": now.row, "updates": now.updates, "env_steps": now.env_steps, "episodes": now.episodes}
-        blank = dict.fromkeys(COLUMNS, math.nan)
-        run.log(now.row, where | blank | row | {"seconds": run.seconds()}, tell)
+        run.log(now.row, where | dict.fromkeys(COLUMNS, math.nan) | row | {"seconds": run.seconds()}, tell)
         run.keep(policy=actor)
         run.checkpoint()
 

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import stage1  # noqa: E402 - the repository's root is not installed
 import stage2  # noqa: E402
 from baselines import irevla, robofume  # noqa: E402
+from common import UserError  # noqa: E402
 from common.cli import cli  # noqa: E402
 from common.options import Count, check  # noqa: E402
 from common.pictures import BLUE, GREEN, ORANGE, WIDTH, plt  # noqa: E402
@@ -297,6 +298,8 @@ def main(cfg: Config) -> None:
         runs = out = Path("runs/three-ways-pilot")
         cfg.seeds, cfg.env_steps, cfg.episodes = min(cfg.seeds, 1), min(cfg.env_steps, 1200), 4
         cfg.every = cfg.env_steps // 4
+    if cfg.env_steps % cfg.every:
+        raise UserError(f"--every {cfg.every}: must divide --env-steps {cfg.env_steps}")
     runs.mkdir(parents=True, exist_ok=True)
     rows, of_seed = Rows(out / "three_ways.csv"), {}
     for seed in range(cfg.seeds):

@@ -20,6 +20,7 @@ import tyro
 
 import eval as evaluation
 from baselines import irevla, robofume
+from common import UserError
 from common.runs import Run
 from envs.tabletop import TabletopVectorEnv
 from tests import tiny
@@ -156,6 +157,12 @@ def test_variants_and_ablations_are_flags():
     for flags in own_tables.ABLATIONS.values():
         assert robofume.Config(**flags) != robofume.Config()
     assert {"true reward", "no cloning term", "CQL", "no prior data"} == set(own_tables.ABLATIONS)
+
+
+def test_a_budget_that_is_not_cut_evenly_is_refused(workplace):
+    with pytest.raises(UserError, match="--every 30000: must divide --env-steps 100000"):
+        three_ways.main(three_ways.Config(every=30_000))
+    assert not (workplace / "runs/three-ways").exists()
 
 
 def test_a_table_by_hand():
