@@ -1,6 +1,6 @@
 """What checks the exercises, a function each: numbers by hand first, then the repository's own functions.
 
-The text of an assertion is all that a student sees of it.
+The text of an assertion is all that a student sees.
 """
 
 from __future__ import annotations
@@ -68,8 +68,7 @@ def ex02_bins(m) -> None:
     got = m.expected(torch.eye(50)[:1], 140, 50)
     equal(got, [0.0], "sure of bin 0: with its centre, 1.4, d never gets below, and s = 1 never fires")
     p = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 1.0]])
-    lesson = "0.5 · 0 + 0.25 · 2 + 0.25 · 4: bins of two steps begin at 0 2 4 6"
-    equal(m.expected(p, 8, 4), [1.5, 6.0], lesson)
+    equal(m.expected(p, 8, 4), [1.5, 6.0], "0.5 · 0 + 0.25 · 2 + 0.25 · 4: two steps a bin, from 0 2 4 6 on")
     steps = torch.arange(400)
     for cap, bins in ((140, 50), (100, 50), (300, 300), (7, 4)):
         own = tokens.StepsToGo(cap, bins)
@@ -206,9 +205,7 @@ def ex08_detector(m) -> None:
     want = {"true_positives": 2, "false_positives": 1, "false_negatives": 2, "true_negatives": 2}
     got = m.confusion(detected, truth)
     assert got == want, f"{got} should be {want}: positive is what the detector says"
-    far = [9.0, 8.0, 7.0, 6.0, 5.0]
-    d = [[9.0, 2.0, 1.0, 0.0, 0.0], [9.0, 1.0, 5.0, 6.0, 7.0], far, [9.0, 8.0, 0.5, 3.0, 3.0]]
-    d = torch.tensor(d)
+    d = torch.tensor([[9.0, 2, 1, 0, 0], [9.0, 1, 5, 6, 7], [9.0, 8, 7, 6, 5], [9.0, 8, 0.5, 3, 3]])
     truth = torch.tensor([[0, 0, 0, 1, 1], [1, 0, 0, 0, 1], [0, 0, 0, 0, 0], [0, 0, 0, 1, 0]]).bool()
     for s, want, lesson in (
         (2.0, [True, False, True], "detected at times 1, 1, 2: true at 1-3, 1-3, 2-4? Not before"),
@@ -258,18 +255,19 @@ WHY = {  # what whoever is wrong is told
     "ex13_raw_labels": "Near the goal, d and so each reward are only 2.8 times as large; further off, flat.",
     "ex14_moving_reward": "A detection teaches d that what it detected was near. Who corrects a wrong one?",
     "ex15_fresh_adam": "A fresh Adam moves a weight by about its learning rate, however small the loss is.",
-    "ex16_flipped_sign": "The first policies are hardly worse than Stage 1's, and the best one is kept.",
+    "ex16_flipped_sign": "Clipped updates make a policy worse bit by bit, and the best so far is kept.",
     "ex17_reward_to_go": "At γ = 0.9, R_1 is about the first ten steps, and it rewards all that follow.",
 }
 
 
 def prediction(name: str, m) -> None:
     """The word for each variant is the one that the measured means give."""
-    table, measure = practice.measured(), getattr(m, "MEASURE", "mean_steps")
+    given, measure = practice.predictions(m), getattr(m, "MEASURE", "mean_steps")
     words = ", ".join(practice.WORDS[measure])
-    for variant, word in practice.predictions(m).items():
-        if word == "":
-            raise NotImplementedError(f"Write PREDICTION, one of {words}, before you run it.")
+    if "" in given.values():
+        raise NotImplementedError(f"Write PREDICTION, one of {words}, before you run it.")
+    table = practice.measured()
+    for variant, word in given.items():
         assert word in practice.WORDS[measure], f"PREDICTION {word!r} for {variant}: choose one of {words}"
         came = practice.span(table[name, variant], measure, ".3g")
         plain = practice.span(table[practice.UNCHANGED], measure, ".3g")

@@ -2,8 +2,7 @@
 
 Place: line 7 of Algorithm 1. Textbooks subtract a baseline from the return:
 the gradient's expectation stays what it is, its variance shrinks.
-The simplest is the mean return of the batch. Half of the tuples then have a negative return.
-Here the reward is a difference of d already, so a typical return is a little above 0.
+The simplest is the batch's mean return: half of the tuples then have a negative one.
 With the mean subtracted: fewer, the same, or more steps to the goal? Same is within 5/4.
 
     python exercises/practice.py ex12 --seed 0

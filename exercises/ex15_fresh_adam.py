@@ -2,7 +2,7 @@
 
 Place: between the stages. pointmass.py goes on with Stage 1's Adam, as the authors' notebook does.
 Adam divides a gradient by the root of its running mean square, whatever the gradient's size is.
-The loss of Stage 2 is some hundred times smaller than Stage 1's (c = 0.02).
+The loss of Stage 2 is small beside Stage 1's, and c makes it smaller.
 With a fresh Adam, whose running means begin at 0: fewer, the same, or more steps? Same is within 5/4.
 
     python exercises/practice.py ex15 --seed 0

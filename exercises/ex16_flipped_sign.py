@@ -1,7 +1,7 @@
 """Exercise 16: the sign of Equation 2 flipped. 10 minutes, and two of computing.
 
 Place: Equation 2. Whoever writes d(o_t+1) - d(o_t) pays the robot for going away.
-Stage 1 alone succeeds in four of five episodes.
+Stage 1 alone succeeds in most episodes.
 After practice with the flipped sign, is success "none" (below 0.05), "some", or "all" (above 0.95)?
 Predict it twice: as pointmass.stage2 is, and where it does not load the best policy at its end.
 

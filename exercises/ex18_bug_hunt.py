@@ -1,8 +1,8 @@
 """Exercise 18: five silent bugs. 30 minutes.
 
 Place: everywhere. None of these versions raises an error; training runs, and is worse.
-Which test of this repository names each bug? Read the function here and the one it replaces,
-say in one sentence what is wrong, then find a test that fails with it and passes without:
+Read a function here and the one it replaces, say in one sentence what is wrong,
+then find a test that fails with the bug and passes without:
 
     grep -n "^def test" tests/test_stage2.py tests/test_tokens.py tests/test_model.py tests/test_rollout.py
     pytest exercises -k ex18

@@ -2,7 +2,7 @@
 
 Place: Section 5 has three domains; docs/domains.md says what one is, and builds another, a cart on a rail.
 This one is a dial that wraps round: from 350 degrees it is 20 degrees to 10. The instruction names a mark.
-Attributes are given, methods are not; no images. Whatever simulation i draws comes from self.rngs[i].
+Attributes are given, methods are not; no images. Simulation i draws from self.rngs[i], of NumPy.
 
     pytest exercises -k ex19
 
@@ -39,7 +39,8 @@ class DialVectorEnv(Domain):
         raise NotImplementedError
 
     def _place(self, rows: np.ndarray) -> None:
-        """For each i of rows: a mark and its text, and an angle at least 2 NEAR away from it."""
+        """For each i of rows draw self.mark[i] and self.texts[i], one of instructions(), that go together,
+        and self.angle[i], at least 2 NEAR away from the mark."""
         raise NotImplementedError
 
     def _move(self, actions: np.ndarray) -> None:

@@ -78,6 +78,7 @@ def stage1(cfg: pointmass.Config, changes: dict):
             data = pointmass.demonstrate(cfg.episodes, rng)
             agent = pointmass.Agent(data, cfg.bins)
             optimizer = pointmass.stage1(agent, data, cfg, rng)
+        pointmass.evaluate(agent, rng)  # as pointmass.main does: the same random numbers from here on
         kept = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng.get_state()}
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(kept | {"s": pointmass.calibrate(agent, data)}, path)
@@ -95,6 +96,7 @@ def run(changes: dict, seed: int) -> dict[str, float]:
     """Practise: success and mean steps of 1000 fresh episodes, and what practice detected at last."""
     start = time.time()
     cfg = pointmass.Config(seed=seed, **{k: v for k, v in changes.items() if not callable(v)})
+    torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()):
         agent, optimizer, s, rng = stage1(cfg, changes)
         s = s if cfg.success_threshold is None else cfg.success_threshold
