@@ -77,7 +77,6 @@ PRESETS = {
     # two arms: answers of 70 tokens, the first target's 14 joints with the help of an MLP
     "nano-arms": EFMConfig(depth=4, sinusoidal_numbers=1.0, state_mlp=512, state_bias_tokens=14),
     "nano-wide": EFMConfig(width=128, depth=3, head_dim=32, mlp_dim=512),  # a table, few demonstrations
-    "nano-sight": EFMConfig(depth=5, vit_width=128, vit_depth=2, vit_mlp_dim=512),  # a table's frames
     "small": EFMConfig(width=512, depth=8, heads=8, kv_heads=2, head_dim=64, mlp_dim=2048, **VIT_SMALL),
     "paligemma-3b": EFMConfig(**GEMMA_2B, **SO400M),
 }
@@ -495,8 +494,7 @@ class EFM(nn.Module):
         cfg = self.cfg
         S = len(cfg.state_names)
         d = cfg.state_dim + 2 * 2 * cfg.state_sinusoids
-        weight = torch.randn(S, d, cfg.width) / math.sqrt(d)
-        self.state_weight = nn.Parameter(weight)
+        self.state_weight = nn.Parameter(torch.randn(S, d, cfg.width) / math.sqrt(d))
         # on the CPU even where the weights are made on the meta device: no file brings these two
         words = [self.tokenizer.encode(name) for name in cfg.state_names]
         self.register_buffer("state_words", torch.tensor(sum(words, []), device="cpu"), persistent=False)

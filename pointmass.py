@@ -5,6 +5,7 @@
 # The task is the authors' notebook's; docs/deviations.md says where we deviate.
 #
 #     python pointmass.py --seed 0           # 20 seconds on an idle core; writes runs/pointmass-toy-s0
+#     python pointmass.py --gamma 0          # an ablation, in a folder of its own
 #     jupytext --to notebook pointmass.py    # pip install jupytext; the same page as a notebook
 
 # %% Setup
@@ -285,8 +286,7 @@ def main(cfg: Config) -> None:
     (out / "metrics.csv").write_text("\n".join(lines) + "\n")
     summary = {f"stage1_{k}": v for k, v in first.items()} | {f"stage2_{k}": v for k, v in second.items()}
     git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=here, capture_output=True, text=True)
-    summary |= {"success_threshold": s, "seed": cfg.seed, "commit": git.stdout.strip()}
-    summary["seconds"] = time.time() - start
+    summary |= dict(success_threshold=s, seed=cfg.seed, commit=git.stdout[:7], seconds=time.time() - start)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2), f"\nwrote figure9.png, metrics.csv and summary.json to {out}/")
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -89,8 +90,8 @@ def calibrate(before: Tensor, final: Tensor, precision: float = 0.9) -> tuple[fl
 
     before: the least d of each demonstration's observations but the last, float (n,); final: the last one's.
     The largest, because a missed arrival costs the rest of the horizon, an early alarm a step or two, and who
-    practises arrives faster than any demonstrator. Returns s, its precision, its recall: of the demonstrations
-    that no alarm ended before, the share that it ends. Where no s is precise enough: the one most often right.
+    practises arrives faster than any demonstrator. Returns s, its precision, its recall: of demonstrations
+    that no alarm ended before, the share that it ends. If no s is precise enough: the one most often right.
     """
     candidates = torch.cat([before, final]).sort().values  # (2 n,)
     wrong = (before <= candidates[:, None]).sum(1)  # (2 n,)
@@ -117,6 +118,15 @@ class Progress:
         self.best |= {name: held_out[name] for name in better}
         self.instruction_on = self.instruction_on and "instruction" in better
         return better
+
+
+def measure(run: Path, valid: demos.Demonstrations, steps: StepsToGo, cfg: Config) -> dict[str, float]:
+    """The threshold of a finished run's detector, and its policy's success."""
+    _, _, reward_model = setup.load_run(run, 1)
+    episodes = 20 if cfg.weights or cfg.vit else 300  # large models take their time
+    s, precision, recall = calibrate(*demos.arrivals(reward_model, valid, steps, episodes))
+    measured = {"success_threshold": s, "held_out_precision": precision, "held_out_recall": recall}
+    return measured | evaluate(run, cfg.eval_episodes, cfg.seed, s)
 
 
 def main(cfg: Config) -> None:
@@ -195,15 +205,7 @@ def main(cfg: Config) -> None:
 
     told = {"stage": "stage1", "domain": cfg.domain, "obs": cfg.obs, "seed": cfg.seed}
     told["episodes"] = len(train.ends) + len(valid.ends)
-
-    def evaluated() -> dict[str, float]:
-        _, _, reward_model = setup.load_run(run.folder, 1)
-        episodes = 20 if cfg.weights or cfg.vit else 300  # large models take their time
-        s, precision, recall = calibrate(*demos.arrivals(reward_model, valid, steps, episodes))
-        measured = {"success_threshold": s, "held_out_precision": precision, "held_out_recall": recall}
-        return measured | evaluate(run.folder, cfg.eval_episodes, cfg.seed, s)
-
-    run.finish(told, evaluated)
+    run.finish(told, lambda: measure(run.folder, valid, steps, cfg))
 
 
 if __name__ == "__main__":

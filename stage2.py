@@ -121,6 +121,12 @@ class Progress:
     best: float = math.inf  # mean steps of the policy that is kept
     best_at: int = 0  # iteration
 
+    def expected_steps(self, horizon: int) -> float:
+        """Of a practice episode, as far as is known."""
+        if self.recent:
+            return self.recent[-1][1]
+        return self.first[0] if self.first else horizon
+
     def better(self, length: np.ndarray) -> bool:
         """Whether practice is faster than ever, and than Stage 1's policy by three standard errors."""
         self.recent = [*self.recent, [len(length), float(length.mean()), float(length.var())]][-5:]
@@ -147,10 +153,9 @@ def main(cfg: Config) -> None:
 
     def practise(tuples: int) -> Episodes:
         """One episode of as many simulations as the tuples take; whole episodes, of the present policy."""
-        steps = (now.recent or [[0, *(now.first or [env.horizon])]])[-1][1]  # of an episode, as far as is known
-        stations = setup.simulations(
-            env, min(cfg.num_envs // ranks.world(), 8 * math.ceil(tuples / steps / 8))
-        )
+        most = cfg.num_envs // ranks.world()
+        needed = 8 * math.ceil(tuples / now.expected_steps(env.horizon) / 8)  # in eights
+        stations = setup.simulations(env, min(most, needed))
         seed = 10**9 * (cfg.seed + 1) + now.episodes + ranks.rank() * stations.num_envs
         with ranks.unsharded(policy, reward_model), ranks.autocast(cfg.bf16):
             episodes = rollout(policy, reward_model, stations, seed, generator, ends, cfg.temperature)

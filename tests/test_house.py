@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 LINES = {
     "pointmass.py": 300,
     "tokens.py": 140,
-    "model.py": 550,
+    "model.py": 560,
     "stage0.py": 150,
     "stage1.py": 220,
     "stage2.py": 220,
-    "rollout.py": 250,
+    "rollout.py": 300,
     "eval.py": 160,
 }
 MAIN, COLUMNS = 80, 110
@@ -27,14 +27,15 @@ LAYERS = [
     {"model", "envs"},
     {"common.weights"},
     {"common.ranks"},
-    {"common.runs", "common.cli"},
+    {"common.runs", "common.cli", "common.average"},
     {"common.demos"},
     {"common.setup"},
     {"rollout"},
     {"stage0", "stage1", "stage2"},
-    {"eval", "baselines", "exercises", "results"},
+    {"eval"},
+    {"baselines", "exercises", "results"},
 ]
-LEAVES = {"eval", "baselines", "exercises", "results"}
+LEAVES = {"baselines", "exercises", "results"}  # nothing imports them; eval is filmed with by results/ alone
 ALONE = {"tokens", "pointmass"}
 
 
@@ -179,8 +180,8 @@ def test_the_checker_of_circles_can_fail():
         ("stage1", "stage2", "not above"),
         ("envs.aloha", "model", "not above"),
         ("common", "common.options", "not above"),
-        ("stage2", "eval", "leaf"),
-        ("results.figure2", "eval", "leaf"),
+        ("stage2", "eval", "not above"),
+        ("results.before_after", "eval", ""),
         ("results.figure2", "exercises.practice", "leaf"),
         ("rollout", "baselines.irevla", "leaf"),
     ],

@@ -57,12 +57,13 @@ def appendix_e(value: Tensor, gamma: float) -> Tensor:
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_the_reward_is_a_value_and_a_difference_of_potentials(rng, gamma):
+def test_appendix_e(rng, gamma):
     """Equation 3: r = (1 - gamma) V(o_t+1) + [gamma V(o_t+1) - V(o_t)], whatever gamma is."""
     value = -20 * torch.rand(8, 13, generator=rng)
     now, following = value[:, :-1], value[:, 1:]
     shaping = gamma * following - now
-    torch.testing.assert_close(stage2.rewards(-value), (1 - gamma) * following + shaping, atol=1e-5, rtol=0)
+    reward = (1 - gamma) * following + shaping  # [Eq. 3]
+    torch.testing.assert_close(stage2.rewards(-value), reward, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
