@@ -39,8 +39,8 @@ from tokens import QUESTION_ACTION, action_tokenizer  # noqa: E402
 
 LOOK = 500  # updates of cloning between two rows of metrics.csv
 SL_COLUMNS = ("sl_update", "nll_demonstrations", "nll_successes")
-RL_COLUMNS = ("true_at_end", "detected", "false_positives", "mean_steps", "return_mean", "return_std", "return_negative",
-              "entropy", "successes", "explained_variance", "kl", "updates")  # fmt: skip
+RL_COLUMNS = ("true_at_end", "detected", "false_positives", "mean_steps", "return_mean", "return_std",
+              "return_negative", "entropy", "successes", "explained_variance", "kl", "updates")  # fmt: skip
 
 
 @dataclass
@@ -110,13 +110,12 @@ def gae(reward: Tensor, value: Tensor, length: np.ndarray, gamma: float, lam: fl
     reward, value float (n, T), 0 behind an episode's end; length int (n,).
     """
     n, T = reward.shape
-    end = torch.from_numpy(length)
+    alive = torch.arange(T + 1) < torch.from_numpy(length)[:, None]  # (n, T + 1)
     value = torch.cat([value, torch.zeros(n, 1)], 1)  # (n, T + 1)
     advantage = torch.zeros(n, T + 1)
     for t in reversed(range(T)):
-        goes_on = (t + 1 < end).float()
-        delta = reward[:, t] + gamma * value[:, t + 1] * goes_on - value[:, t]
-        advantage[:, t] = (delta + gamma * lam * advantage[:, t + 1]) * (t < end)
+        delta = reward[:, t] + gamma * value[:, t + 1] * alive[:, t + 1] - value[:, t]
+        advantage[:, t] = (delta + gamma * lam * advantage[:, t + 1]) * alive[:, t]
     return advantage[:, :T]
 
 
@@ -323,7 +322,8 @@ def main(cfg: Config) -> None:
 
     told = {"stage": "irevla", "domain": cfg.tasks[0], "obs": tasks[0].obs, "seed": cfg.seed, "stage1": cfg.stage1}
     told |= {"episodes": now.episodes, "env_steps": now.env_steps}
-    run.finish(told, lambda: evaluate(run.folder, cfg.eval_episodes, cfg.seed, tasks[0].success_threshold))
+    s = setup.measured_threshold(Path(cfg.stage1), tasks[0])  # for the confusion table of Stage 1's detector
+    run.finish(told, lambda: evaluate(run.folder, cfg.eval_episodes, cfg.seed, s))
 
 
 if __name__ == "__main__":

@@ -49,9 +49,7 @@ QUESTION_SUCCESS = "Is it done: {}"
 NO, YES = 0, 1  # number tokens
 LOOK = 500  # updates between two rows of metrics.csv, offline
 NUMBERS = ("state", "after", "tokens", "reward", "v_mu")  # (n, S, d), (n, S, d), (n, L), (n,), (n,)
-Batch = dict[
-    str, Any
-]  # n tuples: a tensor for each of NUMBERS, and `goals`, n texts; of the judge's: state, goals, done
+Batch = dict[str, Any]  # n tuples: NUMBERS as tensors, and `goals`, n texts; the judge's: state, goals, done
 Q_COLUMNS = ("q_data", "q_policy", "mc_return", "td", "calibration_gap", "bc_nll", "grad_climb", "grad_cloning")
 COLUMNS = ("true_at_end", "detected", "false_positives", "mean_steps", "return_mean", "return_std", "return_negative",
            "entropy", "false_positive_rate", "false_negative_rate", "precision", "base_rate", "true_forward",
@@ -197,22 +195,16 @@ def practised(r: Episodes, done: Tensor, gamma: float) -> Batch:
     left = torch.from_numpy(r.length)[r.row] - r.t
     v_mu = torch.where(done[r.row, -1], gamma ** (left - 1.0), 0.0)
     reward = done[r.row, r.t + 1].float()
-    return {
-        "state": state,
-        "after": after,
-        "tokens": r.tokens.cpu(),
-        "reward": reward,
-        "v_mu": v_mu,
-        "goals": [*r.goals],
-    }
+    numbers = (state, after, r.tokens.cpu(), reward, v_mu)
+    return dict(zip(NUMBERS, numbers, strict=True)) | {"goals": list(r.goals)}
 
 
 def demonstrated(demos: Demonstrations, rows: np.ndarray, actions, gamma: float) -> Batch:
     """Tuples of demonstrations: r = 1 where the next observation is the final one."""
     obs, action, goals, left = demos.batch(rows, torch.device("cpu"))
     after = demos.observe(demos.index[rows] + 1, torch.device("cpu"))
-    new = {"state": obs["state"], "after": after["state"], "tokens": actions.encode(action)}
-    return new | {"reward": (left == 1).float(), "v_mu": gamma ** (left - 1.0), "goals": goals}
+    numbers = (obs["state"], after["state"], actions.encode(action), (left == 1).float(), gamma ** (left - 1.0))
+    return dict(zip(NUMBERS, numbers, strict=True)) | {"goals": goals}
 
 
 class Station(Operator):
@@ -284,8 +276,8 @@ class Learner(nn.Module):
             slow.lerp_(fast.detach(), cfg.target_rate)
         least = q.detach().amin(2)  # (B, L, K)
         q_data, q_policy = least.gather(2, tokens[..., None]).mean(), (pi.detach() * least).sum(-1).mean()
-        told = (q_data, q_policy, v_mu.mean(), bellman, q_data - v_mu.mean(), nll, *norms)
-        return dict(zip(Q_COLUMNS, map(float, told), strict=True))
+        told = torch.stack([q_data, q_policy, v_mu.mean(), bellman, q_data - v_mu.mean(), nll]).tolist()
+        return dict(zip(Q_COLUMNS, told + norms, strict=True))
 
 
 def step(optimizer: torch.optim.Optimizer, loss: Tensor, model: nn.Module) -> None:
@@ -311,6 +303,7 @@ class Progress:
     row: int = 0  # of metrics.csv
     env_steps: int = 0
     episodes: int = 0
+    labels: int = 0  # episodes that a person looked at, for D_⊖
 
 
 def act(actor: EFM, judge: Judge | None, env: Any, cfg: Config, now: Progress, generator, ends) -> Episodes:
@@ -337,6 +330,7 @@ def collect_failures(actor: EFM, env: Any, cfg: Config, now: Progress, failed: S
         goals = [*r.goals[mine.numpy()], *r.goals[: env.num_envs][failure.numpy()]]  # at t = 0 all are there
         failed.add({"state": state, "goals": goals, "done": torch.zeros(len(goals), dtype=torch.long)})
         found += int(failure.sum())
+        now.labels = now.episodes
         if found >= cfg.failures:
             return
     if not found:
@@ -398,8 +392,7 @@ def main(cfg: Config) -> None:
     def log(row: dict, tell: bool) -> None:
         now.row += 1
         where = {"row": now.row, "updates": now.updates, "env_steps": now.env_steps, "episodes": now.episodes}
-        blank = dict.fromkeys(COLUMNS, math.nan)
-        run.log(now.row, where | blank | row | {"seconds": run.seconds()}, tell)
+        run.log(now.row, where | dict.fromkeys(COLUMNS, math.nan) | row | {"seconds": run.seconds()}, tell)
         run.keep(policy=actor)
         run.checkpoint()
 
@@ -439,8 +432,10 @@ def main(cfg: Config) -> None:
         log(row | {"interventions": stations.interventions}, tell=now.row % 10 == 0)
 
     told = {"stage": "robofume", "domain": env.name, "obs": env.obs, "seed": cfg.seed, "stage1": cfg.stage1}
-    told |= {"episodes": now.episodes, "env_steps": now.env_steps, "interventions": stations.interventions}
-    run.finish(told, lambda: evaluate(run.folder, cfg.eval_episodes, cfg.seed, env.success_threshold))
+    told |= {"episodes": now.episodes, "env_steps": now.env_steps, "labels": now.labels}
+    told |= {"interventions": stations.interventions, "judge_held_out_loss": now.judge_best}
+    s = setup.measured_threshold(Path(cfg.stage1), env)  # for the confusion table of Stage 1's detector
+    run.finish(told, lambda: evaluate(run.folder, cfg.eval_episodes, cfg.seed, s))
 
 
 if __name__ == "__main__":

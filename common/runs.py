@@ -238,7 +238,7 @@ class Run:
         for key, value in row.items():
             self.tensorboard.add_scalar(key, value, step)
         if tell:
-            tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+            tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items() if not math.isnan(v)))
 
     def keep(self, **models: EFM) -> None:
         """Write each model's checkpoint, NAME.safetensors, atomically; all ranks call it, rank 0 writes."""

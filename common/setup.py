@@ -329,11 +329,9 @@ def baseline(cfg: Any, domains: tuple[str, ...], name: str) -> tuple[list, Run, 
     made = [make_env(domain, cfg.num_envs, obs=settings["obs"]) for domain in domains]
     taught = make_env(settings["domain"], 1, obs=settings["obs"])
     for env in made:
-        require_alike(env, taught)
+        require_alike(env, taught, f"--stage1 {stage1}: is of {taught.name}, the task of {env.name}; name another")
     policy = load_checkpoint(stage1 / "policy.safetensors", taught)
-    adapters = f"--stage1 {stage1}: has LoRA adapters, which no baseline trains; name another"
-    practised = f"--stage1 {stage1}: has no demonstrations of its own; name a Stage 1 run"
-    must([(not policy.lora_rank, adapters), ("episodes" in settings, practised)])
+    must([(not policy.lora_rank, f"--stage1 {stage1}: has LoRA adapters, which no baseline trains; name another")])
     ranks.choose_threads(cfg, sum(p.numel() for p in policy.parameters()))
     run = open_run(cfg, made[0], name, obs=settings["obs"], domain=domains[0])
     if run.done:
@@ -343,13 +341,12 @@ def baseline(cfg: Any, domains: tuple[str, ...], name: str) -> tuple[list, Run, 
     return made, run, policy, reward_model, data
 
 
-def require_alike(env: VectorEnv, taught: VectorEnv) -> None:
+def require_alike(env: VectorEnv, taught: VectorEnv, complaint: str = "") -> None:
     """Raise UserError unless a model taught in one domain can practise in the other: same observations, same tokens."""
     alike = ("state_names", "state_dim", "action_tokens", "steps_cap", "steps_bins", "simultaneous")
     if any(getattr(env, k) != getattr(taught, k) for k in alike):
-        raise UserError(
-            f"--domain {env.name}: its actions or observations are not those of {taught.name}; leave it out"
-        )
+        of_domain = f"--domain {env.name}: its actions or observations are not those of {taught.name}; leave it out"
+        raise UserError(complaint or of_domain)
 
 
 def load_moments(optimizer: torch.optim.Optimizer, run: Path) -> None:

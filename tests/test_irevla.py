@@ -291,6 +291,7 @@ def imitated(tmp_path_factory):
         patch.chdir(folder)
         stage1.main(stage1.Config(episodes=20, updates=2, batch=8, eval_every=2, eval_episodes=2, out="runs/one"))
         irevla.main(irevla.Config(**SETTINGS, out="runs/whole"))
+        patch.setattr(irevla, "evaluate", lambda *_: {})  # once is enough
         yield folder
 
 
@@ -338,7 +339,7 @@ def test_what_a_run_logs(imitated):
         assert float(first["kl"]) == 0 < float(second["kl"])
     # all steps are counted: PPO's, 80 or a few more a task, and the collection's
     summary = read_json(imitated / "runs/whole/summary.json")
-    assert summary["env_steps"] == summary["episodes"] * 12  # none succeeds
+    assert 0.9 <= summary["env_steps"] / (summary["episodes"] * 12) <= 1  # hardly any succeeds
     assert 2 * (80 + 30) <= summary["env_steps"] <= 2 * (80 + 30 + 2 * 48)
     config = read_json(imitated / "runs/whole/config.json")
     assert (config["domain"], config["epochs"], config["lr"], config["gamma"]) == ("pointmass", 4, 3e-4, 0.99)
@@ -389,7 +390,7 @@ def test_names_of_runs(imitated, monkeypatch):
     [
         ({"tasks": ()}, "--tasks"),
         ({"tasks": ("nowhere",)}, "--domain nowhere"),
-        ({"tasks": ("tabletop",)}, "--domain tabletop"),
+        ({"tasks": ("tabletop",)}, "runs/one: is of pointmass, the task of tabletop"),
         ({"lora_rank": 4}, "--lora-rank"),
         ({"bf16": True}, "--bf16"),
         ({"stage1": "runs/whole"}, "runs/whole: has no demonstrations"),

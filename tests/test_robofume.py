@@ -213,11 +213,11 @@ def test_the_critic_learns_a_reward_and_the_actor_climbs_it():
     cfg = robofume.Config(seed=0, bc_weight=0.0, alpha=0.0, actor_lr=3e-3, critic_lr=3e-3, target_rate=0.2)
     learner = robofume.Learner(tiny.small("state", 0, "tabletop"), cfg, RANGES)
     one = some_batch(1)
-    n = 64
+    n = 32
     batch = {k: v * n if k == "goals" else v.repeat_interleave(n, 0) for k, v in one.items()}
     g = torch.Generator().manual_seed(1)
     paid = 4
-    for _ in range(60):
+    for _ in range(40):
         batch["tokens"] = torch.stack([torch.randint(a, b, (n,), generator=g) for a, b in RANGES], 1)
         batch["reward"] = (batch["tokens"][:, 3] == paid).float()
         batch["after"], batch["v_mu"] = batch["state"], torch.zeros(n)
@@ -364,8 +364,8 @@ def test_where_nothing_is_to_undo_a_station_is_reset_and_does():
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
-SETTINGS = {"stage1": "runs/one", "failures": 4, "judge_updates": 3, "offline_updates": 3, "env_steps": 200,
-            "num_envs": 4, "warmup": 30, "steps_per_update": 24, "batch": 8, "eval_episodes": 2, "reset_least": 2.0,
+SETTINGS = {"stage1": "runs/one", "failures": 4, "judge_updates": 3, "offline_updates": 3, "env_steps": 90,
+            "num_envs": 4, "warmup": 12, "steps_per_update": 8, "batch": 8, "eval_episodes": 2, "reset_least": 2.0,
             "reset_most": 4.0}  # fmt: skip
 
 
@@ -383,6 +383,7 @@ def practised(tmp_path_factory):
         stage1.main(stage1.Config(domain="tabletop,pairs=both", episodes=20, out="runs/one", **how))
         stage1.main(stage1.Config(domain="tabletop,pairs=prior", episodes=10, out="runs/other", **how))
         robofume.main(robofume.Config(**SETTINGS, out="runs/whole"))
+        patch.setattr(robofume, "evaluate", lambda *_: {})  # once is enough
         yield folder
 
 
@@ -398,14 +399,14 @@ def test_what_a_run_logs(practised):
     assert [row["updates"] for row in offline] == ["2", "3"] and len(practice) >= 2
     assert all(row["q_data"] != "nan" and row["grad_climb"] != "nan" and row["interventions"] == "nan" for row in offline)
     assert all(0 <= float(row[k]) <= 1 for row in practice for k in ("precision", "base_rate", "false_positive_rate"))
-    # nothing is learnt before the first `warmup` tuples; then one update in 24 steps
+    # nothing is learnt before the first `warmup` tuples; then one update in 8 steps
     assert practice[0]["updates"] == "3" and practice[0]["q_data"] == "nan"
     summary, config = read_json(practised / "runs/whole/summary.json"), read_json(practised / "runs/whole/config.json")
     failures = int(offline[0]["env_steps"])
-    assert failures >= 4 * 12 and int(practice[-1]["env_steps"]) == summary["env_steps"] >= 200
+    assert failures >= 4 * 12 and int(practice[-1]["env_steps"]) == summary["env_steps"] >= 90
     learnt = int(practice[-1]["updates"]) - 3
     warm = [int(row["env_steps"]) for row in practice if int(row["updates"]) == 3][-1]
-    assert learnt == summary["env_steps"] // 24 - warm // 24 > 0
+    assert learnt == summary["env_steps"] // 8 - warm // 8 > 0
     assert (config["domain"], config["gamma"], summary["interventions"]) == (
         "tabletop,pairs=both",
         0.99,
@@ -423,8 +424,11 @@ def test_practice_leaves_the_judge_alone_and_changes_the_actor(practised, monkey
             seen.append(({k: v.clone() for k, v in judge.state_dict().items()}, [p.requires_grad for p in judge.parameters()]))
         return acts(actor, judge, *args)
 
+    given, made = [], robofume.practised
     monkeypatch.setattr(robofume, "act", watched)
+    monkeypatch.setattr(robofume, "practised", lambda r, done, gamma: (given.append((r, done)), made(r, done, gamma))[1])
     robofume.main(robofume.Config(**SETTINGS, out="runs/watched"))
+    assert len(given) >= 2 and all(torch.equal(done, r.d <= 0) for r, done in given)  # it alone rewards
     kept = load_model(practised / "runs/watched/judge.safetensors").state_dict()
     assert len(seen) >= 2
     for weights, learns in seen:
@@ -499,18 +503,14 @@ def test_true_reward_is_an_option_and_not_the_default(practised, monkeypatch):
     monkeypatch.chdir(practised)
     given, made = [], robofume.practised
     monkeypatch.setattr(robofume, "practised", lambda r, done, gamma: (given.append((r, done)), made(r, done, gamma))[1])
-    for reward in ("judge", "truth"):
-        given.clear()
-        robofume.main(robofume.Config(**SETTINGS, reward=reward, out=f"runs/by-{reward}"))
-        assert len(given) >= 2
-        for r, done in given:
-            assert torch.equal(done, r.truth if reward == "truth" else r.d <= 0)
-    assert tiny.metrics(practised / "runs/by-judge") == tiny.metrics(practised / "runs/whole")
+    robofume.main(robofume.Config(**SETTINGS, reward="truth", out="runs/by-truth"))
+    assert given and all(torch.equal(done, r.truth) for r, done in given)
+    assert robofume.Config().reward == "judge"
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", [1, 3, 5])
 def test_an_interrupted_run_ends_in_the_same_bytes(practised, monkeypatch, n):
-    """Stopped after the n-th checkpoint: while the judge learns, before and in the offline phase, in practice."""
+    """Stopped after the n-th checkpoint: while the judge learns, in the offline phase, in practice."""
     monkeypatch.chdir(practised)
     calls, checkpoint = [], Run.checkpoint
 
@@ -524,7 +524,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(practised, monkeypatch, n):
         patch.setattr(Run, "checkpoint", stop)
         robofume.main(robofume.Config(**SETTINGS, out=f"runs/cut{n}"))
     now = calls[-1]
-    assert (now.judge_update, now.updates, now.row) == {1: (2, 0, 0), 2: (3, 0, 0), 3: (3, 2, 1), 5: (3, 3, 3)}[n]
+    assert (now.judge_update, now.updates, now.row) == {1: (2, 0, 0), 3: (3, 2, 1), 5: (3, 3, 3)}[n]
     robofume.main(robofume.Config(**SETTINGS, out=f"runs/cut{n}", resume=True))
     assert tiny.metrics(practised / f"runs/cut{n}") == tiny.metrics(practised / "runs/whole")
     for name in ("judge", "offline", "policy"):

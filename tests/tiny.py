@@ -36,10 +36,8 @@ def tiny_presets() -> Iterator[None]:
 def small(obs: str, seed: int, domain: str = "pointmass") -> EFM:
     """An untrained model for a domain."""
     env = envs.make_vec(domain, 1, obs=obs)
-    if obs == "state":
-        sizes = {"state_names": env.state_names, "state_dim": env.state_dim}
-    else:
-        sizes = {"image_size": env.size}
+    states = {"state_names": env.state_names, "state_dim": env.state_dim}
+    sizes = states if obs == "state" else {"image_size": env.size}
     torch.manual_seed(seed)
     tokenizer = Tokenizer.train([*env.instructions(), *env.state_names])
     return EFM(dataclasses.replace(SMALL, **sizes), tokenizer)
