@@ -128,6 +128,7 @@ def wrong_way(graph: dict[str, set[str]]) -> list[str]:
 ALLOWED = {
     ("common.options", "common"),  # UserError; the package's own file imports nothing
     ("results.exercises", "exercises.practice"),  # measures what the exercises claim
+    ("results.ablations", "exercises.practice"),  # and shares their Stage 1
     *(
         (f"results.{name}", f"baselines{part}")  # they measure the baselines
         for name in ("three_ways", "neighbours")
