@@ -23,7 +23,7 @@ TINY = {"width": 16, "depth": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp_
 SCRIPTS = {"stage0": stage0, "stage1": stage1, "stage2": stage2}
 # Stage 0's and Stage 1's last look comes before eval_every updates are over; Stage 2 saves its policy from
 # iteration 5 on, and its threshold is about what an untrained model says: the detector ends some episodes
-PRACTICE = {"iterations": 8, "updates": 2, "batch": 8, "num_envs": 4, "lr": 1e-2, "eval_episodes": 2}
+PRACTICE = {"iterations": 8, "updates": 2, "batch": 8, "num_envs": 4, "lr": 1e-2, "eval_episodes": 2, "first_look": 4}
 SETTINGS = {
     "stage0": {"updates": 5, "batch": 4, "eval_every": 2},
     "stage1": {"episodes": 30, "updates": 5, "eval_every": 2, "batch": 16, "eval_episodes": 2},

@@ -413,7 +413,7 @@ def test_both_stages_run(tmp_path, monkeypatch, obs):
     monkeypatch.setattr(envs, "make_vec", lambda domain, n, **kwargs: make_vec(domain, n, **kwargs | size))
     few = {"episodes": 12, "updates": 4, "batch": 16, "eval_every": 2, "eval_episodes": 2}
     stage1.main(stage1.Config(domain="aloha", obs=obs, **few))
-    stage2.main(stage2.Config(iterations=1, updates=1, batch=16, num_envs=4, eval_episodes=2))
+    stage2.main(stage2.Config(iterations=1, updates=1, batch=16, num_envs=4, first_look=4, eval_episodes=2))
     for stage in ("stage1", "stage2"):
         assert next(Path("runs").glob(f"aloha*-{stage}-s0/summary.json")).exists()
 

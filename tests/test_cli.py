@@ -39,7 +39,7 @@ SCRIPTS = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "eval": evaluat
 TINY = {
     "stage0": "--updates 2 --batch 4 --eval-every 1",
     "stage1": "--episodes 30 --updates 4 --eval-every 2 --eval-episodes 4",
-    "stage2": "--iterations 2 --updates 1 --batch 4 --num-envs 2 --eval-episodes 2",
+    "stage2": "--iterations 2 --updates 1 --batch 4 --num-envs 2 --first-look 2 --eval-episodes 2",
     "eval": "--episodes 2",
 }
 ONE, TWO, ZERO = (f"runs/pointmass-{s}-s0" for s in ("stage1", "stage2", "images-stage0"))

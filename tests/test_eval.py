@@ -75,7 +75,7 @@ def test_a_run_folder_stands_alone(tmp_path, monkeypatch, short):
     """Evaluated from anywhere, without Stage 1's folder, by another name, to the same numbers."""
     monkeypatch.chdir(tmp_path)
     stage1_run(Path("runs/stage1"), "state")
-    few = {"iterations": 1, "updates": 1, "batch": 8, "num_envs": 2, "eval_episodes": 2}
+    few = {"iterations": 1, "updates": 1, "batch": 8, "num_envs": 2, "first_look": 2, "eval_episodes": 2}
     stage2.main(stage2.Config(stage1="runs/stage1", out="runs/stage2", success_threshold=5.0, **few))
     before = evaluate(Path("runs/stage2"), 3, 0, 5.0)
     shutil.rmtree("runs/stage1")

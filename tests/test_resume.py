@@ -126,7 +126,7 @@ def test_resume_of_a_run_that_never_began(references, tmp_path, monkeypatch):
 # --- real processes, really killed --------------------------------------------------------------------
 STAGES = {
     "stage1": "--episodes 200 --updates 60 --eval-every 5 --eval-episodes 4 --out runs/stage1",
-    "stage2": "--stage1 runs/stage1 --iterations 8 --updates 4 --success-threshold 60 --eval-episodes 4"
+    "stage2": "--stage1 runs/stage1 --iterations 8 --updates 4 --first-look 8 --success-threshold 60 --eval-episodes 4"
     " --out runs/stage2",
 }
 

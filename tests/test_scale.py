@@ -174,7 +174,7 @@ ONE = {
     "eval_every": 2,
     "lr": 1e-1,
 }
-TWO = {"iterations": 6, "updates": 2, "batch": 8, "num_envs": 4, "success_threshold": 69.0, "lr": 1e-2}
+TWO = {"iterations": 6, "updates": 2, "batch": 8, "num_envs": 4, "first_look": 4, "success_threshold": 69.0, "lr": 1e-2}
 
 
 @pytest.fixture(scope="module")

@@ -190,6 +190,7 @@ def run(tmp_path, monkeypatch, obs: str, **settings) -> tuple[list[EFM], list[di
         "num_envs": 4,
         "iterations": 6,
         "lr": 1e-3,
+        "first_look": 4,
         "eval_episodes": 3,
     } | settings
     stage2.main(stage2.Config(stage1="runs/stage1", out="runs/stage2", **settings))
@@ -231,7 +232,7 @@ def test_practice_of_the_blocks_changes_the_transformers_blocks_and_nothing_else
         )
     # and of its moments, which are of fewer weights than all
     with pytest.raises(UserError, match="--keep-optimizer: the moments of runs/stage2"):
-        few = {"updates": 1, "batch": 8, "num_envs": 2, "iterations": 1, "learns": "all"}
+        few = {"updates": 1, "batch": 8, "num_envs": 2, "iterations": 1, "first_look": 2, "learns": "all"}
         stage2.main(stage2.Config(stage1="runs/stage2", out="runs/again", keep_optimizer=True, **few))
     assert not Path("runs/again").exists()
 
@@ -360,7 +361,7 @@ def test_practice_in_another_domain(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stage1_run(Path("runs/tabletop-stage1-s0"), "state", "tabletop")
     (Path("runs/tabletop-stage1-s0") / "summary.json").write_text("{}")
-    few = {"updates": 1, "batch": 8, "num_envs": 2, "iterations": 1, "eval_episodes": 2}
+    few = {"updates": 1, "batch": 8, "num_envs": 2, "iterations": 1, "first_look": 2, "eval_episodes": 2}
     looks, make_vec = [], envs.make_vec
 
     def watched(*args, **kwargs):
@@ -440,7 +441,7 @@ def test_practice_without_resets_resumes_exactly(tmp_path, monkeypatch):
     make = envs.make_vec
     monkeypatch.setattr(envs, "make_vec", lambda *a, **k: (e := make(*a, **k), setattr(e, "horizon", 8))[0])
     stage1_run(Path("runs/stage1"), "state", "tabletop")
-    settings = {"stage1": "runs/stage1", "operator": True, "updates": 2, "batch": 16, "num_envs": 4}
+    settings = {"stage1": "runs/stage1", "operator": True, "updates": 2, "batch": 16, "num_envs": 4, "first_look": 4}
     settings |= {"iterations": 4, "lr": 1e-3, "eval_episodes": 2}
     stage2.main(stage2.Config(out="runs/whole", **settings))
     rows = np.genfromtxt("runs/whole/metrics.csv", delimiter=",", names=True)

@@ -20,7 +20,7 @@ from tests.test_weights import cut, make_oracle, make_timm_models  # noqa: F401
 from tokens import Tokenizer
 
 ONE = ["--episodes", "20", "--updates", "2", "--batch", "4", "--eval-every", "1", "--eval-episodes", "2"]
-TWO = ["--iterations", "1", "--updates", "1", "--batch", "4", "--num-envs", "2", "--eval-episodes", "2"]
+TWO = ["--iterations", "1", "--updates", "1", "--batch", "4", "--num-envs", "2", "--first-look", "2", "--eval-episodes", "2"]
 FIRST = Path("runs/pointmass-images-stage1-s0")
 
 
