@@ -16,7 +16,9 @@ from torch import Tensor
 
 import pointmass
 import stage2
+from exercises import appendix_e
 from pointmass import Config
+from results import ablations
 from tokens import StepsToGo
 
 ROOT = Path(__file__).parents[1]
@@ -342,8 +344,81 @@ def test_the_page_is_a_notebook_that_runs(tmp_path):
     notebook = json.loads((tmp_path / "pointmass.ipynb").read_text())
     kinds = [cell["cell_type"] for cell in notebook["cells"]]
     assert kinds[0] == "markdown" and kinds.count("code") >= 9
-    execute = [sys.executable, "-m", "jupytext", "--execute", "--to", "notebook", "pointmass.py"]
+    execute = [sys.executable, "-m", *"jupytext --set-kernel python3 --execute --to notebook pointmass.py".split()]
     subprocess.run(execute, cwd=tmp_path, check=True, capture_output=True)
     assert list(tmp_path.glob("runs/pointmass-toy-s0-*/figure9.png"))
     printed = "".join(str(cell.get("outputs")) for cell in json.loads((tmp_path / "pointmass.ipynb").read_text())["cells"])
     assert "stage2_success" in printed
+
+
+# --- ablations and Appendix E -----------------------------------------------------------------------------------------
+SMALL = "--episodes 200 --stage1-updates 20 --stage2-steps 4096"
+
+
+def test_a_setting_is_what_the_flags_change():
+    assert ablations.changes_of("") == {}
+    assert ablations.changes_of("--gamma 0 --no-keep-optimizer") == {"gamma": 0.0, "keep_optimizer": False}
+    for flags in ablations.PUBLISHED:
+        assert bool(ablations.changes_of(flags)) == bool(flags)
+    with pytest.raises(SystemExit):
+        ablations.changes_of("--gama 0")
+
+
+def test_a_row_of_an_ablation_is_the_run_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pointmass, "HORIZON", 12)
+    row, metrics = ablations.run(SMALL, 5)
+    cfg = Config(seed=5, episodes=200, stage1_updates=20, stage2_steps=4096)
+    rng = torch.manual_seed(5)
+    data = pointmass.demonstrate(cfg.episodes, rng)
+    agent = pointmass.Agent(data, cfg.bins)
+    optimizer = pointmass.stage1(agent, data, cfg, rng)
+    s = pointmass.calibrate(agent, data)
+    pointmass.evaluate(agent, rng)
+    assert metrics == pointmass.stage2(agent, optimizer, s, cfg, rng)
+    assert row["stage2_success"] == pointmass.evaluate(agent, rng)["success"] and row["success_threshold"] == s
+    assert {"flags", "seed", "stage1_mean_steps", "stage2_mean_steps", "stage2_precision", "stage2_recall"} <= row.keys()
+
+
+def test_the_detectors_precision_and_recall_by_hand(monkeypatch):
+    """Five episodes: right, wrong, arrived unseen, never there, arrived unseen and detected a step later."""
+    d = torch.tensor([[9, 1, 1], [9, 1, 1], [9, 9, 9], [9, 9, 9], [9, 9, 1.0]])
+    truth = torch.tensor([[0, 1, 1], [0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 1, 1]]).bool()
+    monkeypatch.setattr(pointmass, "rollout", lambda *_: {"d": d, "truth": truth})
+    assert ablations.detector(None, None, 2.0) == pytest.approx({"precision": 2 / 3, "recall": 2 / 3})
+
+
+def test_a_question_of_ones_own(tmp_path, monkeypatch, capsys):
+    def run(flags, seed):
+        row = {"flags": flags, "seed": seed, "stage2_success": 0.5 + seed / 10, "stage2_mean_steps": 20.0 + seed}
+        row |= {"stage2_precision": 0.9, "stage2_recall": 1.0}
+        return row, [{"env_steps": 2048, "true_at_end": 0.5, "mean_steps": 20.0}]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablations, "run", run)
+    ablations.main(ablations.Args(flag=("--bins 10",), seeds=2))
+    told = capsys.readouterr().out
+    assert "| `--bins 10` | 2 | 0.550 (0.500-0.600) | 20.5 (20.0-21.0) | 0.90 (0.90-0.90) |" in told
+    assert "| default | 2 |" in told
+    out = Path("runs/ablations/bins=10.csv")
+    assert out.exists() and out.with_suffix(".png").stat().st_size > 10_000
+    assert len(out.read_text().splitlines()) == 5
+    ablations.main(ablations.Args(flag=("--bins 10",), seeds=3))  # goes on with the third seed
+    assert "| `--bins 10` | 3 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
+def test_the_parts_of_appendix_e_add_up(rng, gamma):
+    value = -50 * torch.rand(9, generator=rng)
+    reward = pointmass.rewards(-value[None])[0]
+    task, shaping = appendix_e.parts_of_reward(value, gamma)
+    torch.testing.assert_close(task + shaping, reward, atol=1e-4, rtol=0)
+    returns = pointmass.monte_carlo_returns(reward[None], gamma)[0]
+    torch.testing.assert_close(sum(appendix_e.parts_of_return(value, gamma)), returns, atol=1e-4, rtol=0)
+
+
+def test_the_picture_of_appendix_e(agent, tmp_path):
+    b = pointmass.rollout(agent, agent, 16, torch.Generator().manual_seed(0), true_end)
+    b["truth"][3, -1], b["truth"][4, -1] = True, False
+    appendix_e.draw(b, 0.9, tmp_path / "new" / "appendix_e.png")
+    assert (tmp_path / "new" / "appendix_e.png").stat().st_size > 20_000
