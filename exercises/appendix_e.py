@@ -75,7 +75,8 @@ def draw(b: dict[str, Tensor], gamma: float, path: Path) -> None:
         row[2].plot(task, color="#D55E00", label="the task's part")
         row[2].plot(shaping, color="#009E73", label="shaping")
         row[2].set(title=f"reward, γ = {gamma}", xlabel="t")
-        row[2].legend(fontsize=8)
+        row[2].margins(y=0.3)
+        row[2].legend(fontsize=7, handlelength=1.2, loc="lower right", ncols=3, columnspacing=1)
 
         coming, end, baseline = parts_of_return(value, gamma)
         row[3].plot(coming + end + baseline, color="black", lw=2, label="R_t")
@@ -83,7 +84,8 @@ def draw(b: dict[str, Tensor], gamma: float, path: Path) -> None:
         row[3].plot(baseline, color="#009E73", label="the baseline, -V(o_t)")
         row[3].plot(end, color="#CC79A7", ls="--", label="where it ended")
         row[3].set(title=f"return, γ = {gamma}", xlabel="t")
-        row[3].legend(fontsize=8)
+        row[3].margins(y=0.4)
+        row[3].legend(fontsize=7, handlelength=1.2, loc="lower left", ncols=2, columnspacing=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110)
 
