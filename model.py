@@ -394,8 +394,7 @@ class EFM(nn.Module):
         hidden = self.hidden(obs, prompts, answer + self.tokenizer.loc)  # (B, L, D)
         least = min(first for first, _ in ranges)
         most = max(end for _, end in ranges)
-        # one product for all positions, allowed or not; unbound, not indexed: each index would cost a
-        # gradient of the size of all positions
+        # one product for all positions; unbound, not indexed: an index costs a gradient of all positions
         logits = self.logits(hidden, self.number_ids(least, most)).float().unbind(1)  # L x (B, most - least)
         log_probs = []
         for scores, (first, end) in zip(logits, ranges, strict=True):
@@ -484,8 +483,7 @@ class EFM(nn.Module):
         ids = torch.zeros(len(prompts), 0, dtype=torch.long, device=self.device)
         while ids.shape[1] < longest and not (ids == self.tokenizer.eos).any(1).all():
             hidden = self.hidden(obs, prompts, F.pad(ids, (0, 1)))[:, -1]  # (B, D), predicts the added token
-            best = self.logits(hidden, None).argmax(-1, keepdim=True)  # (B, 1)
-            ids = torch.cat([ids, best], 1)
+            ids = torch.cat([ids, self.logits(hidden, None).argmax(-1, keepdim=True)], 1)
         return [self.tokenizer.text(row) for row in ids.tolist()]
 
     # --- states in place of images ------------------------------------------------------------------------
@@ -521,8 +519,7 @@ class EFM(nn.Module):
                 state = self.standardise(state.flatten(2)).view_as(state)
             if self.cfg.state_sinusoids:  # a sum of cosines is nearly a distance: a goal's radius
                 octaves = 2 ** torch.arange(self.cfg.state_sinusoids, device=state.device)
-                # of places alone: waves would make legible how far the tool lags behind its target, the last
-                # action, and a policy that copies it clones better and does not arrive
+                # places alone: in waves, how far the tool lags would tell the last action, to be copied
                 angle = (state[..., :2, None] * (2 * math.pi / 16) * octaves).flatten(-2)
                 state = torch.cat([state, angle.sin(), angle.cos()], -1)
             state = torch.einsum("bfsd,sdw->bfsw", state, self.state_weight) + names
@@ -542,10 +539,7 @@ class EFM(nn.Module):
         self.state_scale.copy_(states.std(0) + 1e-2)  # some hardly vary
 
     def standardise(self, flat: Tensor) -> Tensor:
-        """States float (..., S d) in standard deviations, cut off at three: few demonstrations are beyond.
-
-        A fallen socket's quaternion is some hundred away: an MLP says anything there, d = 0 too.
-        """
+        """States float (..., S d) in standard deviations, cut off at three: an MLP says anything beyond."""
         return ((flat - self.state_mean) / self.state_scale).clamp(-3, 3)
 
 
@@ -553,5 +547,4 @@ def sinusoids(D: int) -> Tensor:
     """float (N_LOC, D), rows of norm 1: cosines and sines, of 4 to 512 numbers; near numbers are alike."""
     wavelength = torch.logspace(math.log10(4), math.log10(512), (D + 1) // 2)
     angle = 2 * math.pi * torch.arange(N_LOC)[:, None] / wavelength
-    waves = torch.cat([angle.cos(), angle.sin()], 1)
-    return waves[:, :D] * (2 / D) ** 0.5
+    return torch.cat([angle.cos(), angle.sin()], 1)[:, :D] * (2 / D) ** 0.5

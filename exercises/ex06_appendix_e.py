@@ -13,7 +13,7 @@ Time counts 1 ... T, so column t - 1 is time t; V has T + 1 columns.
 
     pytest exercises -k ex06
 
-You will see when the paper's formula is exact, and when practice ends at a time-out instead.
+You will see when the paper's formula is exact. Then look at it: `python exercises/appendix_e.py`.
 """
 
 from torch import Tensor

@@ -35,6 +35,7 @@ GROUPS = {  # title: the Stage 2 runs but for their seed, their scripted expert'
 }
 MORE = {  # further screens of docs/results.md, not in the README's table
     "tabletop, 40 %": ("tabletop-p40-stage2", "", ""),
+    "tabletop, 2,000 turned": ("tabletop-turned2000-stage2", "", ""),
     "tabletop, operator": ("tabletop-operator-stage2", "", ""),
     "tabletop, images, twice the data": ("tabletop-images-continued-stage2", "", ""),
     "tabletop, images, GPU": ("tabletop-images-gpu-stage2", "", ""),

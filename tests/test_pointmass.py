@@ -344,7 +344,7 @@ def test_the_page_is_a_notebook_that_runs(tmp_path):
     notebook = json.loads((tmp_path / "pointmass.ipynb").read_text())
     kinds = [cell["cell_type"] for cell in notebook["cells"]]
     assert kinds[0] == "markdown" and kinds.count("code") >= 9
-    execute = [sys.executable, "-m", *"jupytext --set-kernel python3 --execute --to notebook pointmass.py".split()]
+    execute = [sys.executable, "-m", *["jupytext", "--set-kernel", "python3", "--execute", "--to", "notebook", "pointmass.py"]]
     subprocess.run(execute, cwd=tmp_path, check=True, capture_output=True)
     assert list(tmp_path.glob("runs/pointmass-toy-s0-*/figure9.png"))
     printed = "".join(str(cell.get("outputs")) for cell in json.loads((tmp_path / "pointmass.ipynb").read_text())["cells"])
