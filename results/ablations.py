@@ -1,6 +1,6 @@
 """What a setting of pointmass.py does, over seeds: the README's ablations, and your own.
 
-    python results/ablations.py                           # all of them, three seeds: 20 minutes on two cores
+    python results/ablations.py                           # all of them, three seeds: ten minutes on two cores
     python results/ablations.py --flag "--bins 10"        # your question, two minutes: writes runs/ablations
     python results/ablations.py --flag "--gamma 0.5 --c 0.05" --flag "--gamma 0.99 --c 0.05" --seeds 2
 
