@@ -24,7 +24,7 @@ from common.pictures import BLUE, ORANGE, WIDTH, plt  # noqa: E402 - the reposit
 OUT = Path("results")
 PAGES = (Path("README.md"), Path("docs/results.md"))
 TOY = "pointmass.py"
-EARLIER = " (earlier)"  # measured before symmetries, a measured s and, of Aloha, today's physics
+EARLIER = " (old)"  # measured before symmetries, a measured s and, of Aloha, today's physics
 GROUPS = {  # title: the Stage 2 runs but for their seed, their scripted expert's row in experts.csv, a remark
     TOY: ("pointmass-toy", "pointmass.py", ""),
     "pointmass, states": ("pointmass-stage2", "pointmass", ""),
