@@ -13,7 +13,7 @@ and two checkpoints are kept: the best at cloning on held-out episodes becomes S
 steps to go its reward model and success detector. They need not be the same moment of training. On Aloha the
 last one, over-fitted, is the policy, and the best at cloning is kept beside it.
 
-    python stage1.py                          # pointmass from states, 3 minutes on two CPU cores
+    python stage1.py                          # pointmass from states, 5 minutes of one CPU core
     python stage1.py --obs images --seed 1    # the same from 32 x 32 frames
     python stage1.py --resume                 # continue an interrupted run, exactly
     python stage1.py --model paligemma --weights google/paligemma-3b-pt-224 --batch 8 --lr 1e-5
