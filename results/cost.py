@@ -1,4 +1,4 @@
-"""What a sample costs, by counting: `python results/cost.py` writes the table results/cost.md.
+"""What a sample costs, by counting: `python results/cost.py` writes the table of docs/scale.md.
 
 A sample is a pair of frames (64 x 64 pixels; 3B: 224), a prompt of 16 tokens and an answer of 4, as on the tabletop.
 
@@ -188,5 +188,8 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    (Path(__file__).parent / "cost.md").write_text(table())
+    page = Path(__file__).parent.parent / "docs" / "scale.md"
+    before, rest = page.read_text().split("<!-- cost -->\n")
+    _, after = rest.split("<!-- end -->", 1)
+    page.write_text(f"{before}<!-- cost -->\n{table()}<!-- end -->{after}")
     print(table())

@@ -87,6 +87,6 @@ def test_a_clusters_leftover_variable_is_not_torchrun(monkeypatch):
     with ranks.process_group(several=True):
         assert ranks.world() == 1
     for name in ranks.TORCHRUN:
-        monkeypatch.setenv(name, "0")
+        monkeypatch.setenv(name, "2")  # all of them, and of more than one process
     with pytest.raises(UserError, match="one process"), ranks.process_group(several=False):
         pass
