@@ -301,7 +301,9 @@ class AlohaInsertionVectorEnv(MujocoDomain):
     ):
         super().__init__(num_envs, obs, size, render_mode, scene())
         n = num_envs
-        self.symmetries = AlohaSymmetries() if obs == "state" else Symmetries()  # no camera sees the mirror's picture
+        self.symmetries = (
+            AlohaSymmetries() if obs == "state" else Symmetries()
+        )  # no camera sees the mirror's picture
         self.gripper_ids = [self.model.body(f"{side}/gripper").id for side in SIDES]
         self.command = np.zeros((n, 16))  # the servos' targets at the end of the last decision
         self.touch = np.zeros((n, 8), bool)  # what touched what in the last 0.1 s, pairs as in `scene`

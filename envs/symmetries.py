@@ -81,7 +81,9 @@ class PointmassSymmetries(Symmetries):
 
     def images(self, g: np.ndarray, images: Tensor) -> Tensor:
         """(B, 2, H, W, 3): row 0 is the largest y, a goal brightens the channel of its colour, the rest is grey."""
-        swap, minus_x, minus_y, source = (x.view(-1, 1, 1, 1, *x.shape[1:]).to(images.device) for x in self.parts(g))
+        swap, minus_x, minus_y, source = (
+            x.view(-1, 1, 1, 1, *x.shape[1:]).to(images.device) for x in self.parts(g)
+        )
         images = torch.where(swap[..., None], images.transpose(2, 3).flip(2, 3), images)
         images = torch.where(minus_x[..., None], images.flip(3), images)
         images = torch.where(minus_y[..., None], images.flip(2), images)
@@ -105,10 +107,14 @@ class TabletopSymmetries(Symmetries):
 
     def __init__(self, names: list[list[str]], permute: bool):
         self.names, self.count = names, len(names)
-        self.every = list(itertools.permutations(range(self.count))) if permute else [tuple(range(self.count))]
+        self.every = (
+            list(itertools.permutations(range(self.count))) if permute else [tuple(range(self.count))]
+        )
         self.sources = np.array(self.every)  # (P, B): block j afterwards was block sources[k, j]
         self.order = 2 * len(self.every)
-        known = sorted((name for block in names for name in block), key=len, reverse=True)  # "red moon" before "moon"
+        known = sorted(
+            (name for block in names for name in block), key=len, reverse=True
+        )  # "red moon" before "moon"
         self.any_name = re.compile(r"\b(" + "|".join(known) + r")\b")
         self.place = {name: (b, i) for b, block in enumerate(names) for i, name in enumerate(block)}
 
@@ -122,7 +128,9 @@ class TabletopSymmetries(Symmetries):
         rows = torch.cat([torch.zeros(len(g), 1, dtype=torch.long), source], 1)  # (B, 1 + blocks)
         rows = rows.view(-1, *[1] * (state.ndim - 3), self.count + 1, 1).to(state.device)
         state = torch.take_along_dim(state, rows, -2)
-        return torch.where(self.mirrored(g, state), state * torch.tensor([1.0, -1.0, 1.0, -1.0], device=state.device), state)
+        return torch.where(
+            self.mirrored(g, state), state * torch.tensor([1.0, -1.0, 1.0, -1.0], device=state.device), state
+        )
 
     def images(self, g: np.ndarray, images: Tensor) -> Tensor:
         """(B, 2, H, W, 3): y points right."""

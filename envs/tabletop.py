@@ -356,7 +356,10 @@ class TabletopVectorEnv(MujocoDomain):
     low, high = np.full(2, -ACTION_LIMIT), np.full(2, ACTION_LIMIT)
     action_tokens = {"kind": "sign-magnitude", "limit": STRIDE, "dims": 2}
     state_dim = 4
-    steps_cap, steps_bins = 100, 100  # a bin is a step: the paper's two cannot tell the last step from the one before
+    steps_cap, steps_bins = (
+        100,
+        100,
+    )  # a bin is a step: the paper's two cannot tell the last step from the one before
     success_threshold = 3.0
     predicts_instruction = True
     stage1_defaults = {

@@ -81,10 +81,7 @@ def take_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[
             start = clocks()
             function()
             taken[name].append([b - a for a, b in zip(start, clocks(), strict=True)])
-    return {
-        name: tuple(statistics.median(x) for x in zip(*times[1:], strict=True))
-        for name, times in taken.items()
-    }
+    return {name: tuple(statistics.median(x) for x in zip(*times[1:], strict=True)) for name, times in taken.items()}
 
 
 def paligemma(cfg: EFMConfig, tokenizer: Tokenizer) -> tuple[EFM, nn.Module]:
@@ -157,9 +154,7 @@ def training(cfg: EFMConfig, B: int, rounds: int) -> None:
         return theirs(**batch, labels=batch["input_ids"].where(batch["token_type_ids"] == 1, -100)).loss
 
     def suffix_loss() -> Tensor:  # by hand: with `labels`, it computes the logits of the images, too
-        return F.cross_entropy(
-            theirs(**batch, logits_to_keep=3).logits[:, :-1].flatten(0, 1), answer.flatten()
-        )
+        return F.cross_entropy(theirs(**batch, logits_to_keep=3).logits[:, :-1].flatten(0, 1), answer.flatten())
 
     optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-9, fused=True) if cfg.width < 2048 else None
     if optimizer is None:  # no room for moments or all gradients at once: descent as soon as there is one
@@ -180,9 +175,7 @@ def training(cfg: EFMConfig, B: int, rounds: int) -> None:
     side, how = (2048, "2,048 x 2,048")
     a = torch.randn(side, side)
     names = {"ours": loss, "transformers": their_loss, "transformers, logits of the suffix only": suffix_loss}
-    taken = take_turns(
-        {name: lambda name=name: step(name, names[name]) for name in names} | {how: lambda: a @ a}, rounds
-    )
+    taken = take_turns({name: lambda name=name: step(name, names[name]) for name in names} | {how: lambda: a @ a}, rounds)
     assert max(seen.values()) - min(seen.values()) < 1e-4 * seen["ours"], seen
     cpu, wall, user = taken["ours"]
     peak = 2 * side**3 / taken[how][0]
@@ -229,11 +222,7 @@ def rollout(domain: str, obs: str, steps: int, rounds: int, n: int = 16) -> None
     """Stage 2's loop (policy, environment, d) on new models, which are equal, of `steps` steps."""
     env = envs.make_vec(domain, n, obs=obs)
     env.horizon = steps
-    sizes = (
-        {"image_size": env.size}
-        if obs == "images"
-        else {"state_names": env.state_names, "state_dim": env.state_dim}
-    )
+    sizes = {"image_size": env.size} if obs == "images" else {"state_names": env.state_names, "state_dim": env.state_dim}
     cfg = replace(PRESETS[env.stage1_defaults[obs]["model"]], **sizes)
     torch.manual_seed(0)
     model = EFM(cfg, Tokenizer.train([*env.instructions(), *env.state_names]))
@@ -248,9 +237,7 @@ def rollout(domain: str, obs: str, steps: int, rounds: int, n: int = 16) -> None
             episodes = rollouts.rollout(model, model, env, 0, torch.Generator().manual_seed(0), never)
         tokens[name] = episodes.tokens
 
-    taken = take_turns(
-        {"kept": lambda: run("kept", model), "again": lambda: run("again", slow, encode_nothing)}, rounds
-    )
+    taken = take_turns({"kept": lambda: run("kept", model), "again": lambda: run("again", slow, encode_nothing)}, rounds)
     assert torch.equal(tokens["kept"], tokens["again"])
     (cpu, wall, _), (again, again_wall, _), acted = taken["kept"], taken["again"], len(tokens["kept"])
     L = tokens["kept"].shape[1]
@@ -277,9 +264,7 @@ def domains() -> None:
         for i, env in enumerate(singles):
             env.reset(seed=i)
         # pushes there and back, so that blocks are touched but stay on the table
-        actions = itertools.cycle(
-            s * rng.uniform(-0.03, 0.03, (n, 2)).astype(np.float32) for s in (1, -1) for _ in range(50)
-        )
+        actions = itertools.cycle(s * rng.uniform(-0.03, 0.03, (n, 2)).astype(np.float32) for s in (1, -1) for _ in range(50))
         together = rate(lambda batch=batch, a=actions: batch.step(next(a)), n)
         loop = rate(
             lambda singles=singles, a=actions: [env.step(x) for env, x in zip(singles, next(a), strict=True)],

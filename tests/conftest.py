@@ -79,9 +79,7 @@ def recorded(request, states, images) -> tuple[str, dict[str, np.ndarray]]:
 
 def one_view(data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """As if the domain had but one view: the frame before then belongs to an observation."""
-    return data | (
-        {"frames": data["frames"][np.arange(len(data["action"]))][:, 0].copy()} if "frames" in data else {}
-    )
+    return data | ({"frames": data["frames"][np.arange(len(data["action"]))][:, 0].copy()} if "frames" in data else {})
 
 
 @pytest.fixture(scope="session")

@@ -55,9 +55,7 @@ def kinematics(rng: np.random.Generator) -> dict[str, np.ndarray]:
     for q in joints:
         data.qpos[:16] = q
         mujoco.mj_forward(model, data)
-        bodies.append(
-            [[data.body(f"vx300s_{side}/{link}").xpos.copy() for link in LINKS] for side in ("left", "right")]
-        )
+        bodies.append([[data.body(f"vx300s_{side}/{link}").xpos.copy() for link in LINKS] for side in ("left", "right")])
         cameras.append([np.concatenate([data.camera(c).xpos, data.camera(c).xmat]) for c in CAMERAS])
     return {"joints": joints, "bodies": np.array(bodies), "cameras": np.array(cameras)}
 

@@ -63,9 +63,7 @@ def place(env, peg: list[float], socket: list[float], i: int = 0) -> None:
 def test_instructions_and_arguments():
     env = domain(300)
     grammar = env.instructions()
-    assert (
-        set(env.reset(seed=0)[0]["instruction"]) == set(grammar) and len(grammar) == len(set(grammar)) == 16
-    )
+    assert set(env.reset(seed=0)[0]["instruction"]) == set(grammar) and len(grammar) == len(set(grammar)) == 16
     assert all(env.single_observation_space["instruction"].contains(text) for text in grammar)
     with pytest.raises(ValueError, match="pixels"):
         domain(1, obs="pixels")
@@ -85,9 +83,7 @@ def test_a_partial_reset_leaves_the_others_hands_untouched(obs):
         a = actions(rng)
         a[~mask] = env.expert()[~mask]
         ours, theirs = env.step(a), untouched.step(a)
-        assert all(
-            np.array_equal(ours[0][k][~mask], theirs[0][k][~mask]) for k in ours[0] if k != "instruction"
-        )
+        assert all(np.array_equal(ours[0][k][~mask], theirs[0][k][~mask]) for k in ours[0] if k != "instruction")
 
 
 # --- the scene against its docstring ------------------------------------------------------------------------
@@ -153,9 +149,7 @@ def test_quaternions_are_mujocos():
         np.testing.assert_allclose(aloha.rotate(a, v), out[:3], atol=1e-12)
         mujoco.mju_quat2Vel(out[:3], a if a[0] > 0 else -a, 1.0)
         np.testing.assert_allclose(aloha.to_vector(a), out[:3], atol=1e-12)
-        np.testing.assert_allclose(
-            aloha.multiply(aloha.from_vector(aloha.to_vector(a)), aloha.inverse(a))[1:], 0, atol=1e-12
-        )
+        np.testing.assert_allclose(aloha.multiply(aloha.from_vector(aloha.to_vector(a)), aloha.inverse(a))[1:], 0, atol=1e-12)
 
 
 # --- gym-aloha's model and reward ---------------------------------------------------------------------------
@@ -170,22 +164,16 @@ def test_kinematics_and_cameras_are_gym_alohas():
         data.qpos[:16] = q
         mujoco.mj_kinematics(model, data)
         mujoco.mj_camlight(model, data)
-        np.testing.assert_allclose(
-            [[data.body(f"{s}/{k}").xpos for k in links] for s in SIDES], bodies, atol=1e-6
-        )
+        np.testing.assert_allclose([[data.body(f"{s}/{k}").xpos for k in links] for s in SIDES], bodies, atol=1e-6)
         for name, expected in zip((*aloha.CAMERAS, "angle"), cameras, strict=True):
-            np.testing.assert_allclose(
-                np.r_[data.camera(name).xpos, data.camera(name).xmat], expected, atol=1e-6
-            )
+            np.testing.assert_allclose(np.r_[data.camera(name).xpos, data.camera(name).xmat], expected, atol=1e-6)
     np.testing.assert_allclose(model.jnt_range[:6], [j[1:3] for j in JOINTS])
 
 
 def test_stages_are_gym_alohas_for_every_set_of_contacts():
     touch = np.zeros((64, 8), bool)
     touch[:, [0, 3, 4, 5, 6, 7]] = REFERENCE["flags"]
-    assert np.array_equal(aloha.stages(touch), REFERENCE["flag_stages"]) and set(
-        REFERENCE["flag_stages"]
-    ) == {0, 1, 2, 3, 4}
+    assert np.array_equal(aloha.stages(touch), REFERENCE["flag_stages"]) and set(REFERENCE["flag_stages"]) == {0, 1, 2, 3, 4}
 
 
 def test_stages_agree_in_situations_recorded_in_gym_aloha():
@@ -208,9 +196,7 @@ def test_stages_agree_in_situations_recorded_in_gym_aloha():
         which = {0: "left/left_finger", 1: "right/right_finger"}
         fingers = [which[k] for k in np.flatnonzero((touch[i, [0, 3]] > 0) != REFERENCE["touch"][i, :2])]
         depth = [
-            -c.dist
-            for c in data.contact[: data.ncon]
-            if any(model.body(model.geom_bodyid[g]).name in fingers for g in c.geom)
+            -c.dist for c in data.contact[: data.ncon] if any(model.body(model.geom_bodyid[g]).name in fingers for g in c.geom)
         ]
         assert fingers and max(depth, default=0) < 1e-4
 
@@ -221,9 +207,7 @@ def test_success_is_the_peg_on_the_pin():
     env.reset(seed=0)
     for i, apart in enumerate((0.0995, 0.103, 0.121)):  # on the pin; inside the socket, short of it; outside
         place(env, [apart, 0.5, 0.3], [0, 0.5, 0.3], i)
-    _, reward, terminated, _, info = env.step(
-        np.tile(STAY, (3, 1))
-    )  # they fall together, 30 cm in this decision
+    _, reward, terminated, _, info = env.step(np.tile(STAY, (3, 1)))  # they fall together, 30 cm in this decision
     for success in (reward, terminated, info["is_success"], info["stage"] == 4):
         assert np.asarray(success, bool).tolist() == [True, False, False]
     _, info = env.reset(options={"reset_mask": np.array([True, False, False])})
@@ -263,9 +247,7 @@ def test_a_grasp_holds(monkeypatch, multiccd):
     not hold."""
     original, flag = aloha.scene(), f'<flag multiccd="{multiccd}"/>'
     assert "<worldbody>" in original
-    monkeypatch.setattr(
-        aloha, "scene", lambda: original.replace("<worldbody>", f"<option>{flag}</option><worldbody>", 1)
-    )
+    monkeypatch.setattr(aloha, "scene", lambda: original.replace("<worldbody>", f"<option>{flag}</option><worldbody>", 1))
     env = domain(8)
     assert bool(env.model.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_MULTICCD) == (multiccd == "disable")
     env.reset(seed=1)
@@ -294,11 +276,7 @@ def fingertips(targets: np.ndarray) -> np.ndarray:
     sim.qpos[:, :16] = np.concatenate([targets[..., :6], finger, -finger], 2).reshape(-1, 16)
     pos, quat = sim.bind("xpos"), sim.bind("xquat")
     sim.forward(stage=mujoco.mjtStage.mjSTAGE_POS.value)
-    ids = [
-        (model.body(f"{s}/{f}_finger").id, y)
-        for s in SIDES
-        for f, y in (("left", -0.0224), ("right", 0.0224))
-    ]
+    ids = [(model.body(f"{s}/{f}_finger").id, y) for s in SIDES for f, y in (("left", -0.0224), ("right", 0.0224))]
     return np.stack([pos[:, i] + aloha.rotate(quat[:, i], np.array([0.085, y, 0])) for i, y in ids], 1)
 
 
@@ -330,10 +308,7 @@ def test_256_bins_of_motions_cost_1_mm_at_the_fingertips_and_absolute_ones_12():
     coded = absolute.decode(absolute.encode(torch.from_numpy(joints).float())).double().numpy()
     worst = np.linalg.norm(fingertips(coded) - fingertips(joints), axis=2).max()
     assert 0.010 < worst < 0.014
-    print(
-        f"worst errors: {max(errors) * 1000:.2f} mm, "
-        f"absolute {max(errors_absolute) * 1000:.2f} and {worst * 1000:.2f} mm"
-    )
+    print(f"worst errors: {max(errors) * 1000:.2f} mm, absolute {max(errors_absolute) * 1000:.2f} and {worst * 1000:.2f} mm")
 
 
 # --- who shows how ------------------------------------------------------------------------------------------
@@ -359,10 +334,7 @@ def test_inverse_kinematics_invert_kinematics():
     env.sim.qpos[:, :16].reshape(30, 2, 8)[..., :6] = found
     env.sim.forward()
     assert np.linalg.norm(env.hands[0] - hand, axis=2).max() < 1e-3  # [m]
-    assert (
-        np.linalg.norm(aloha.to_vector(aloha.multiply(env.hands[1], aloha.inverse(quat))), axis=2).max()
-        < 0.02
-    )  # [rad]
+    assert np.linalg.norm(aloha.to_vector(aloha.multiply(env.hands[1], aloha.inverse(quat))), axis=2).max() < 0.02  # [rad]
 
 
 def test_the_expert_inserts_and_demonstrations_take_longer():
@@ -456,9 +428,7 @@ def test_a_demonstration_keeps_both_views_of_a_moment_and_the_joints(monkeypatch
     data = demos.record("aloha", "images", 1, seed=0)
     length = int(data["length"][0])
     assert data["frames"].shape == (length, 2, 32, 32, 3) and data["joints"].shape == (length, 14)
-    obs, _, _, steps = demos.Demonstrations(data, np.array([0]), 7).batch(
-        np.array([0, 3, length - 1]), torch.device("cpu")
-    )
+    obs, _, _, steps = demos.Demonstrations(data, np.array([0]), 7).batch(np.array([0, 3, length - 1]), torch.device("cpu"))
     assert obs["images"].shape == (3, 2, 32, 32, 3) and steps.tolist() == [length - 1, length - 4, 0]
     episode = shown[-length - 1 : -1]  # a failed one is started again; after the last there was a reset
     for k, t in enumerate((0, 3, length - 1)):

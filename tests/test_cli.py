@@ -60,9 +60,7 @@ def tree(folder: Path) -> dict[str, str]:
     """Every path under a folder with the hash of its content; a link and an empty folder count, too."""
     found = {}
     for p in sorted(folder.rglob("*")):
-        found[str(p.relative_to(folder))] = (
-            hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"
-        )
+        found[str(p.relative_to(folder))] = hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"
     return found
 
 
@@ -314,12 +312,7 @@ def test_wrong_input_is_one_line_and_nothing_is_written(script, args, damage, cu
     before = tree(here.parent)
     given = args.split()
     sizes = TINY[script].split()  # those that the case does not set itself
-    sizes = [
-        x
-        for flag, value in zip(sizes[::2], sizes[1::2], strict=True)
-        if flag not in given
-        for x in (flag, value)
-    ]
+    sizes = [x for flag, value in zip(sizes[::2], sizes[1::2], strict=True) if flag not in given for x in (flag, value)]
     with pytest.raises(SystemExit) as end:
         call(SCRIPTS[script], [*sizes, *given])
     error = capsys.readouterr().err
@@ -343,15 +336,11 @@ def test_practice_goes_on_from_a_run_of_stage_2(here):
     call(stage2, [*TINY["stage2"].split(), *NEW.split(), "--stage1", TWO])
     settings = json.loads((here / "runs/new/config.json").read_text())
     assert settings["stage1"] == TWO and settings["domain"] == "pointmass" and settings["obs"] == "state"
-    assert (here / "runs/new/reward.safetensors").read_bytes() == (
-        here / TWO / "reward.safetensors"
-    ).read_bytes()
+    assert (here / "runs/new/reward.safetensors").read_bytes() == (here / TWO / "reward.safetensors").read_bytes()
     assert (here / "runs/new/summary.json").exists()
 
 
-@pytest.mark.parametrize(
-    "leftover", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}]
-)
+@pytest.mark.parametrize("leftover", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}])
 @pytest.mark.parametrize("several", [True, False])
 def test_a_clusters_leftover_variables_are_ignored(leftover, several, here, capsys, monkeypatch):
     for name, value in leftover.items():

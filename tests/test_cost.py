@@ -44,9 +44,7 @@ def build(cfg: EFMConfig, rank: int = 0, base: Path = Path()) -> EFM:
 
 def sample(cfg: EFMConfig) -> tuple[dict[str, Tensor], list[str], Tensor]:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(
-        0, 256, (1, 2, cfg.image_size, cfg.image_size, 3), dtype=torch.uint8, generator=generator
-    )
+    images = torch.randint(0, 256, (1, 2, cfg.image_size, cfg.image_size, 3), dtype=torch.uint8, generator=generator)
     return {"images": images}, [TEXT], torch.randint(0, ALLOWED, (1, ANSWER), generator=generator)
 
 
@@ -74,11 +72,7 @@ def test_parameters(torchvision_ops, row):
     for stage in (1, 2):
         c = cost(cfg, rank, stage)
         assert c.parameters == sum(p.numel() for p in model.parameters())
-        trained = {
-            n: p
-            for n, p in model.named_parameters()
-            if p.requires_grad and (stage == 1 or not n.startswith("vision"))
-        }
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad and (stage == 1 or not n.startswith("vision"))}
         assert c.trained == sum(p.numel() for p in trained.values())
 
 
@@ -96,9 +90,7 @@ def test_flops(torchvision_ops, name, rank):
         with torch.no_grad():
             before = {"features": model.encode_images(obs["images"])}
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            seen = [
-                encode_observation(m, {"images": obs["images"].numpy()}, [0], before) for m in (model, model)
-            ]
+            seen = [encode_observation(m, {"images": obs["images"].numpy()}, [0], before) for m in (model, model)]
             model.sample(seen[0], prompts, RANGES)
             model.log_probs(seen[1], prompts, answer[:, :1], RANGES[:1])
         practice.flops = counter.get_total_flops()
@@ -132,9 +124,7 @@ def test_activations(name, stage):
     for B in (1, 2):  # the second sample's share: what all share does not count
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss = model.log_prob(
-                {k: v.repeat(B, *[1] * (v.ndim - 1)) for k, v in obs.items()}, prompts * B, answer[:B], RANGES
-            )
+            loss = model.log_prob({k: v.repeat(B, *[1] * (v.ndim - 1)) for k, v in obs.items()}, prompts * B, answer[:B], RANGES)
         sizes.append(sum(n for pointer, n in kept.items() if pointer not in ours))
         del loss
     assert cost(cfg, 0, stage).activations == pytest.approx(sizes[1] - sizes[0], rel=0.1)
@@ -170,9 +160,7 @@ def test_memory_falls_with_the_devices_where_they_share():
     for cfg, rank, shard in ROWS.values():
         c = cost(cfg, rank, 1)
         assert c.memory(1, shard) == c.states + c.activations
-        assert c.memory(8, shard) - c.memory(64, shard) == pytest.approx(
-            c.states * (1 / 8 - 1 / 64) if shard else 0
-        )
+        assert c.memory(8, shard) - c.memory(64, shard) == pytest.approx(c.states * (1 / 8 - 1 / 64) if shard else 0)
 
 
 def test_the_table_is_what_the_pages_show():

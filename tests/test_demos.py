@@ -62,9 +62,7 @@ def test_recorded_shapes(recorded):
     assert len(data["start"]) == len(data["length"]) == len(data["instruction"]) == EPISODES
     assert data["start"].tolist() == [0, *np.cumsum(data["length"])[:-1]]
     assert set(data["instruction"]) <= set(env.instructions())
-    assert (
-        np.abs(data["action"]).max() <= np.float32(ACTION_LIMIT) and data["length"].max() <= env.horizon + 1
-    )
+    assert np.abs(data["action"]).max() <= np.float32(ACTION_LIMIT) and data["length"].max() <= env.horizon + 1
 
 
 def test_states_and_images_record_the_same_episodes(recorded, states):
@@ -78,9 +76,7 @@ def test_every_recorded_episode_ends_in_its_goal(states):
     last = states["start"] + states["length"] - 1
     state = states["state"].reshape(len(states["state"]), 5, 2)
     for episode, row in enumerate(last):
-        goal = next(
-            k for k, name in enumerate(env.state_names) if name in states["instruction"][episode].split()
-        )
+        goal = next(k for k, name in enumerate(env.state_names) if name in states["instruction"][episode].split())
         rows = slice(states["start"][episode], row + 1)
         away = np.linalg.norm(state[rows, goal], axis=1)
         assert away[-1] < pointmass.GOAL_RADIUS and (away[:-1] >= pointmass.GOAL_RADIUS - 1e-6).all()
@@ -149,9 +145,7 @@ def test_two_processes_may_record_the_same_demonstrations_at_once(tmp_path, monk
 
     monkeypatch.setattr(os, "replace", replace_when_both_have_written)
     cfg = stage1.Config(obs="state", episodes=4)
-    processes = [
-        fork.Process(target=lambda: results.put(load_demonstrations(cfg)["action"])) for _ in range(2)
-    ]
+    processes = [fork.Process(target=lambda: results.put(load_demonstrations(cfg)["action"])) for _ in range(2)]
     for process in processes:
         process.start()
     first, second = results.get(timeout=120), results.get(timeout=120)

@@ -83,9 +83,7 @@ def test_a_domain_says_what_it_has_to(name):
     assert isinstance(env, envs.Domain) and env.name == name and env.num_envs == N
     assert env.single_observation_space["state"].shape == (len(env.state_names) * env.state_dim,)
     assert np.shape(env.low) == np.shape(env.high) == env.single_action_space.shape
-    assert (
-        env.steps_cap % env.steps_bins == 0 and env.horizon > 0 and 0 <= env.success_threshold < env.steps_cap
-    )
+    assert env.steps_cap % env.steps_bins == 0 and env.horizon > 0 and 0 <= env.success_threshold < env.steps_cap
     assert env.stage1_defaults.keys() == env.stage2_defaults.keys() and env.default_obs in env.stage1_defaults
     grammar = env.instructions()
     assert grammar and len(grammar) == len(set(grammar))
@@ -145,23 +143,14 @@ def test_partial_reset_leaves_the_others_untouched(name, obs):
         before, untouched_obs = env.step(a)[0], untouched.step(a)[0]
     mask = np.array([True, False, False, True, False, False])
     after, info = env.reset(options={"reset_mask": mask})
-    assert (
-        np.array_equal(after[obs][~mask], before[obs][~mask])
-        and not np.isclose(after[obs][mask], before[obs][mask]).all()
-    )
+    assert np.array_equal(after[obs][~mask], before[obs][~mask]) and not np.isclose(after[obs][mask], before[obs][mask]).all()
     assert [t for t, m in zip(after["instruction"], mask, strict=True) if not m] == \
         [t for t, m in zip(before["instruction"], mask, strict=True) if not m]  # fmt: skip
-    assert (
-        env.t[mask].tolist() == [0, 0]
-        and env.t[~mask].tolist() == [5] * 4
-        and not info["is_success"][mask].any()
-    )
+    assert env.t[mask].tolist() == [0, 0] and env.t[~mask].tolist() == [5] * 4 and not info["is_success"][mask].any()
     for _ in range(5):
         a = actions(rng, name=name)
         ours, theirs = env.step(a), untouched.step(a)
-        assert all(
-            np.array_equal(ours[0][k][~mask], theirs[0][k][~mask]) for k in ours[0] if k != "instruction"
-        )
+        assert all(np.array_equal(ours[0][k][~mask], theirs[0][k][~mask]) for k in ours[0] if k != "instruction")
         for x, y in zip(ours[1:4], theirs[1:4], strict=True):
             assert np.array_equal(x[~mask], y[~mask])
     assert not same(ours[0], untouched_obs)
@@ -203,9 +192,7 @@ def test_observations_are_in_the_space_and_do_not_change_later(name, obs):
             keep(*env.reset(options={"reset_mask": np.arange(N) % 2 == 0}))
     for now, then in kept:
         assert same(now, then)
-        assert all(
-            env.single_observation_space.contains({k: v[i] for k, v in now[0].items()}) for i in range(N)
-        )
+        assert all(env.single_observation_space.contains({k: v[i] for k, v in now[0].items()}) for i in range(N))
 
 
 @every_domain
@@ -231,9 +218,7 @@ def test_a_wrong_mask_is_refused_and_nothing_has_changed(name):
         np.bool_(True),
     )
     for mask in wrong:
-        for ask in ([env.ask] if hasattr(env, "ask") else []) + [
-            lambda m: env.reset(options={"reset_mask": m})
-        ]:
+        for ask in ([env.ask] if hasattr(env, "ask") else []) + [lambda m: env.reset(options={"reset_mask": m})]:
             with pytest.raises(ValueError, match=r"mask .*bool \(4,\)"):
                 ask(mask)
     with pytest.raises(ValueError, match="3 seeds for 4"):
@@ -336,9 +321,7 @@ def test_a_thread_of_its_own_draws_the_same(name, obs):
     assert same(frames[0], (here, env.reset(seed=1)[0]))
 
 
-CONTRACT = [
-    check for check_name, check in list(globals().items()) if check_name.startswith("test_")
-]  # all of the above
+CONTRACT = [check for check_name, check in list(globals().items()) if check_name.startswith("test_")]  # all of the above
 
 
 def contract(name: str, modes: tuple[str, ...] = ("state", "images")) -> None:
@@ -358,9 +341,7 @@ def test_a_domain_that_lacks_something_says_what():
         def instructions(self):
             return ["go"]
 
-    with pytest.raises(
-        NotImplementedError, match=r"Half lacks .*state_names.*demonstrate\(\).*envs\.Domain"
-    ) as error:
+    with pytest.raises(NotImplementedError, match=r"Half lacks .*state_names.*demonstrate\(\).*envs\.Domain") as error:
         Half(2, "state", 32, None)
     assert "horizon" not in str(error.value) and "instructions" not in str(error.value)
 
@@ -459,12 +440,8 @@ def test_the_pages_domain_keeps_the_contract(corridor):
 # --- beside others' code: what docs/domains.md says ---------------------------------------------------------
 @every_domain
 def test_stable_baselines_wrappers_make_it_a_box(name):
-    env = gym.wrappers.FlattenObservation(
-        gym.wrappers.FilterObservation(gym.make(envs.DOMAINS[name]), ["state"])
-    )
-    assert isinstance(env.observation_space, gym.spaces.Box) and env.observation_space.contains(
-        env.reset(seed=0)[0]
-    )
+    env = gym.wrappers.FlattenObservation(gym.wrappers.FilterObservation(gym.make(envs.DOMAINS[name]), ["state"]))
+    assert isinstance(env.observation_space, gym.spaces.Box) and env.observation_space.contains(env.reset(seed=0)[0])
 
 
 def test_texts_arrive_from_other_processes_without_shared_memory():
@@ -478,26 +455,18 @@ def run_alone(code: str) -> subprocess.CompletedProcess:
     """In a process that has imported nothing of ours, on a machine without a display."""
     environ = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MUJOCO_GL", "PYOPENGL_PLATFORM")}
     root = Path(__file__).resolve().parents[1]
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environ, cwd=root, capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run([sys.executable, "-c", code], env=environ, cwd=root, capture_output=True, text=True, timeout=120)
 
 
 def test_a_spawned_child_needs_the_prefix_only():
-    out = run_alone(
-        "import gymnasium as gym; print(gym.make('envs:nanoEFM/Pointmass-v0').reset(seed=0)[0]['instruction'])"
-    )
+    out = run_alone("import gymnasium as gym; print(gym.make('envs:nanoEFM/Pointmass-v0').reset(seed=0)[0]['instruction'])")
     assert out.stdout.strip() == domain(1).reset(seed=0)[0]["instruction"][0], out.stderr
 
 
 def test_mujoco_imported_first_is_told_the_way_out():
     out = run_alone("import mujoco, envs; envs.make_vec('tabletop', 1, obs='images').reset(seed=0)")
     told = out.stderr.strip().splitlines()[-1]
-    assert (
-        "CannotRender" in told
-        and "MUJOCO_GL=:" in told
-        and "import envs before it, or set MUJOCO_GL=egl" in told
-    )
+    assert "CannotRender" in told and "MUJOCO_GL=:" in told and "import envs before it, or set MUJOCO_GL=egl" in told
 
 
 # --- the operator -------------------------------------------------------------------------------------------
@@ -526,20 +495,10 @@ def test_the_operator_resets_only_what_has_fallen_or_is_overdue():
     before, texts = domain.pos.copy(), list(domain.texts)
     obs, info = env.reset(seed=100)
     moved = (domain.pos != before).any((1, 2))
-    assert (
-        moved.tolist() == [False, True, False, bool(overdue[3]), False, False]
-        and overdue[3]
-        and not overdue[4]
-    )
+    assert moved.tolist() == [False, True, False, bool(overdue[3]), False, False] and overdue[3] and not overdue[4]
     assert env.interventions == 2 and env.steps.tolist() == [5, 0, 5, 0, 1799, 5]
-    assert (
-        not env.fallen.any()
-        and not info["is_success"].any()
-        and tuple(obs["instruction"]) == tuple(domain.texts)
-    )
-    assert (
-        sum(a != b for a, b in zip(texts, domain.texts, strict=True)) >= 5
-    )  # new ones where nothing moved as well
+    assert not env.fallen.any() and not info["is_success"].any() and tuple(obs["instruction"]) == tuple(domain.texts)
+    assert sum(a != b for a, b in zip(texts, domain.texts, strict=True)) >= 5  # new ones where nothing moved as well
     assert (domain.t == 0).all()
 
 
@@ -586,11 +545,7 @@ def test_an_operators_state_is_data_and_goes_on_exactly(name):
 def test_starts_are_as_documented():
     env = domain(2000)
     env.reset(seed=0)
-    assert (
-        np.abs(env.pos).max() <= pointmass.START
-        and np.abs(env.goals).max() <= pointmass.GOAL
-        and not env.vel.any()
-    )
+    assert np.abs(env.pos).max() <= pointmass.START and np.abs(env.goals).max() <= pointmass.GOAL and not env.vel.any()
     assert np.abs(env.pos).max() > 0.95 and np.abs(env.goals).max() > 0.85
     assert np.linalg.norm(env.goals - env.pos[:, None], axis=-1).min() >= 0.3
     for i, j in ((0, 1), (0, 2), (1, 2)):
@@ -608,9 +563,7 @@ def test_the_state_is_the_one_in_the_docstring():
     np.testing.assert_allclose(state[:, 0], env.pos, atol=1e-6)
     np.testing.assert_allclose(state[:, 1], env.vel * 100, atol=1e-6)
     for k, colour in enumerate(COLOURS):
-        np.testing.assert_allclose(
-            state[:, env.state_names.index(colour)], env.goals[:, k] - env.pos, atol=1e-6
-        )
+        np.testing.assert_allclose(state[:, env.state_names.index(colour)], env.goals[:, k] - env.pos, atol=1e-6)
 
 
 def test_the_dynamics_are_the_papers():
@@ -716,17 +669,13 @@ def test_the_second_view_is_what_is_around_the_point():
     near = discs(env.step(np.zeros((200, 2)))[0]["images"][:, 1])
     for k in range(3):
         away = env.goals[:, k] - env.pos
-        whole = (
-            np.abs(away).max(1) < WALL / 2 - pointmass.GOAL_RADIUS
-        )  # in the frame, and not behind the wake
+        whole = np.abs(away).max(1) < WALL / 2 - pointmass.GOAL_RADIUS  # in the frame, and not behind the wake
         whole &= np.linalg.norm(away + 30 * env.vel, axis=1) > pointmass.GOAL_RADIUS + POINT_RADIUS + 0.05
         assert whole.sum() > 10
         np.testing.assert_allclose(centroid(near[..., k])[whole] / 2, away[whole], atol=0.1 * WALL / 64)
     env.goals[:] = env.pos[:, None] + 10  # out of sight
     black = 127 - env.step(np.zeros((200, 2)))[0]["images"][:, 1].min(-1).astype(float)
-    np.testing.assert_allclose(
-        centroid(black.clip(0)) / 2, -30 * env.vel, atol=0.1 * WALL / 64
-    )  # three steps of ten substeps
+    np.testing.assert_allclose(centroid(black.clip(0)) / 2, -30 * env.vel, atol=0.1 * WALL / 64)  # three steps of ten substeps
 
 
 def discs(frames: np.ndarray) -> np.ndarray:
@@ -739,9 +688,7 @@ def centroid(disc: np.ndarray) -> np.ndarray:
     """(N, size, size) -> (N, 2): x and y in lengths; row 0 is up."""
     size = disc.shape[1]
     axis = ((np.arange(size) + 0.5) / size * 2 - 1) * WALL
-    return (
-        np.stack([disc.sum(1) @ axis, -disc.sum(2) @ axis], 1) / np.maximum(disc.sum((1, 2)), 1e-9)[:, None]
-    )
+    return np.stack([disc.sum(1) @ axis, -disc.sum(2) @ axis], 1) / np.maximum(disc.sum((1, 2)), 1e-9)[:, None]
 
 
 @pytest.mark.parametrize("size", [32, 48])
@@ -752,9 +699,7 @@ def test_the_drawn_point_is_where_the_point_is(size):
         images = env.step(np.sign(actions(rng, 200)) * ACTION_LIMIT)[0]["images"]
     assert images.shape == (200, 2, size, size, 3)
     pixel = 2 * WALL / size
-    white = discs(draw(env.pos, env.pos, env.goals, size)).min(
-        -1
-    )  # without a wake only the point is in all channels
+    white = discs(draw(env.pos, env.pos, env.goals, size)).min(-1)  # without a wake only the point is in all channels
     inside = np.abs(env.pos).max(1) < WALL - POINT_RADIUS - pixel
     assert inside.sum() > 150
     assert np.abs(centroid(white) - env.pos)[inside].max() < 0.1 * pixel
@@ -770,9 +715,7 @@ def test_each_goal_has_its_colour():
     for k in range(3):
         clear = (env.goals[:, k] < 0.9 - pointmass.GOAL_RADIUS).any(1)  # a goal that the cut did not touch
         assert clear.sum() > 50
-        np.testing.assert_allclose(
-            centroid(frame[..., k])[clear], env.goals[clear, k], atol=0.1 * 2 * WALL / 64
-        )
+        np.testing.assert_allclose(centroid(frame[..., k])[clear], env.goals[clear, k], atol=0.1 * 2 * WALL / 64)
 
 
 def test_render_is_one_picture_per_simulation():

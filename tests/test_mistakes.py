@@ -99,9 +99,7 @@ def test_a_run_that_diverges_ends_in_one_line_and_keeps_what_was_good(here, stag
 
 # --- what can be refused is refused before any work ---------------------------------------------------
 @pytest.mark.parametrize("stage", ["stage0", "stage1", "stage2"])
-def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_recorded(
-    here, stage, monkeypatch, capsys
-):
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_recorded(here, stage, monkeypatch, capsys):
     monkeypatch.setattr("common.demos.record", None)
     shutil.rmtree("data")
     before = tree(here)
@@ -161,9 +159,7 @@ def test_a_finished_run_is_not_gone_on_with_for_longer(here, capsys):
 
 def test_practice_goes_on_from_a_practised_policy(here):
     practised = load_file("runs/stage2/policy.safetensors")
-    assert any(
-        not torch.equal(v, practised[k]) for k, v in load_file("runs/stage1/policy.safetensors").items()
-    )
+    assert any(not torch.equal(v, practised[k]) for k, v in load_file("runs/stage1/policy.safetensors").items())
     train("stage2", "runs/again", stage1="runs/stage2", iterations=1)  # too few to find a better one
     again = load_file("runs/again/policy.safetensors")
     assert all(torch.equal(practised[k], v) for k, v in again.items())

@@ -64,9 +64,7 @@ def observe(B: int, seed: int = 0) -> dict[str, Tensor]:
 
 def questions(B: int) -> list[str]:
     """Prompts of different lengths, so that some are padded."""
-    return [
-        (QUESTION_ACTION, QUESTION_STEPS)[i % 2].format(INSTRUCTIONS[i % len(INSTRUCTIONS)]) for i in range(B)
-    ]
+    return [(QUESTION_ACTION, QUESTION_STEPS)[i % 2].format(INSTRUCTIONS[i % len(INSTRUCTIONS)]) for i in range(B)]
 
 
 # --- the reference libraries ------------------------------------------------------------------------------------------
@@ -121,9 +119,7 @@ def test_vit_equals_siglip(torchvision_ops):
         return re.sub(r"^layers\.", "encoder.layers.", name)
 
     weights = {rename(k): v for k, v in vit.state_dict().items()}
-    prefix = (
-        "vision_model." if any(k.startswith("vision_model.") for k in reference.state_dict()) else ""
-    )  # transformers < 5
+    prefix = "vision_model." if any(k.startswith("vision_model.") for k in reference.state_dict()) else ""  # transformers < 5
     reference.load_state_dict({prefix + k: v for k, v in weights.items()})
     with torch.no_grad():
         expected = reference(pixel_values=images.permute(0, 3, 1, 2) / 127.5 - 1).last_hidden_state
@@ -134,9 +130,7 @@ def test_vit_equals_siglip(torchvision_ops):
 def test_gemma_equals_transformers(torchvision_ops, kv_heads):
     from transformers import GemmaConfig, GemmaModel
 
-    cfg = dataclasses.replace(
-        TINY, width=32, depth=3, kv_heads=kv_heads, mlp_dim=56, vocab_size=50, rope_theta=500.0
-    )
+    cfg = dataclasses.replace(TINY, width=32, depth=3, kv_heads=kv_heads, mlp_dim=56, vocab_size=50, rope_theta=500.0)
     torch.manual_seed(kv_heads)
     gemma = models.Gemma(cfg).requires_grad_(False)
     randomise(gemma)
@@ -155,14 +149,10 @@ def test_gemma_equals_transformers(torchvision_ops, kv_heads):
     positions = torch.cat([valid, valid.new_ones(2, 3)], 1).cumsum(1) - 1
     additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     with torch.no_grad():
-        expected = reference(
-            input_ids=ids, attention_mask=additive, position_ids=positions, use_cache=False
-        ).last_hidden_state
+        expected = reference(input_ids=ids, attention_mask=additive, position_ids=positions, use_cache=False).last_hidden_state
     hidden = gemma(gemma.embed(ids), positions, mask, keep=9)
     torch.testing.assert_close(hidden, expected, atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        gemma(gemma.embed(ids), positions, mask, keep=4), expected[:, -4:], atol=2e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(gemma(gemma.embed(ids), positions, mask, keep=4), expected[:, -4:], atol=2e-5, rtol=1e-5)
 
 
 # --- the mask and the padding -----------------------------------------------------------------------------------------
@@ -187,9 +177,7 @@ def test_a_padded_prompt_gets_the_answer_of_the_unpadded_one():
     assert not valid.all() and (ids[:, -1] == ids[0, -1]).all()  # some are padded, and on the left
     together = model.log_probs(obs, prompts, answer, ranges)
     for i, prompt in enumerate(prompts):
-        alone = model.log_probs(
-            {k: v[i : i + 1] for k, v in obs.items()}, [prompt], answer[i : i + 1], ranges
-        )
+        alone = model.log_probs({k: v[i : i + 1] for k, v in obs.items()}, [prompt], answer[i : i + 1], ranges)
         for a, b in zip(alone, together, strict=True):
             torch.testing.assert_close(a[0], b[i], atol=1e-5, rtol=1e-5)
 
@@ -244,18 +232,14 @@ def test_sinusoidal_numbers_lie_on_a_curve_and_change_no_word():
         tables.append(model.language_model.embed_tokens.weight.detach())
     first = model.tokenizer.loc
     numbers = slice(first, first + N_LOC)
-    assert torch.equal(tables[0][:first], tables[1][:first]) and torch.equal(
-        tables[0][numbers.stop :], tables[1][numbers.stop :]
-    )
+    assert torch.equal(tables[0][:first], tables[1][:first]) and torch.equal(tables[0][numbers.stop :], tables[1][numbers.stop :])
     plain, waves = (t[numbers] @ t[numbers].T for t in tables)  # dots of any two numbers
     torch.testing.assert_close(waves.diagonal(), torch.ones(N_LOC))
     # by hand: sines and cosines of wavelengths 4 ... 512 give the mean cosine of the distance, whatever the place
     lengths = torch.tensor([4 * 128 ** (k / 11) for k in range(12)])
     for distance in (1, 3, 40):
         expected = torch.cos(2 * torch.pi * distance / lengths).mean()
-        torch.testing.assert_close(
-            waves.diagonal(distance), expected.expand(N_LOC - distance), atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(waves.diagonal(distance), expected.expand(N_LOC - distance), atol=1e-4, rtol=0)
     assert waves.diagonal(1).min() > 0.8 > 0.5 > plain.diagonal(1).mean()
 
 
@@ -294,9 +278,7 @@ def test_state_sinusoids_by_hand():
 def test_a_longer_answer_costs_no_more_gradients_of_the_whole_table(L):
     """Each use of the embeddings makes one of their size, 2 GB at 3B: the tokens' look-up and the scores, no more."""
     model, obs = tiny().requires_grad_(), {"images": observe(2)["images"]}
-    loss = model.log_prob(
-        obs, questions(2), torch.zeros(2, L, dtype=torch.long), ([(0, 6), (0, 9)] * 4)[:L]
-    ).sum()
+    loss = model.log_prob(obs, questions(2), torch.zeros(2, L, dtype=torch.long), ([(0, 6), (0, 9)] * 4)[:L]).sum()
     uses, seen, todo = 0, set(), [loss.grad_fn]
     while todo:
         node = todo.pop()
@@ -314,17 +296,11 @@ def test_answers_are_drawn_with_the_probability_that_log_prob_says(rng, temperat
     obs = {"state": observe(1)["state"]}
     prompt = questions(1)
     answers = torch.tensor(list(itertools.product(range(2, 5), range(4))))
-    p = model.log_prob(
-        {"state": obs["state"].expand(12, 2, 2)}, prompt * 12, answers, ranges, temperature
-    ).exp()
-    tokens, _ = model.sample(
-        {"state": obs["state"].expand(n, 2, 2)}, prompt * n, ranges, rng, temperature=temperature
-    )
+    p = model.log_prob({"state": obs["state"].expand(12, 2, 2)}, prompt * 12, answers, ranges, temperature).exp()
+    tokens, _ = model.sample({"state": obs["state"].expand(n, 2, 2)}, prompt * n, ranges, rng, temperature=temperature)
     counts = torch.bincount((tokens[:, 0] - 2) * 4 + tokens[:, 1], minlength=12)
     chi2 = ((counts - n * p) ** 2 / (n * p)).sum().item()
-    assert (
-        p.max() - p.min() > 0.01 and chi2 < 31.3
-    )  # 11 degrees of freedom: one in a thousand seeds exceeds it
+    assert p.max() - p.min() > 0.01 and chi2 < 31.3  # 11 degrees of freedom: one in a thousand seeds exceeds it
 
 
 def test_half_the_temperature_squares_each_tokens_probability():
@@ -336,9 +312,7 @@ def test_half_the_temperature_squares_each_tokens_probability():
 
 def test_the_same_generator_gives_the_same_answers():
     model, obs, prompts, ranges = tiny(), observe(6), questions(6), [(0, 200), (0, 200)]
-    first, second, other = (
-        model.sample(obs, prompts, ranges, torch.Generator().manual_seed(s))[0] for s in (3, 3, 4)
-    )
+    first, second, other = (model.sample(obs, prompts, ranges, torch.Generator().manual_seed(s))[0] for s in (3, 3, 4))
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
@@ -354,9 +328,7 @@ def test_constrained_sampling_returns_allowed_numbers_only(rng, greedy):
     assert torch.equal(entropy[:, 3], torch.zeros(n))  # one number allowed: nothing to choose
 
 
-@pytest.mark.parametrize(
-    "ranges", [[(0, 3), (1, 5), (0, 2)], SignMagnitude(1.0, 2).ranges[:3], UniformBins(6, -1, 1, 2).ranges]
-)
+@pytest.mark.parametrize("ranges", [[(0, 3), (1, 5), (0, 2)], SignMagnitude(1.0, 2).ranges[:3], UniformBins(6, -1, 1, 2).ranges])
 def test_log_prob_sums_to_one_over_all_answers(ranges):
     model = tiny()
     answers = torch.tensor(list(itertools.product(*(range(*r) for r in ranges))))
@@ -397,9 +369,7 @@ def test_steps_to_go_asks_the_steps_question():
     d = model.steps_to_go(obs, INSTRUCTIONS[:2], steps)
     prompts = [QUESTION_STEPS.format(g) for g in INSTRUCTIONS[:2]]
     log_p = model.log_probs(obs, prompts, torch.zeros(2, 1, dtype=torch.long), [(0, 10)])[0].tolist()
-    assert d.tolist() == pytest.approx(
-        [sum(2 * k * math.exp(lp) for k, lp in enumerate(row)) for row in log_p], rel=1e-5
-    )
+    assert d.tolist() == pytest.approx([sum(2 * k * math.exp(lp) for k, lp in enumerate(row)) for row in log_p], rel=1e-5)
 
 
 # --- the action head --------------------------------------------------------------------------------------------------
@@ -433,14 +403,10 @@ def test_models_of_one_seed_differ_by_the_action_head_only():
     states = []
     for width in (0, 10):
         torch.manual_seed(5)
-        model = EFM(
-            dataclasses.replace(TINY, action_head=width), Tokenizer.train([*INSTRUCTIONS, *TINY.state_names])
-        )
+        model = EFM(dataclasses.replace(TINY, action_head=width), Tokenizer.train([*INSTRUCTIONS, *TINY.state_names]))
         states.append(model.state_dict())
     plain, headed = states
-    assert (
-        {k for k in headed if k not in plain} == {k for k in headed if k.startswith("action_head.")} != set()
-    )
+    assert {k for k in headed if k not in plain} == {k for k in headed if k.startswith("action_head.")} != set()
     assert all(torch.equal(v, headed[k]) for k, v in plain.items())
 
 
@@ -469,9 +435,7 @@ def test_the_action_head_learns_numbers_and_leaves_text_alone():
     hidden, ids = headed.hidden(obs, prompts, answer + headed.tokenizer.loc), headed.number_ids(3, 9)
     a, b = headed.action_head[0], headed.action_head[2]
     moved = hidden + F.gelu(hidden @ a.weight.T + a.bias) @ b.weight.T + b.bias
-    torch.testing.assert_close(
-        headed.logits(hidden, ids), moved @ headed.language_model.embed_tokens.weight[ids].T
-    )
+    torch.testing.assert_close(headed.logits(hidden, ids), moved @ headed.language_model.embed_tokens.weight[ids].T)
     # what is drawn with the cache has the probability that training gives it
     tokens, entropy = headed.sample(obs, prompts, ranges, torch.Generator().manual_seed(0))
     log_probs = headed.log_probs(obs, prompts, tokens, ranges)
@@ -518,9 +482,7 @@ def test_generated_text_is_the_argmax_at_every_step():
         model.tokenizer,
         functools.partial(model.tokenizer.tokenizer.encode, add_special_tokens=False),
     )
-    for layer in (
-        model.language_model.layers
-    ):  # tied embeddings say the last token again and again if the blocks say little
+    for layer in model.language_model.layers:  # tied embeddings say the last token again and again if the blocks say little
         layer.o_proj.weight.mul_(4), layer.down_proj.weight.mul_(4)
     said = words(model.generate_text(obs, prompts, longest=8)[0]).ids
     tokenizer.eos = said[3]  # from now on at least this answer has an end
@@ -548,9 +510,7 @@ def test_state_mlp_adds_to_where_the_first_tokens_of_an_answer_are_predicted(tmp
     gelu = torch.nn.functional.gelu
     bias = (gelu(gelu(z @ a.weight.T + a.bias) @ b.weight.T + b.bias) @ c.weight.T + c.bias).view(2, 3, -1)
     torch.testing.assert_close(model.state_bias(obs), bias)
-    torch.testing.assert_close(
-        model.state_bias({"state": torch.stack([obs["state"] - 1, obs["state"]], 1)}), bias
-    )  # of now
+    torch.testing.assert_close(model.state_bias({"state": torch.stack([obs["state"] - 1, obs["state"]], 1)}), bias)  # of now
     names = torch.stack([model.language_model.embed(torch.tensor(model.tokenizer.tokenizer.encode(n).ids)).mean(0)
                          for n in TINY.state_names])  # fmt: skip
     expected = torch.einsum("bsd,sdw->bsw", z.view(2, 2, 2), model.state_weight) + names
@@ -568,9 +528,7 @@ def test_state_mlp_adds_to_where_the_first_tokens_of_an_answer_are_predicted(tmp
     tokens, entropy = model.sample(obs, prompts, [(0, 8)] * 5, torch.Generator().manual_seed(0))
     log_probs = model.log_probs(obs, prompts, tokens, [(0, 8)] * 5)
     torch.testing.assert_close(torch.stack([-(x.exp() * x).sum(1) for x in log_probs], 1), entropy)
-    assert not any(
-        "state_m" in key or "scale" in key for key in plain.state_dict()
-    )  # and without it nothing is new
+    assert not any("state_m" in key or "scale" in key for key in plain.state_dict())  # and without it nothing is new
     save_model(model, tmp_path / "m.safetensors")
     again = load_model(tmp_path / "m.safetensors")
     assert torch.equal(again.prefix(obs, prompts)[0], model.prefix(obs, prompts)[0])
@@ -582,9 +540,7 @@ def test_a_state_at_two_moments():
     both = torch.stack([first, last], 1)  # (B, 2, S, d)
     x, valid = model.prefix({"state": both}, prompts)
     one, other = (model.prefix({"state": s}, prompts)[0] for s in (first, last))
-    torch.testing.assert_close(
-        x, torch.cat([one[:, :2], other], 1), atol=1e-6, rtol=0
-    )  # one moment after the other
+    torch.testing.assert_close(x, torch.cat([one[:, :2], other], 1), atol=1e-6, rtol=0)  # one moment after the other
     assert valid.shape == x.shape[:2]
     assert torch.equal(x, model.prefix({"state": both.flatten(1, 2)}, prompts)[0])  # (B, 2 S, d)
     assert torch.equal(one, model.prefix({"state": both[:, :1]}, prompts)[0])  # (B, 1, S, d)

@@ -86,9 +86,7 @@ def test_curves_are_the_logged_numbers(tmp_path):
 @pytest.mark.parametrize("draw", [pictures.trajectories, lambda film: pictures.steps_to_go(film, 1.0)])
 def test_letters_can_be_read_at_830_pixels(film, draw):
     fig = draw(film)
-    texts = [
-        text for ax in fig.axes for text in (ax.title, ax.xaxis.label, ax.yaxis.label) if text.get_text()
-    ]
+    texts = [text for ax in fig.axes for text in (ax.title, ax.xaxis.label, ax.yaxis.label) if text.get_text()]
     assert texts and fig.get_size_inches()[0] == WIDTH
     assert min(text.get_fontsize() for text in texts) >= 8  # 8 points at 100 pixels an inch: 11 pixels
     pictures.close()

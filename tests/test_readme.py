@@ -25,10 +25,7 @@ import stage2
 
 ROOT = Path(stage1.__file__).resolve().parent
 README = (ROOT / "README.md").read_text()
-PAGES = {
-    p.relative_to(ROOT).as_posix(): p.read_text()
-    for p in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
-}
+PAGES = {p.relative_to(ROOT).as_posix(): p.read_text() for p in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 SCRIPTS = {"stage0": stage0, "stage1": stage1, "stage2": stage2, "eval": evaluation, "pointmass": pointmass}
 SOURCES = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("envs/*.py")), ROOT / "tests" / "test_stage2.py"]
 TAG = re.compile(r"\[(?:Eq|Alg|L_)[^\]]*\]")
@@ -41,14 +38,10 @@ def commands() -> list[tuple[str, str, str]]:
     texts = {where: text for where, text in PAGES.items() if where != DIARY}
     for name, script in SCRIPTS.items():
         source = Path(script.__file__).read_text()
-        texts[f"{name}.py"] = script.__doc__ or "\n".join(
-            re.match(r"((?:#.*\n|\n)*)", source)[1].splitlines()
-        )
+        texts[f"{name}.py"] = script.__doc__ or "\n".join(re.match(r"((?:#.*\n|\n)*)", source)[1].splitlines())
     found = []
     for where, text in texts.items():
-        for script, args in re.findall(
-            r"\bpython (?:-u )?(\w+)\.py([^`\n&|;)]*)", text
-        ):  # up to the next command
+        for script, args in re.findall(r"\bpython (?:-u )?(\w+)\.py([^`\n&|;)]*)", text):  # up to the next command
             args = re.split(r"\s+#", args)[0]  # a comment
             found.append((where, script, args.strip().rstrip(".,:")))
     return found
@@ -59,16 +52,12 @@ COMMANDS = commands()
 
 def test_every_script_has_commands():
     assert {script for where, script, _ in COMMANDS if where == f"{script}.py"} == set(SCRIPTS)
-    assert {"stage1", "stage2", "pointmass", "eval"} <= {
-        script for where, script, _ in COMMANDS if where == "README.md"
-    }
+    assert {"stage1", "stage2", "pointmass", "eval"} <= {script for where, script, _ in COMMANDS if where == "README.md"}
     for script in SCRIPTS:
         assert len({args for where, s, args in COMMANDS if where == f"{script}.py" and s == script}) >= 2
 
 
-@pytest.mark.parametrize(
-    ("where", "script", "args"), COMMANDS, ids=[f"{w}-{s}-{i}" for i, (w, s, _) in enumerate(COMMANDS)]
-)
+@pytest.mark.parametrize(("where", "script", "args"), COMMANDS, ids=[f"{w}-{s}-{i}" for i, (w, s, _) in enumerate(COMMANDS)])
 def test_commands_parse(where, script, args):
     assert script in SCRIPTS, f"{where}: there is no {script}.py"
     if re.search(r"@\w+@|\.\.\.|[{<$]|\b[A-Z]{3,}\b", args):
@@ -84,12 +73,7 @@ def test_commands_parse(where, script, args):
 
 
 def test_scripts_in_folders_exist():
-    found = [
-        name
-        for where, text in PAGES.items()
-        if where != DIARY
-        for name in re.findall(r"python (\w+/\w+\.py)", text)
-    ]
+    found = [name for where, text in PAGES.items() if where != DIARY for name in re.findall(r"python (\w+/\w+\.py)", text)]
     assert "results/collect.py" in found
     for name in found:
         assert (ROOT / name).exists(), name
@@ -140,11 +124,7 @@ def quoted(cell: str) -> list[str]:
 def function(path: Path, name: str) -> list[str]:
     """The source of each function or method of this name in a file."""
     source = path.read_text()
-    nodes = [
-        n
-        for n in ast.walk(ast.parse(source))
-        if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name
-    ]
+    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name]
     lines = source.splitlines()
     return ["\n".join(lines[n.lineno - 1 : n.end_lineno]) for n in nodes]
 
@@ -174,15 +154,11 @@ def test_the_tagged_line_computes_what_its_row_says(row):
     assert quoted(words) and quoted(places)
     for place in quoted(places):
         file, name = place.split(":")
-        lines = [
-            line for source in function(ROOT / file, name) for line in source.splitlines() if tag in line
-        ]
+        lines = [line for source in function(ROOT / file, name) for line in source.splitlines() if tag in line]
         assert lines, f"{tag} is not in {place}"
         for line in lines:
             code = line.split("#")[0]
-            assert any(re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z])", code) for word in quoted(words)), (
-                line
-            )
+            assert any(re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z])", code) for word in quoted(words)), line
 
 
 @pytest.mark.parametrize("row", MAP, ids=[row[1].strip("`") for row in MAP])
@@ -222,11 +198,7 @@ def logged() -> set[str]:
         if getattr(target, "id", "") == "row" and isinstance(node.value, ast.Dict):
             keys += [key.value for key in node.value.keys]
     (metrics,) = function(ROOT / "rollout.py", "metrics")
-    returned = [
-        n.value
-        for n in ast.walk(ast.parse(metrics))
-        if isinstance(n, ast.Return) and isinstance(n.value, ast.Dict)
-    ]
+    returned = [n.value for n in ast.walk(ast.parse(metrics)) if isinstance(n, ast.Return) and isinstance(n.value, ast.Dict)]
     assert keys and returned
     return {*keys, *(key.value for value in returned for key in value.keys)}
 

@@ -41,9 +41,7 @@ def copy(tmp_path, monkeypatch) -> Path:
 def test_the_tables_of_the_pages_are_the_raw_numbers(copy):
     script("collect").main()
     for name in (*PAGES, "results/summaries.csv"):
-        assert (copy / name).read_text() == (ROOT / name).read_text(), (
-            f"{name}: run python results/collect.py"
-        )
+        assert (copy / name).read_text() == (ROOT / name).read_text(), f"{name}: run python results/collect.py"
     assert "<!-- collected: results -->" in (copy / "README.md").read_text()
     for name in (
         "learning",
@@ -98,6 +96,6 @@ def test_each_published_practice_has_its_raw_metrics():
     published = [row for row in rows(ROOT / "results" / "summaries.csv") if row["stage"] == "stage2"]
     assert len(published) > 10
     for row in published:
-        assert {"env_steps", "true_at_end", "detected", "mean_steps"} <= rows(
-            ROOT / f"results/metrics/{row['run']}.csv"
-        )[0].keys()
+        assert {"env_steps", "true_at_end", "detected", "mean_steps"} <= rows(ROOT / f"results/metrics/{row['run']}.csv")[
+            0
+        ].keys()

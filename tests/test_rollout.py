@@ -104,11 +104,7 @@ def test_rollout_bookkeeping(obs, end):
     last = r.d[:, -1]
     over = (last <= s).numpy() if end == "detector" else r.truth[:, -1].numpy()
     assert (length[~over] == env.horizon).all() and over[length < env.horizon].all()
-    inner = [
-        x
-        for i in range(n)
-        for x in (r.d[i, 1 : length[i]] <= s if end == "detector" else r.truth[i, 1 : length[i]])
-    ]
+    inner = [x for i in range(n) for x in (r.d[i, 1 : length[i]] <= s if end == "detector" else r.truth[i, 1 : length[i]])]
     assert not any(inner)  # at the first time, not a later one
     # the last observation of every simulation
     for i in range(n):
@@ -129,9 +125,7 @@ def test_rollout_bookkeeping(obs, end):
 def test_a_rollout_repeats_with_its_seed_and_generator():
     policy, env = small("state", 0), envs.make_vec("pointmass", 4)
     env.horizon = 8
-    a, b, c = (
-        rollout(policy, policy, env, seed, torch.Generator().manual_seed(5), never) for seed in (1, 1, 2)
-    )
+    a, b, c = (rollout(policy, policy, env, seed, torch.Generator().manual_seed(5), never) for seed in (1, 1, 2))
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.d, b.d) and not torch.equal(a.d, c.d)
 
 
@@ -146,9 +140,7 @@ def test_a_rollout_without_a_reward_model_is_the_same_but_for_d():
 def test_a_greedy_rollout_takes_the_most_probable_tokens():
     policy, env = small("state", 0), envs.make_vec("pointmass", 4)
     env.horizon = 5
-    a, b = (
-        rollout(policy, policy, env, 1, torch.Generator().manual_seed(g), never, greedy=True) for g in (5, 6)
-    )
+    a, b = (rollout(policy, policy, env, 1, torch.Generator().manual_seed(g), never, greedy=True) for g in (5, 6))
     assert torch.equal(a.tokens, b.tokens)
     ranges = action_tokenizer(**env.action_tokens).ranges
     with torch.no_grad():
@@ -190,11 +182,7 @@ def test_confusion():
 def test_confusion_without_a_class():
     every, never = np.ones(3, bool), np.zeros(3, bool)
     table = confusion(every, every)
-    assert (
-        table["true_positives"] == 3
-        and table["false_positive_rate"] == 0
-        and table["false_negative_rate"] == 0
-    )
+    assert table["true_positives"] == 3 and table["false_positive_rate"] == 0 and table["false_negative_rate"] == 0
     assert confusion(every, never)["false_positive_rate"] == 1
     assert confusion(never, every)["false_negative_rate"] == 1
 
@@ -291,12 +279,8 @@ def test_evaluate_is_consistent(run, s, short):
     assert r["success_low"] < r["success_high"] and r["success_threshold"] == s
     assert (r["success_low"], r["success_high"]) == wilson(round(r["success"] * EPISODES), EPISODES)
     assert 1 <= r["mean_steps"] <= 20 and 0 <= r["confirmed_detections"] <= 1
-    assert r["false_positive_rate"] == n["false_positives"] / max(
-        1, n["false_positives"] + n["true_negatives"]
-    )
-    assert r["false_negative_rate"] == n["false_negatives"] / max(
-        1, n["false_negatives"] + n["true_positives"]
-    )
+    assert r["false_positive_rate"] == n["false_positives"] / max(1, n["false_positives"] + n["true_negatives"])
+    assert r["false_negative_rate"] == n["false_negatives"] / max(1, n["false_negatives"] + n["true_positives"])
     if s == 200:  # above every d: each episode is ended at once, by the detector
         assert n["true_positives"] + n["false_positives"] == EPISODES
     if s == 3:  # an untrained d is about 70: the detector never fires
@@ -329,11 +313,7 @@ def test_the_first_hundred_episodes_do_not_depend_on_how_many_there_are(run, wat
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.d, b.d) and torch.equal(a.truth, b.truth)
         assert a.goals.tolist() == b.goals.tolist() and a.length.tolist() == b.length.tolist()
     drawn = {tuple(r.tokens.flatten().tolist()) for r in watched[2:]}
-    assert (
-        len(drawn) == 6 and len({tuple(r.goals) for r in watched[2:]}) == 6
-    )  # no chunk has another's episodes
+    assert len(drawn) == 6 and len({tuple(r.goals) for r in watched[2:]}) == 6  # no chunk has another's episodes
     for n, result in results.items():
-        table = [
-            result[k] for k in ("true_positives", "false_positives", "false_negatives", "true_negatives")
-        ]
+        table = [result[k] for k in ("true_positives", "false_positives", "false_negatives", "true_negatives")]
         assert result["eval_episodes"] == sum(table) == n

@@ -41,9 +41,7 @@ def small(seed: int = 0, **sizes) -> EFM:
 
 
 def see(B: int = 3) -> tuple[dict[str, Tensor], list[str]]:
-    images = torch.randint(
-        0, 256, (B, 2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
+    images = torch.randint(0, 256, (B, 2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     return {"images": images}, ["move to the red goal", "move to the blue goal", "move to the green goal"][:B]
 
 
@@ -80,14 +78,10 @@ def test_an_adapter_is_zero_at_first_and_only_adapters_learn(torchvision_ops, tm
     model = small()
     before, start = answers(model), {k: v.clone() for k, v in model.state_dict().items()}
     files.add_lora(model, 4, tmp_path / "base.safetensors")
-    for a, b in zip(
-        answers(model), before, strict=True
-    ):  # sums in another order, as tensors lie otherwise in memory
+    for a, b in zip(answers(model), before, strict=True):  # sums in another order, as tensors lie otherwise in memory
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-6)
     assert all(p.any() == ("lora_A" in name) for name, p in model.named_parameters() if p.requires_grad)
-    linear = {n for n, m in small().named_modules() if isinstance(m, torch.nn.Linear)} - {
-        "multi_modal_projector"
-    }
+    linear = {n for n, m in small().named_modules() if isinstance(m, torch.nn.Linear)} - {"multi_modal_projector"}
     learnt = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {n.split(files.LORA)[0] for n in learnt} == linear and len(learnt) == 2 * len(linear)
     assert set(files.trainable_state(model)) == learnt
@@ -106,9 +100,7 @@ def test_an_adapter_is_zero_at_first_and_only_adapters_learn(torchvision_ops, tm
 def test_merged_equals_unmerged(torchvision_ops, tmp_path):
     model = disturb(files.add_lora(small(), 4, tmp_path / "base.safetensors"), 1)
     merged = files.merge_lora(copy.deepcopy(model))
-    assert merged.state_dict().keys() == small().state_dict().keys() and all(
-        p.requires_grad for p in merged.parameters()
-    )
+    assert merged.state_dict().keys() == small().state_dict().keys() and all(p.requires_grad for p in merged.parameters())
     for a, b in zip(answers(merged), answers(model), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
     files.save_model(merged, tmp_path / "merged.safetensors")
@@ -124,9 +116,7 @@ def test_one_copy_of_the_weights_serves_policy_and_reward(torchvision_ops, tmp_p
     saved = [answers(policy)]
     files.save_model(disturb(policy, 2), tmp_path / "stage1" / "reward.safetensors")
     saved.append(answers(policy))
-    os.rename(
-        tmp_path, elsewhere := tmp_path.with_name(f"{tmp_path.name} elsewhere")
-    )  # the base is named relative to them
+    os.rename(tmp_path, elsewhere := tmp_path.with_name(f"{tmp_path.name} elsewhere"))  # the base is named relative to them
     policy = files.load_model(elsewhere / "stage2" / "policy.safetensors")
     reward = files.load_model(elsewhere / "stage1" / "reward.safetensors", policy)
     for model, before in zip((policy, reward), saved, strict=True):
@@ -206,12 +196,8 @@ def test_runs_with_adapters(here):
     base = files.load_model(Path("runs/lora1/base.safetensors")).state_dict()
     assert not changed(start, base)
     first, second = weights("lora1"), weights("lora2")
-    assert all(files.LORA in k for k in first) and not changed(
-        weights("lora1", "reward"), weights("lora2", "reward")
-    )
-    assert changed(first, second) == {
-        k for k in first if k.startswith("language_model.")
-    }  # the ViT's adapters are frozen
+    assert all(files.LORA in k for k in first) and not changed(weights("lora1", "reward"), weights("lora2", "reward"))
+    assert changed(first, second) == {k for k in first if k.startswith("language_model.")}  # the ViT's adapters are frozen
     assert all(v.abs().max() > 0 for v in first.values())  # but learnt in Stage 1
     assert json.loads(Path("runs/lora2/config.json").read_text())["lora_rank"] == 4
     assert not Path("runs/lora2/base.safetensors").exists()
@@ -239,23 +225,15 @@ def test_new_adapters_on_a_stage_1_without(here):
 def test_a_frame_is_encoded_before_the_update_not_in_it(here, stage, monkeypatch, tmp_path):
     """Stage 1 trains the ViT's adapters; Stage 2 feeds kept features to the policy."""
     seen, forward = [], models.ViT.forward
-    monkeypatch.setattr(
-        models.ViT, "forward", lambda self, x: seen.append(torch.is_grad_enabled()) or forward(self, x)
-    )
-    settings = (
-        ONE | {"weights": "weights", "lora_rank": 4, "updates": 1}
-        if stage == "stage1"
-        else TWO | {"stage1": "runs/lora1"}
-    )
+    monkeypatch.setattr(models.ViT, "forward", lambda self, x: seen.append(torch.is_grad_enabled()) or forward(self, x))
+    settings = ONE | {"weights": "weights", "lora_rank": 4, "updates": 1} if stage == "stage1" else TWO | {"stage1": "runs/lora1"}
     run(stage, **settings, out=str(tmp_path / "run"))
     assert any(seen) == (stage == "stage1") and not all(seen)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_adapters_resume_exactly(here, stage):
-    settings = (
-        ONE | {"weights": "weights", "lora_rank": 4} if stage == "stage1" else TWO | {"stage1": "runs/lora1"}
-    )
+    settings = ONE | {"weights": "weights", "lora_rank": 4} if stage == "stage1" else TWO | {"stage1": "runs/lora1"}
     whole = f"lora{stage[-1]}"
     run(stage, **settings, out=f"runs/{whole}-cut", resume=True)
     assert metrics(Path(f"runs/{whole}-cut")) == metrics(Path(f"runs/{whole}"))
@@ -306,10 +284,7 @@ PRACTICE = ["states-one", "full1", "lora1"]  # by DDP, by FSDP2, of adapters
 def two_ranks(here) -> Path:
     """Runs of two processes, and what a kill would leave of them; Stage 2's go on from one process's Stage 1."""
     run("stage1", **STATES, out="runs/states-one")
-    jobs = [
-        {"stage": stage, **settings, "out": f"runs/{name}", "cut": 2}
-        for name, (stage, settings, _) in RUNS.items()
-    ]
+    jobs = [{"stage": stage, **settings, "out": f"runs/{name}", "cut": 2} for name, (stage, settings, _) in RUNS.items()]
     for name in PRACTICE:
         job = {"stage": "stage2", **TWO, "stage1": f"runs/{name}"}
         jobs += [
@@ -318,9 +293,7 @@ def two_ranks(here) -> Path:
         ]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--"]
     script = Path(__file__).with_name("two_ranks.py")
-    p = subprocess.run(
-        [*command, str(script), json.dumps(jobs)], capture_output=True, text=True, timeout=300, check=False
-    )
+    p = subprocess.run([*command, str(script), json.dumps(jobs)], capture_output=True, text=True, timeout=300, check=False)
     assert p.returncode == 0, p.stderr
     return here
 
@@ -332,9 +305,7 @@ def assert_close(a: str, b: str) -> None:
     np.testing.assert_allclose(*rows, rtol=1e-5)
     for name in ("policy", "reward"):
         theirs = weights(b, name)
-        for key in theirs.keys() - {
-            k for k in theirs if k.endswith("k_proj.bias")
-        }:  # softmax does not see it: AdamW on noise
+        for key in theirs.keys() - {k for k in theirs if k.endswith("k_proj.bias")}:  # softmax does not see it: AdamW on noise
             value = weights(a, name)[key]
             torch.testing.assert_close(value, theirs[key], atol=1e-3, rtol=1e-3, msg=key)
 
@@ -436,9 +407,7 @@ def test_checkpointed_and_compiled_blocks_compute_the_same(monkeypatch):
 def test_checkpointing_keeps_less(monkeypatch):
     def kept(model: EFM) -> int:
         sizes = {}
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: sizes.setdefault(t.data_ptr(), t.numel()) and t, lambda t: t
-        ):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.setdefault(t.data_ptr(), t.numel()) and t, lambda t: t):
             obs, goals = see()
             model.log_prob(obs, goals, torch.tensor([[3, 4]] * 3), RANGES)
         return sum(sizes.values())
@@ -456,9 +425,7 @@ def test_bfloat16_blurs_neither_d_nor_states():
         blurred = answers(model)
         assert model.language_model.layers[0].q_proj(torch.zeros(1, 16)).dtype == torch.bfloat16
     assert 0 < (blurred[0] - exact[0]).abs().max() < 0.05
-    assert (
-        blurred[1].dtype == torch.float32 and len(set(blurred[1].tolist())) == 3
-    )  # bfloat16 has no numbers between 69 and 69.5
+    assert blurred[1].dtype == torch.float32 and len(set(blurred[1].tolist())) == 3  # bfloat16 has no numbers between 69 and 69.5
     assert (blurred[1] - exact[1]).abs().max() < 0.2
     with ranks.autocast(False):
         assert all(torch.equal(a, b) for a, b in zip(answers(model), exact, strict=True))

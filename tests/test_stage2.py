@@ -86,9 +86,7 @@ def test_reinforce_loss():
     loss = stage2.reinforce_loss(log_prob, returns, 0.2)
     assert loss.item() == pytest.approx(-0.2 * (-3 + 0 + 6) / 3)
     loss.backward()
-    assert log_prob.grad.tolist() == pytest.approx(
-        [-0.2, 0, 0.1]
-    )  # up where the return is positive, down where negative
+    assert log_prob.grad.tolist() == pytest.approx([-0.2, 0, 0.1])  # up where the return is positive, down where negative
 
 
 def test_detect_success():
@@ -115,18 +113,14 @@ def bandit() -> tuple[EFM, dict[str, Tensor], list[str]]:
 def gradient(policy: EFM, loss: Tensor) -> Tensor:
     policy.zero_grad()
     loss.backward()
-    return torch.cat(
-        [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in policy.parameters()]
-    ).clone()
+    return torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in policy.parameters()]).clone()
 
 
 def test_the_expected_reinforce_gradient_is_the_gradient_of_the_expected_return():
     policy, obs, prompt = bandit()
     c = 0.05
     everywhere = {"state": obs["state"].expand(9, -1, -1)}
-    expected = gradient(
-        policy, -c * (policy.log_prob(everywhere, prompt * 9, ANSWERS, RANGES).exp() * VALUE).sum()
-    )  # exact
+    expected = gradient(policy, -c * (policy.log_prob(everywhere, prompt * 9, ANSWERS, RANGES).exp() * VALUE).sum())  # exact
     got = torch.zeros_like(expected)
     with torch.no_grad():
         p = policy.log_prob(everywhere, prompt * 9, ANSWERS, RANGES).exp()
@@ -141,15 +135,11 @@ def test_the_sampled_reinforce_gradient_points_the_same_way(rng):
     policy, obs, prompt = bandit()
     n = 4000
     everywhere = {"state": obs["state"].expand(9, -1, -1)}
-    expected = gradient(
-        policy, -(policy.log_prob(everywhere, prompt * 9, ANSWERS, RANGES).exp() * VALUE).sum()
-    )
+    expected = gradient(policy, -(policy.log_prob(everywhere, prompt * 9, ANSWERS, RANGES).exp() * VALUE).sum())
     sampled = {"state": obs["state"].expand(n, -1, -1)}
     tokens, _ = policy.sample(sampled, prompt * n, RANGES, rng)
     returns = VALUE[tokens[:, 0] * 3 + tokens[:, 1] - 1]
-    got = gradient(
-        policy, stage2.reinforce_loss(policy.log_prob(sampled, prompt * n, tokens, RANGES), returns, 1.0)
-    )
+    got = gradient(policy, stage2.reinforce_loss(policy.log_prob(sampled, prompt * n, tokens, RANGES), returns, 1.0))
     assert torch.cosine_similarity(got, expected, 0) > 0.97
     assert (got.norm() / expected.norm() - 1).abs() < 0.15
 
@@ -212,9 +202,7 @@ def test_an_update_changes_neither_the_reward_model_nor_the_policys_vit(tmp_path
     assert all(v.isfinite().all() for v in after.values())
     assert summary["env_steps"] >= 6 * 2 * 32 and summary["episodes"] % 4 == 0
     assert 0 <= summary["success_low"] <= summary["success"] <= summary["success_high"] <= 1
-    confusion = [
-        summary[k] for k in ("true_positives", "false_positives", "false_negatives", "true_negatives")
-    ]
+    confusion = [summary[k] for k in ("true_positives", "false_positives", "false_negatives", "true_negatives")]
     assert sum(confusion) == summary["eval_episodes"] == 3
     rows = Path("runs/stage2/metrics.csv").read_text().splitlines()
     assert len(rows) == 1 + 6 and all(math.isfinite(float(x)) for x in rows[-1].split(","))
@@ -223,13 +211,9 @@ def test_an_update_changes_neither_the_reward_model_nor_the_policys_vit(tmp_path
 def test_practice_of_the_blocks_changes_the_transformers_blocks_and_nothing_else(tmp_path, monkeypatch):
     (policy, _), before, _ = run(tmp_path, monkeypatch, "state", learns="blocks")
     after = policy.state_dict()
-    assert {k for k in after if not torch.equal(after[k], before[0][k])} == {
-        k for k in after if ".layers." in k
-    }
+    assert {k for k in after if not torch.equal(after[k], before[0][k])} == {k for k in after if ".layers." in k}
     with pytest.raises(UserError, match="--keep-optimizer: .*--learns all"):
-        stage2.main(
-            stage2.Config(stage1="runs/stage1", out="runs/again", learns="blocks", keep_optimizer=True)
-        )
+        stage2.main(stage2.Config(stage1="runs/stage1", out="runs/again", learns="blocks", keep_optimizer=True))
     # and of its moments, which are of fewer weights than all
     with pytest.raises(UserError, match="--keep-optimizer: the moments of runs/stage2"):
         few = {"updates": 1, "batch": 8, "num_envs": 2, "iterations": 1, "first_look": 2, "learns": "all"}
@@ -304,15 +288,11 @@ def test_rewards_are_cut_off_where_clip_reward_says(tmp_path, monkeypatch):
     assert torch.equal(cut, free.clamp(-bound, bound))  # the first practice is the same
 
 
-def test_the_temperature_is_the_policys_in_rollouts_and_updates_and_evaluation_has_the_domains(
-    tmp_path, monkeypatch
-):
+def test_the_temperature_is_the_policys_in_rollouts_and_updates_and_evaluation_has_the_domains(tmp_path, monkeypatch):
     log_prob, _, row = practised(tmp_path, monkeypatch, "one")
     assert row["entropy"] > 1 and log_prob.max() < -0.5
     evaluated, evaluate = [], stage2.evaluate
-    monkeypatch.setattr(
-        stage2, "evaluate", lambda *a, **k: evaluated.append(evaluate(*a, **k)) or evaluated[-1]
-    )
+    monkeypatch.setattr(stage2, "evaluate", lambda *a, **k: evaluated.append(evaluate(*a, **k)) or evaluated[-1])
     monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "temperature", 0.75)
     log_prob, _, row = practised(tmp_path, monkeypatch, "cold", temperature=1e-5)
     assert row["entropy"] < 0.1 and log_prob.min() > -0.1  # it does what is most probable, and log p says so
@@ -326,9 +306,7 @@ def test_practice_takes_the_domains_settings_and_a_flag_goes_before(tmp_path, mo
         "stage2_defaults",
         {"state": {"iterations": 2, "gamma": 0.5, "batch": 16}},
     )
-    monkeypatch.setattr(
-        envs.pointmass.PointmassVectorEnv, "temperature", 0.75
-    )  # of evaluation, not of practice
+    monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "temperature", 0.75)  # of evaluation, not of practice
     run(tmp_path, monkeypatch, "state", iterations=None, batch=None, gamma=0.0)
     took = json.loads(Path("runs/stage2/config.json").read_text())
     assert [took[k] for k in ("iterations", "gamma", "batch", "success_threshold")] == [2, 0.0, 16, 3.0]
@@ -373,11 +351,7 @@ def test_practice_in_another_domain(tmp_path, monkeypatch):
     monkeypatch.setattr(envs, "make_vec", watched)
     stage2.main(stage2.Config(domain="tabletop,look=real", **few))
     assert looks.count(("tabletop,look=real", "real", 4)) >= 2  # practice, evaluation
-    assert (
-        len(looks) - looks.count(("tabletop,look=real", "real", 4))
-        == looks.count(("tabletop", "sim", 4))
-        == 1
-    )  # compared
+    assert len(looks) - looks.count(("tabletop,look=real", "real", 4)) == looks.count(("tabletop", "sim", 4)) == 1  # compared
     summary = json.loads(Path("runs/tabletop,look=real-stage2-s0/summary.json").read_text())
     assert summary["domain"] == "tabletop,look=real"
 
@@ -419,20 +393,10 @@ def test_the_operator_resets_only_what_has_fallen_or_is_overdue():
     before, texts = env.pos.copy(), list(env.texts)
     obs, info = operator.reset(seed=100)
     moved = (env.pos != before).any((1, 2))
-    assert (
-        moved.tolist() == [False, True, False, bool(overdue[3]), False, False]
-        and overdue[3]
-        and not overdue[4]
-    )
+    assert moved.tolist() == [False, True, False, bool(overdue[3]), False, False] and overdue[3] and not overdue[4]
     assert operator.interventions == 2 and operator.steps.tolist() == [5, 0, 5, 0, 1799, 5]
-    assert (
-        not env.fallen.any()
-        and not info["is_success"].any()
-        and tuple(obs["instruction"]) == tuple(env.texts)
-    )
-    assert (
-        sum(a != b for a, b in zip(texts, env.texts, strict=True)) >= 5
-    )  # new instructions, where nothing moved as well
+    assert not env.fallen.any() and not info["is_success"].any() and tuple(obs["instruction"]) == tuple(env.texts)
+    assert sum(a != b for a, b in zip(texts, env.texts, strict=True)) >= 5  # new instructions, where nothing moved as well
     assert (env.t == 0).all()
 
 

@@ -46,9 +46,7 @@ def set_tabletop(env, g: int, like) -> None:
     env.sim.forward(np.arange(n))
     env.fallen[:] = like.fallen[:, source]
     env.texts = [turns.words(g, text) for text in like.texts]
-    env.meanings = [
-        language.Meaning(m.family, int(becomes[m.block]), turned(m.target, becomes, mirrored)) for m in like.meanings
-    ]
+    env.meanings = [language.Meaning(m.family, int(becomes[m.block]), turned(m.target, becomes, mirrored)) for m in like.meanings]
     for field in ("radius", "drift", "away"):
         setattr(env.tasks, field, getattr(like.tasks, field).copy())
     env.tasks.block, env.tasks.weights = becomes[like.tasks.block], like.tasks.weights[:, source]

@@ -30,9 +30,7 @@ def table(num_envs: int = 1, **kwargs) -> tabletop.TabletopVectorEnv:
     return env
 
 
-def put(
-    env: tabletop.TabletopVectorEnv, blocks: np.ndarray | None = None, tool=(0.2, 0.0), yaw: float = 0.0
-) -> None:
+def put(env: tabletop.TabletopVectorEnv, blocks: np.ndarray | None = None, tool=(0.2, 0.0), yaw: float = 0.0) -> None:
     """Blocks (B, 2) and the tool of every simulation at rest at these places."""
     if blocks is not None:
         env.pos[:] = blocks
@@ -59,9 +57,7 @@ def ask(env: tabletop.TabletopVectorEnv, family: str, block: int, target) -> Non
 
 # --- the camera ---------------------------------------------------------------------------------------------
 def test_pixels_are_language_tables():
-    points = np.array(
-        [[0.15, -0.3048, 0], [0.15, 0.3048, 0], [0.6, -0.3048, 0], [0.6, 0.3048, 0], [0.375, 0, 0]]
-    )
+    points = np.array([[0.15, -0.3048, 0], [0.15, 0.3048, 0], [0.6, -0.3048, 0], [0.6, 0.3048, 0], [0.375, 0, 0]])
     measured = [[56.56, 25.01], [263.44, 25.01], [1.03, 179.99], [318.97, 179.99], [160, 86.10]]
     np.testing.assert_allclose(pixels(points) * [320, 180], measured, atol=0.01)
 
@@ -102,14 +98,8 @@ def test_the_renderer_agrees_with_pixels(height, width):
 def test_the_small_frame_is_the_same_view():
     env = table(obs="images", size=60)
     small, large = env.frames[0, 0].astype(float), env._render(0, 360, 640)
-    seen = (
-        large.reshape(60, 6, 640, 3).mean(1).repeat(3, 1).reshape(60, 60, 32, 3).mean(2)
-    )  # of every small pixel
-    off = {
-        (v, u): np.abs(np.roll(small, (v, u), (0, 1)) - seen)[3:-3, 3:-3].mean()
-        for v in (-1, 0, 1)
-        for u in (-1, 0, 1)
-    }
+    seen = large.reshape(60, 6, 640, 3).mean(1).repeat(3, 1).reshape(60, 60, 32, 3).mean(2)  # of every small pixel
+    off = {(v, u): np.abs(np.roll(small, (v, u), (0, 1)) - seen)[3:-3, 3:-3].mean() for v in (-1, 0, 1) for u in (-1, 0, 1)}
     best = off.pop((0, 0))
     assert best < 2 and min(off.values()) > 5  # of 255; here 1.4 and 6.4
 
@@ -140,9 +130,7 @@ def test_blocks_are_language_tables():
         np.testing.assert_allclose(np.ptp(points, 0), [*sizes[name.split()[1]], 0.0381], atol=1e-4)
         assert points[:, 2].min() == pytest.approx(0, abs=1e-6)  # it stands on the table
         assert model.body(name).mass == pytest.approx(0.01)
-        np.testing.assert_allclose(
-            model.body(name).ipos, [0, 0, 0.0381 / 2], atol=5e-4
-        )  # and turns about its middle
+        np.testing.assert_allclose(model.body(name).ipos, [0, 0, 0.0381 / 2], atol=5e-4)  # and turns about its middle
     tool = model.geom(model.body("tool").geomadr[0])
     assert tool.size[0] == TOOL_RADIUS == 0.0127
     assert tool.pos[2] - tool.size[1] == pytest.approx(0.008)  # its lower end over the table
@@ -190,9 +178,7 @@ def test_targets_add_up_and_are_clipped():
     moves = np.array([[0.03, 0.0], [-0.01, 0.02], [0.0, -0.03], [0.02, 0.02]])
     for _ in range(3):
         env.step(moves)
-    np.testing.assert_allclose(
-        env.target, CENTRE + 3 * moves, atol=1e-9
-    )  # of the targets, not of where the tool is
+    np.testing.assert_allclose(env.target, CENTRE + 3 * moves, atol=1e-9)  # of the targets, not of where the tool is
     put(env, CORNERS, tool=CENTRE)
     env.step(np.array([[5, 0.05], [-5, 0], [0, 5], [0, -5]]))
     np.testing.assert_allclose(env.target, CENTRE + [[0.1, 0.05], [-0.1, 0], [0, 0.1], [0, -0.1]])
@@ -274,11 +260,7 @@ def test_things_have_settled_as_in_language_table():
 def test_no_instruction_is_fulfilled_at_reset(family, blocks):
     env = envs.make_vec("tabletop", 100, family=family, blocks=blocks)
     obs, info = env.reset(seed=0)
-    assert (
-        not info["is_success"].any()
-        and not info["fallen"].any()
-        and env.horizon == (100 if blocks == 4 else 200)
-    )
+    assert not info["is_success"].any() and not info["fallen"].any() and env.horizon == (100 if blocks == 4 else 200)
     asked = [m.family for m in env.meanings]
     assert set(asked) == (set(FAMILIES) if family == "mixed" else {family})
     assert all(asked.count(f) > 5 for f in set(asked))  # if mixed, each about a fifth, the rare ones too
@@ -296,13 +278,9 @@ def test_tasks_start_as_in_language_table():
                 assert gap[target] >= 0.06
             case "block2relativelocation" | "block2block_relative_location":
                 if family == "block2relativelocation":
-                    goal = pos[block] + {"near": 0.15, "far": 0.25}[target[1]] * np.array(
-                        DIRECTIONS[target[0]]
-                    )
+                    goal = pos[block] + {"near": 0.15, "far": 0.25}[target[1]] * np.array(DIRECTIONS[target[0]])
                 else:
-                    goal = pos[target[1]] + {1: 0.08, 2: 0.04 * 2**0.5}[len(target[0].split())] * np.array(
-                        DIRECTIONS[target[0]]
-                    )
+                    goal = pos[target[1]] + {1: 0.08, 2: 0.04 * 2**0.5}[len(target[0].split())] * np.array(DIRECTIONS[target[0]])
                 assert (goal >= LOW + INSET).all() and (goal <= HIGH - INSET).all()
             case "separate_blocks":
                 assert set(target) == set(np.flatnonzero((gap < 0.08) & (gap > 0)))
@@ -374,9 +352,7 @@ def test_success_of_block2block_relative_location(direction):
         env.pos[0, 1] = centre
         for scale in (0.5, 0.8, 1.1):
             for sign in (-1, 1):
-                assert solved(
-                    env, 0, centre + scale * offset + 0.0385 * sign * side
-                )  # ten points, so nearly a strip
+                assert solved(env, 0, centre + scale * offset + 0.0385 * sign * side)  # ten points, so nearly a strip
                 assert not solved(env, 0, centre + scale * offset + 0.041 * sign * side)
         for scale, sign in ((0.5, -1), (1.1, 1)):  # its two ends
             assert solved(env, 0, centre + scale * offset + 0.039 * sign * unit)
@@ -438,9 +414,7 @@ def test_a_block_pushed_over_the_edge_is_gone_until_reset():
     for to in ([-1, -1], [-1, 1], [1, 1]):  # the tool cannot come near
         for _ in range(7):
             info = env.step(0.1 * np.array([to]))[4]
-            assert (
-                info["fallen"][0] and not info["is_success"][0] and np.linalg.norm(env.tool[0] - parked) > 0.3
-            )
+            assert info["fallen"][0] and not info["is_success"][0] and np.linalg.norm(env.tool[0] - parked) > 0.3
     assert np.array_equal(env.pos[0, 1], parked) and blue() == 0
     assert not env.reset(seed=1)[1]["fallen"][0] and not env.fallen.any() and blue() > 100
 
@@ -463,9 +437,7 @@ def test_many_fallen_blocks_lie_apart_and_unseen():
 @pytest.mark.parametrize("obs", ["state", "images", "history"])
 def test_ask_changes_the_instruction_and_nothing_else(obs):
     n, mask = 40, np.arange(40) % 2 == 0
-    env = table(
-        n, family="mixed", obs="state" if obs == "state" else "images", size=16, history=obs == "history"
-    )
+    env = table(n, family="mixed", obs="state" if obs == "state" else "images", size=16, history=obs == "history")
     for _ in range(4):
         before = env.step(env.expert())[0]
     sim, meanings, fixed, weights = (
@@ -482,16 +454,11 @@ def test_ask_changes_the_instruction_and_nothing_else(obs):
     else:  # an episode's first frame is its own predecessor, as after a reset
         assert np.array_equal(shown[~mask], then[~mask]) and np.array_equal(shown[:, 1], then[:, 1])
         assert np.array_equal(shown[mask, 0], then[mask, 1])
-    assert (
-        env.t.tolist() == [0 if m else 4 for m in mask]
-        and info.keys() == env.step(np.zeros((n, 2)))[4].keys()
-    )
+    assert env.t.tolist() == [0 if m else 4 for m in mask] and info.keys() == env.step(np.zeros((n, 2)))[4].keys()
     changed = np.array([a != b for a, b in zip(after["instruction"], before["instruction"], strict=True)])
     assert not changed[~mask].any() and changed[mask].mean() > 0.9
     assert all(a is b for a, b, m in zip(env.meanings, meanings, mask, strict=True) if not m)
-    assert np.array_equal(env.tasks.fixed[~mask], fixed[~mask]) and np.array_equal(
-        env.tasks.weights[~mask], weights[~mask]
-    )
+    assert np.array_equal(env.tasks.fixed[~mask], fixed[~mask]) and np.array_equal(env.tasks.weights[~mask], weights[~mask])
     assert not info["is_success"][mask].any()
     again = tabletop.Tasks.empty(n, 4)  # text, meaning and rule are one another's
     for i, (meaning, pos) in enumerate(zip(env.meanings, env.pos, strict=True)):
@@ -546,9 +513,7 @@ def pairs_of(env: tabletop.TabletopVectorEnv) -> list[tuple[int, int]]:
 def test_pairs_are_asked_evenly_and_no_others(name):
     env = table(300, pairs=name)
     asked = pairs_of(env)
-    assert set(asked) == ASKED[name] and min(asked.count(p) for p in ASKED[name]) > 0.6 * 300 / len(
-        ASKED[name]
-    )
+    assert set(asked) == ASKED[name] and min(asked.count(p) for p in ASKED[name]) > 0.6 * 300 / len(ASKED[name])
     assert all(text in texts(m, 4) for text, m in zip(env.texts, env.meanings, strict=True))
     assert env.instructions() == table().instructions()  # the grammar stays whole
     gap = [np.linalg.norm(pos[a] - pos[b]) for pos, (a, b) in zip(env.pos, asked, strict=True)]
@@ -598,9 +563,7 @@ def test_pairs_leave_out_what_has_fallen():
     assert env.anew.all() and not env.fallen.any()
 
 
-@pytest.mark.parametrize(
-    "given", ["pairs=odd", "pairs=forward,blocks=8", "family=mixed,pairs=forward", "pairs=1"]
-)
+@pytest.mark.parametrize("given", ["pairs=odd", "pairs=forward,blocks=8", "family=mixed,pairs=forward", "pairs=1"])
 def test_wrong_pairs_are_one_clear_line(given):
     with pytest.raises(
         ValueError,
@@ -694,9 +657,7 @@ def test_the_state_is_the_one_in_the_docstring():
     state = obs["state"].reshape(5, 9, env.state_dim)
     np.testing.assert_allclose(state[:, 0], np.c_[env.tool - CENTRE, env.target - env.tool] * 10, atol=1e-6)
     np.testing.assert_allclose(state[:, 1:, :2], (env.pos - env.tool[:, None]) * 10, atol=1e-6)
-    np.testing.assert_allclose(
-        np.arctan2(state[..., 1:, 3], state[..., 1:, 2]), np.angle(np.exp(1j * env.yaw)), atol=1e-5
-    )
+    np.testing.assert_allclose(np.arctan2(state[..., 1:, 3], state[..., 1:, 2]), np.angle(np.exp(1j * env.yaw)), atol=1e-5)
     assert np.abs(env.target - env.tool).max() > 1e-3
 
 
@@ -704,17 +665,12 @@ def test_the_real_look_is_as_documented():
     env, sim = table(100, look="real"), table()
     ratio = env.friction[:, :-2] / env.model.dof_frictionloss[:-2]
     assert (np.ptp(ratio, 1) < 1e-9).all() and 0.7 <= ratio.min() < 0.73 and 1.27 < ratio.max() <= 1.3
-    assert (np.abs(env.camera[:, 0]).max(), np.abs(env.camera[:, 1]).max()) == pytest.approx(
-        (0.01, np.pi / 180), rel=0.03
-    )
+    assert (np.abs(env.camera[:, 0]).max(), np.abs(env.camera[:, 1]).max()) == pytest.approx((0.01, np.pi / 180), rel=0.03)
     assert not sim.camera.any() and sim.friction is None
     camera = env.camera[:3].copy()
     env.reset(options={"reset_mask": np.arange(100) == 1})
     assert np.array_equal(env.camera[[0, 2]], camera[[0, 2]]) and not np.array_equal(env.camera[1], camera[1])
-    at, shifted = (
-        env._picture(env.sim.qpos[0], c, 180, 320).astype(int)
-        for c in (np.zeros((2, 3)), np.full((2, 3), 0.01))
-    )
+    at, shifted = (env._picture(env.sim.qpos[0], c, 180, 320).astype(int) for c in (np.zeros((2, 3)), np.full((2, 3), 0.01)))
     assert (at != shifted).any() and np.abs(at - sim.render()[0]).mean() > 20
 
 
@@ -745,9 +701,7 @@ def test_the_expert_pushes_the_banana():
 @pytest.mark.parametrize("blocks", [4, 8])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_expert_over_500_episodes(family, blocks):
-    assert the_expert_succeeds(
-        table(500, family=family, blocks=blocks), 0.95 if family == "block2block" else 0.85
-    )
+    assert the_expert_succeeds(table(500, family=family, blocks=blocks), 0.95 if family == "block2block" else 0.85)
 
 
 @pytest.mark.slow
@@ -780,9 +734,7 @@ def test_wrong_arguments_are_one_clear_line(name, flag, wrong, right):
             make()
         assert "\n" not in str(error.value)
     if flag != "obs":  # which has a flag of its own
-        with pytest.raises(
-            ValueError, match=f"^--domain {name},{flag}={wrong}: {flag} {wrong}: choose .*{right}"
-        ):
+        with pytest.raises(ValueError, match=f"^--domain {name},{flag}={wrong}: {flag} {wrong}: choose .*{right}"):
             envs.make_vec(f"{name},{flag}={wrong}", 1)
 
 
@@ -790,9 +742,7 @@ def test_it_renders_without_a_display():
     environ = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MUJOCO_GL", "PYOPENGL_PLATFORM")}
     code = "import envs; e = envs.make_vec('tabletop', 1, obs='images'); print(e.reset(seed=0)[0]['images'].std() > 20)"
     root = Path(__file__).resolve().parents[1]
-    out = subprocess.run(
-        [sys.executable, "-c", code], env=environ, cwd=root, capture_output=True, text=True, timeout=120
-    )
+    out = subprocess.run([sys.executable, "-c", code], env=environ, cwd=root, capture_output=True, text=True, timeout=120)
     assert out.stdout.strip() == "True", out.stderr
 
 
@@ -818,12 +768,7 @@ def test_scenes_ask_where_things_are_and_the_frames_show_it():
     env = envs.make_vec("tabletop", 1, obs="images")
     images, texts, answers, places = env.scenes(np.random.default_rng(0), 200)
     assert images.shape == (200, 2, 64, 64, 3) and images.dtype == np.uint8 and places.shape == (200, 2, 5, 2)
-    assert (
-        set(texts) <= set(env.questions())
-        and answers.min() >= 0
-        and answers.max() <= 1
-        and answers.dtype == np.float32
-    )
+    assert set(texts) <= set(env.questions()) and answers.min() >= 0 and answers.max() <= 1 and answers.dtype == np.float32
     assert len(set(texts)) > 25  # of 37
     seen = {"where is the ": [], "near the tool where is the ": []}
     for views, text, answer in zip(images, texts, answers, strict=True):
@@ -847,19 +792,13 @@ def test_scenes_say_where_things_are_in_each_image(history):
     assert any(t.startswith("near") for t in texts) != history
     for k in (0, 1):
         inside = ((places[:, k] >= 0) & (places[:, k] < 1)).all(-1)  # (100, 5), the tool first
-        found = [
-            shows(images[i, k], places[i, k, j], env.state_names[j]) for i, j in np.argwhere(inside) if j
-        ]
+        found = [shows(images[i, k], places[i, k, j], env.state_names[j]) for i, j in np.argwhere(inside) if j]
         assert len(found) > 80 and np.mean(found) > 0.8
         assert inside[:, 0].mean() > 0.95  # the tool, unless it stands at the frame's very edge
     if not history:
-        np.testing.assert_allclose(
-            places[:, 1, 0], 0.5, atol=0.51 / 64
-        )  # half a pixel of the picture that the views are of
+        np.testing.assert_allclose(places[:, 1, 0], 0.5, atol=0.51 / 64)  # half a pixel of the picture that the views are of
         # the second view is the first one's part around the tool, twice as large
-        np.testing.assert_allclose(
-            np.diff(places[:, 1], axis=1), 2 * np.diff(places[:, 0], axis=1), atol=1e-5
-        )
+        np.testing.assert_allclose(np.diff(places[:, 1], axis=1), 2 * np.diff(places[:, 0], axis=1), atol=1e-5)
     else:
         assert 0 < np.abs(places[:, 0, 0] - places[:, 1, 0]).max() < 0.06
         assert (images[:, 0] != images[:, 1]).any((1, 2, 3)).mean() > 0.9  # the tool has moved
@@ -872,14 +811,8 @@ def test_foveate():
     (whole, near), first = tabletop.foveate(picture, np.array([0.5, 0.25]))  # column 4, row 2
     assert whole[0, 1].tolist() == picture[:2, 2:4].reshape(4, 3).mean(0).astype(np.uint8).tolist()
     assert np.array_equal(near, picture[0:4, 2:6]) and first.tolist() == [0.25, 0]
-    (_, near), first = tabletop.foveate(
-        picture, np.array([0.0, 1.0])
-    )  # the left lower corner: grey beyond the edge
-    assert (
-        np.array_equal(near[:2, 2:], picture[6:, :2])
-        and (near[2:] == 128).all()
-        and (near[:, :2] == 128).all()
-    )
+    (_, near), first = tabletop.foveate(picture, np.array([0.0, 1.0]))  # the left lower corner: grey beyond the edge
+    assert np.array_equal(near[:2, 2:], picture[6:, :2]) and (near[2:] == 128).all() and (near[:, :2] == 128).all()
     assert first.tolist() == [-0.25, 0.75]
     for far in (-5.0, 7.0):  # out of sight
         (_, near), _ = tabletop.foveate(picture, np.array([far, far]))
@@ -943,23 +876,15 @@ def test_scenes_from_the_tool_are_half_the_way_there():
 def test_without_anything_to_draw_with_states_work_and_frames_are_one_line(tmp_path):
     environ = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MUJOCO_GL", "PYOPENGL_PLATFORM")}
     root = Path(__file__).resolve().parents[1]
-    missing = (
-        "import ctypes.util, sys; ctypes.util.find_library = lambda name: None; sys.argv[0] = 'stage1.py'; "
-    )
+    missing = "import ctypes.util, sys; ctypes.util.find_library = lambda name: None; sys.argv[0] = 'stage1.py'; "
     states = missing + "import envs; envs.make_vec('tabletop', 2).reset(seed=0); print('fine')"
-    out = subprocess.run(
-        [sys.executable, "-c", states], cwd=root, env=environ, capture_output=True, text=True, timeout=120
-    )
+    out = subprocess.run([sys.executable, "-c", states], cwd=root, env=environ, capture_output=True, text=True, timeout=120)
     assert out.stdout == "fine\n", out.stderr
     frames = missing + (
         f"sys.argv[1:] = '--domain tabletop --obs images --init none --episodes 20 --out {tmp_path}/run'.split(); "
         "import stage1; from common.cli import cli; cli(stage1.Config, stage1.main)"
     )
     environ["PYTHONPATH"] = str(root)
-    out = subprocess.run(
-        [sys.executable, "-c", frames], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120
-    )
-    assert (
-        out.returncode == 2 and "libegl1" in out.stderr.splitlines()[-1] and "Traceback" not in out.stderr
-    ), out.stderr
+    out = subprocess.run([sys.executable, "-c", frames], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+    assert out.returncode == 2 and "libegl1" in out.stderr.splitlines()[-1] and "Traceback" not in out.stderr, out.stderr
     assert not list(tmp_path.iterdir())

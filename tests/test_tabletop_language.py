@@ -46,9 +46,7 @@ def test_enumerated_counts(family, blocks):
     assert len(strings) == len(set(strings)) == COUNTS[family][blocks == 8]
 
 
-@pytest.mark.parametrize(
-    ("blocks", "unique", "vocabulary", "longest"), [(4, 12_580 - 52, 57, 76), (8, 29_904 - 104, 60, 78)]
-)
+@pytest.mark.parametrize(("blocks", "unique", "vocabulary", "longest"), [(4, 12_580 - 52, 57, 76), (8, 29_904 - 104, 60, 78)])
 def test_enumerated_totals(blocks, unique, vocabulary, longest):
     strings = {s for f in FAMILIES for s in enumerated(f, blocks)}
     assert len(strings) == unique
@@ -123,32 +121,22 @@ def test_sampling_is_uniform_choice_by_choice():
     every other time."""
     rng = np.random.default_rng(0)
     near = [sample(Meaning("block2relativelocation", 0, ("up", "near")), 8, rng) for _ in range(3000)]
-    assert np.mean([s.startswith("slightly") for s in near]) == pytest.approx(
-        1 / 3, abs=0.04
-    )  # 4.6 standard errors
+    assert np.mean([s.startswith("slightly") for s in near]) == pytest.approx(1 / 3, abs=0.04)  # 4.6 standard errors
     three = [sample(Meaning("separate_blocks", 0, (1, 2, 3)), 4, rng) for _ in range(3000)]
     assert np.mean(["," in s for s in three]) == pytest.approx(1 / 2, abs=0.04)
 
 
 def test_sentences():
-    assert "push the red moon diagonally up and to the left" in texts(
-        Meaning("block2relativelocation", 0, ("up left", "far")), 8
-    )
-    assert "slide the moon a little bit downwards" in texts(
-        Meaning("block2relativelocation", 0, ("down", "near")), 4
-    )
+    assert "push the red moon diagonally up and to the left" in texts(Meaning("block2relativelocation", 0, ("up left", "far")), 8)
+    assert "slide the moon a little bit downwards" in texts(Meaning("block2relativelocation", 0, ("down", "near")), 4)
     assert "put the cube to the towards your base" in texts(Meaning("block2absolutelocation", 1, "top"), 4)
-    assert "move the star just right of the blue block" in texts(
-        Meaning("block2block_relative_location", 2, ("right", 1)), 4
-    )
+    assert "move the star just right of the blue block" in texts(Meaning("block2block_relative_location", 2, ("right", 1)), 4)
     three = texts(Meaning("separate_blocks", 0, (2, 1, 3)), 4)
     assert {
         "separate the red moon from the star, blue cube, and yellow block",
         "separate the moon from the clump",
     } < set(three)
-    assert "pull the red moon apart from the blue cube and red pentagon" in texts(
-        Meaning("separate_blocks", 0, (3, 1)), 8
-    )
+    assert "pull the red moon apart from the blue cube and red pentagon" in texts(Meaning("separate_blocks", 0, (3, 1)), 8)
 
 
 # --- instructions -------------------------------------------------------------------------------------------
@@ -156,14 +144,10 @@ def test_sentences():
 def test_instructions(blocks, longest):
     every = instructions(FAMILIES, blocks)
     assert len(every) == len(set(every))
-    assert (
-        max(map(len, every)) == longest
-    )  # three neighbours with long names: more than Language-Table enumerates
+    assert max(map(len, every)) == longest  # three neighbours with long names: more than Language-Table enumerates
     assert "rest" not in words(every)
     known = set(every)
-    rng = np.random.default_rng(
-        0
-    )  # neighbours in any order and number, also those that `meanings` leaves out
+    rng = np.random.default_rng(0)  # neighbours in any order and number, also those that `meanings` leaves out
     for _ in range(300):
         block, *others = rng.permutation(blocks)[: rng.integers(2, blocks + 1)].tolist()
         assert set(texts(Meaning("separate_blocks", block, tuple(others)), blocks)) <= known

@@ -47,9 +47,7 @@ def test_uniform_bins_with_an_odd_number_of_bins_can_do_nothing():
 
 def test_sign_magnitude_round_trips():
     tokens = SignMagnitude(limit=0.1, dims=2)
-    every = torch.tensor(
-        [[s, m] for s in (11, 12) for m in range(11) if not (s == 12 and m == 0)]
-    )  # 21 numbers: zero is +0
+    every = torch.tensor([[s, m] for s in (11, 12) for m in range(11) if not (s == 12 and m == 0)])  # 21 numbers: zero is +0
     pairs = torch.stack([torch.cat([a, b]) for a in every for b in every])
     assert torch.equal(tokens.encode(tokens.decode(pairs)), pairs)
     assert tokens.ranges == [(11, 13), (0, 11)] * 2
@@ -83,14 +81,10 @@ def test_action_tokenizer_builds_what_the_domains_ask_for():
         env = envs.make_vec(domain, 1)
         tokens = action_tokenizer(**env.action_tokens)
         limits = torch.tensor(np.stack([env.single_action_space.low, env.single_action_space.high]))
-        if isinstance(
-            tokens, SignMagnitude
-        ):  # a tabletop takes longer steps than tokens ask of it, as LanguageTable does
+        if isinstance(tokens, SignMagnitude):  # a tabletop takes longer steps than tokens ask of it, as LanguageTable does
             assert tokens.limit <= limits[1].min()
             limits = limits.clamp(-tokens.limit, tokens.limit)
-        assert (tokens.decode(tokens.encode(limits)) - limits).abs().max() <= (
-            limits[1] - limits[0]
-        ).max() / 20
+        assert (tokens.decode(tokens.encode(limits)) - limits).abs().max() <= (limits[1] - limits[0]).max() / 20
         assert max(end for _, end in tokens.ranges) <= N_LOC and env.steps_bins <= N_LOC
     assert isinstance(action_tokenizer("sign-magnitude", limit=0.1, dims=2), SignMagnitude)
 
@@ -111,9 +105,7 @@ def test_tokenizer_knows_every_word_of_a_domain(domain):
         assert (bos, " ".join(words), newline) == ("<bos>", prompt, "\n")
     for name in env.state_names:
         assert unk not in tokenizer.tokenizer.encode(name, add_special_tokens=False).ids
-    assert (
-        unk in tokenizer.tokenizer.encode("xyzzy", add_special_tokens=False).ids
-    )  # so the assertions above can fail
+    assert unk in tokenizer.tokenizer.encode("xyzzy", add_special_tokens=False).ids  # so the assertions above can fail
 
 
 def test_questions_of_different_texts_are_different_tokens():
@@ -132,18 +124,14 @@ def test_number_tokens_are_contiguous():
 
 def test_a_tokenizer_without_number_tokens_is_refused():
     with pytest.raises(ValueError, match="<loc0000>"):
-        Tokenizer(
-            tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
-        )
+        Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>")))
 
 
 def test_texts_survive_the_tokenizer():
     texts = [*INSTRUCTIONS, "pull the red block apart from the blue cube, the moon, and the star"]
     tokenizer = Tokenizer.train(texts)
     ids, valid = tokenizer.answers(texts)
-    assert (
-        not valid.all() and valid[:, 0].all() and not (valid[:, 1:] > valid[:, :-1]).any()
-    )  # padded on the right
+    assert not valid.all() and valid[:, 0].all() and not (valid[:, 1:] > valid[:, :-1]).any()  # padded on the right
     assert ((ids == tokenizer.eos).sum(1) == 1).all() and (ids[~valid] == tokenizer.pad).all()
     assert [tokenizer.text(row) for row in ids.tolist()] == texts
     assert tokenizer.text([]) == tokenizer.text([tokenizer.eos]) == ""

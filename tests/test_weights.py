@@ -53,9 +53,7 @@ SHAPES = {
 
 def words(numbers: bool = True) -> tokenizers.Tokenizer:
     """A byte-fallback BPE with PaliGemma's special tokens, normaliser and decoder, trained on WORDS."""
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True)
-    )
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "▁")
     tokenizer.decoder = tokenizers.decoders.Sequence(
         [
@@ -66,9 +64,7 @@ def words(numbers: bool = True) -> tokenizers.Tokenizer:
     )
     special = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256))]
     special += [f"<loc{i:04d}>" for i in range(1024)] + ["<image>"] if numbers else []
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=len(special) + 60, special_tokens=special, show_progress=False
-    )
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=len(special) + 60, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(["\n", *WORDS, *TEXTS], trainer)
     return tokenizer
 
@@ -124,27 +120,19 @@ def save(model: nn.Module, folder: Path, **how) -> Path:
 @pytest.fixture(scope="module", name="oracle")
 def make_oracle(torchvision_ops, tmp_path_factory):
     """shape -> (transformers' model, the folder it is saved in), made once."""
-    return functools.cache(
-        lambda shape: (m := build(shape), save(m, tmp_path_factory.mktemp("paligemma") / "saved"))
-    )
+    return functools.cache(lambda shape: (m := build(shape), save(m, tmp_path_factory.mktemp("paligemma") / "saved")))
 
 
 def frames(shape: str, B: int = 3) -> Tensor:
     pixels, _, images, *_ = SHAPES[shape]
-    return torch.randint(
-        0, 256, (B, images, pixels, pixels, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
+    return torch.randint(0, 256, (B, images, pixels, pixels, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def reference_inputs(
-    theirs: nn.Module, images: Tensor, prompts: list[str], texts: list[str] | None
-) -> dict[str, Tensor]:
+def reference_inputs(theirs: nn.Module, images: Tensor, prompts: list[str], texts: list[str] | None) -> dict[str, Tensor]:
     """What PaliGemmaProcessor makes: <image> ... <image> <bos> prompt newline | text <eos>, padded on the left."""
     tokenizer = tokenizers.Tokenizer.from_str(vocabulary())
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-    patches = theirs.model.vision_tower(
-        torch.zeros(1, 3, *images.shape[2:4], dtype=theirs.dtype)
-    ).last_hidden_state.shape[1]
+    patches = theirs.model.vision_tower(torch.zeros(1, 3, *images.shape[2:4], dtype=theirs.dtype)).last_hidden_state.shape[1]
     picture = [tokenizer.token_to_id("<image>")] * patches * images.shape[1]
     rows = []
     for i, prompt in enumerate(prompts):
@@ -187,9 +175,7 @@ def test_logits_loss_and_gradients_on_a_suffix_equal_transformers(oracle, shape)
     loss.backward()
     gradients = {without_wrappers(k): p.grad for k, p in theirs.named_parameters()}
     for name, p in ours.named_parameters():
-        torch.testing.assert_close(
-            p.grad, gradients[name], atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(p.grad, gradients[name], atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
     theirs.zero_grad(set_to_none=True)
 
 
@@ -232,12 +218,7 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(torchvision_ops, tmp_
         got, exact = (m.logits(m.hidden({"images": images}, WORDS, ids), None).float() for m in (ours, exact))
     lengths = valid.sum(1).tolist()
     error = torch.cat([got[i, :n] - exact[i, :n] for i, n in enumerate(lengths)]).pow(2).mean().sqrt()
-    theirs = (
-        torch.cat([expected[i, -n - 1 : -1] - exact[i, :n] for i, n in enumerate(lengths)])
-        .pow(2)
-        .mean()
-        .sqrt()
-    )
+    theirs = torch.cat([expected[i, -n - 1 : -1] - exact[i, :n] for i, n in enumerate(lengths)]).pow(2).mean().sqrt()
     assert 0 < error < 1.2 * theirs < 0.05 * exact.std()
 
 
@@ -259,9 +240,7 @@ def test_every_key_layout(oracle, tmp_path, name):
     renamed = {layout(name, k): v for k, v in weights.items()}
     assert (set(renamed) == set(weights)) == (name == "5.x saved")
     if "memory" in name:
-        renamed["lm_head.weight"] = renamed[
-            "model.language_model.embed_tokens.weight"
-        ].clone()  # tied, so left out
+        renamed["lm_head.weight"] = renamed["model.language_model.embed_tokens.weight"].clone()  # tied, so left out
     if name == "5.x in memory":
         assert renamed.keys() == theirs.state_dict().keys()
     for file in ("config.json", "tokenizer.json"):
@@ -289,9 +268,7 @@ def test_shards_and_the_config_of_the_hub(oracle, tmp_path):
     ):
         names = (DECODER if part == "text_config" else TOWER).values()
         config[part] = {k: config[part][k] for k in ("model_type", *(theirs for theirs, _ in names))} | kept
-    (tmp_path / "config.json").write_text(
-        json.dumps({k: v for k, v in config.items() if k != "tie_word_embeddings"})
-    )
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "tie_word_embeddings"}))
     ours = load_paligemma(str(tmp_path))
     same(ours, theirs)
     assert ours.cfg == load_paligemma(folder).cfg
@@ -327,10 +304,7 @@ def test_saved_runs_load_back(oracle, tmp_path):
         model = load_paligemma(oracle("one key head")[1], dtype)
         save_model(model, tmp_path / "policy.safetensors")
         again = load_model(tmp_path / "policy.safetensors")
-        assert (
-            again.cfg == model.cfg
-            and again.tokenizer.tokenizer.to_str() == model.tokenizer.tokenizer.to_str()
-        )
+        assert again.cfg == model.cfg and again.tokenizer.tokenizer.to_str() == model.tokenizer.tokenizer.to_str()
         for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
             assert p.dtype == q.dtype == dtype and torch.equal(p, q), name
 
@@ -341,12 +315,8 @@ def test_frames_of_another_size_are_scaled_as_siglips_are(oracle):
     tower = load_paligemma(oracle("grouped")[1]).vision_tower  # of 28 pixels
     for side in (20, 64):
         small = torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(side))
-        image = (
-            (nn.functional.interpolate(small, (side, side), mode="bilinear") * 255).byte()[0].permute(1, 2, 0)
-        )
-        by_pil = torch.from_numpy(
-            np.array(Image.fromarray(image.numpy()).resize((28, 28), Image.Resampling.BICUBIC))
-        )
+        image = (nn.functional.interpolate(small, (side, side), mode="bilinear") * 255).byte()[0].permute(1, 2, 0)
+        by_pil = torch.from_numpy(np.array(Image.fromarray(image.numpy()).resize((28, 28), Image.Resampling.BICUBIC)))
         difference = tower(image[None]) - tower(by_pil[None])
         assert difference.abs().max() < 0.05 < tower(by_pil[None]).std()
 
@@ -499,9 +469,7 @@ def test_nothing_in_a_payload_runs(oracle, tmp_path):
     import pickle
 
     folder = shutil.copytree(oracle("grouped")[1], tmp_path / "weights")
-    assert (
-        pickle.loads(payload(folder)) is not None and (folder / "ran").exists()
-    )  # so the assertions below can fail
+    assert pickle.loads(payload(folder)) is not None and (folder / "ran").exists()  # so the assertions below can fail
     (folder / "ran").unlink()
     for name in ("model.safetensors", "tokenizer.json", "config.json", "model.safetensors.index.json"):
         whole = (folder / name).read_bytes() if (folder / name).exists() else None
@@ -566,9 +534,7 @@ def test_a_missing_shard(oracle, tmp_path):
 def test_a_hub_id_out_of_reach_says_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ValueError, match=r"google/paligemma-3b-pt-224: .*; accept its licence .*hf auth login.*folder"
-    ) as error:
+    with pytest.raises(ValueError, match=r"google/paligemma-3b-pt-224: .*; accept its licence .*hf auth login.*folder") as error:
         load_paligemma("google/paligemma-3b-pt-224")
     assert "\n" not in str(error.value)
     assert "offline" in str(error.value).lower()
@@ -605,8 +571,7 @@ def test_memory_peaks_at_the_size_of_the_weights(tmp_path):
         (folder / "tokenizer.json").write_text(vocabulary(), encoding="utf-8")
         parts = {"text_config": DECODER, "vision_config": TOWER}
         config = {
-            part: {theirs: getattr(model.cfg, ours) for ours, (theirs, _) in names.items()}
-            for part, names in parts.items()
+            part: {theirs: getattr(model.cfg, ours) for ours, (theirs, _) in names.items()} for part, names in parts.items()
         }
         (folder / "config.json").write_text(json.dumps(config | {"model_type": "paligemma"}))
     script = """
@@ -645,9 +610,7 @@ def test_save_and_load_return_the_same_model(tmp_path):
         loaded.log_prob(obs, prompts, answer, [(0, 9)] * 2),
     )
     save_model(loaded, tmp_path / "again.safetensors")
-    first, again = (
-        safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in ("policy", "again")
-    )
+    first, again = (safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in ("policy", "again"))
     assert first.keys() == again.keys() and all(torch.equal(again[k], v) for k, v in first.items())
 
 
@@ -659,11 +622,7 @@ def damage(kind: str, path) -> None:
     save = functools.partial(safetensors.torch.save_file, filename=path)
 
     def meta(**changes) -> dict[str, str]:
-        return {
-            "nanoEFM": json.dumps(
-                {"config": config, "tokenizer": model.tokenizer.tokenizer.to_str()} | changes
-            )
-        }
+        return {"nanoEFM": json.dumps({"config": config, "tokenizer": model.tokenizer.tokenizer.to_str()} | changes)}
 
     if kind == "missing":
         path.unlink()
@@ -754,9 +713,7 @@ def test_a_checkpoint_keeps_its_action_head(tmp_path):
     torch.nn.init.normal_(model.action_head[2].weight)
     save_model(model, tmp_path / "policy.safetensors")
     again = load_model(tmp_path / "policy.safetensors")
-    assert again.cfg.action_head == 6 and torch.equal(
-        again.action_head[2].weight, model.action_head[2].weight
-    )
+    assert again.cfg.action_head == 6 and torch.equal(again.action_head[2].weight, model.action_head[2].weight)
     obs, prompts, answer = observe(3), questions(3), torch.zeros(3, 2, dtype=torch.long)
     assert torch.equal(*(m.log_prob(obs, prompts, answer, [(0, 9)] * 2) for m in (model, again)))
 
@@ -864,9 +821,7 @@ def test_gemma_text_weights(timm_models, tmp_path, numbers):
     assert numbers or abs(ours[n:].std() - 0.02) < 1e-3
     ids, valid = model.tokenizer.prompts(WORDS)
     assert ids[0, valid[0]].tolist() == [2, *tokenizer.encode(WORDS[0] + "\n").ids]
-    with pytest.raises(
-        ValueError, match="config.json: of a gemma model; name the folder of a paligemma checkpoint"
-    ):
+    with pytest.raises(ValueError, match="config.json: of a gemma model; name the folder of a paligemma checkpoint"):
         load_paligemma(tmp_path)
     # a head: the embeddings once more, or of its own, whatever config.json says
     load = functools.partial(load_unimodal, "timm:vit_base_patch16_siglip_224", tmp_path, EFMConfig(), None)
@@ -877,9 +832,7 @@ def test_gemma_text_weights(timm_models, tmp_path, numbers):
     for told in (True, False):
         if not told:
             untold(tmp_path, ("",))
-        with pytest.raises(
-            ValueError, match="model.safetensors: lm_head.weight differs from the embeddings.*; name"
-        ) as error:
+        with pytest.raises(ValueError, match="model.safetensors: lm_head.weight differs from the embeddings.*; name") as error:
             load()
         assert "\n" not in str(error.value)
     reconfigure(tmp_path, "", tie_word_embeddings=False)

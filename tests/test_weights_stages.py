@@ -59,30 +59,20 @@ def test_another_run_as_reward_model(finished, capsys):
         with pytest.raises(SystemExit) as end:
             call(stage2, [*command, "runs/new"])
         error = capsys.readouterr().err
-        assert (
-            end.value.code == 2
-            and error.count("\n") == 1
-            and "--reward-run runs/other: not a Stage 1 run" in error
-        )
+        assert end.value.code == 2 and error.count("\n") == 1 and "--reward-run runs/other: not a Stage 1 run" in error
     (other / "config.json").write_text(json.dumps({"domain": "pointmass", "obs": "images"}))
     call(stage2, [*command, "runs/ablation"])
-    assert (
-        Path("runs/ablation/reward.safetensors").read_bytes() == (other / "reward.safetensors").read_bytes()
-    )
+    assert Path("runs/ablation/reward.safetensors").read_bytes() == (other / "reward.safetensors").read_bytes()
     assert load_model(Path("runs/ablation/policy.safetensors")).cfg.image_size == 28
     assert not Path("runs/new").exists()
 
 
 def test_stage1_starts_from_a_vit_of_timm(timm_models, tmp_path):
     env = envs.make_vec("pointmass", 1, obs="images")
-    model = setup.initial_model(
-        stage1.Config(obs="images", model="small", vit="timm:vit_base_patch32_siglip_256"), env, None
-    )
+    model = setup.initial_model(stage1.Config(obs="images", model="small", vit="timm:vit_base_patch32_siglip_256"), env, None)
     assert (model.cfg.image_size, model.cfg.vit_width, model.cfg.width) == (256, 48, PRESETS["small"].width)
     save_model(model, tmp_path / "policy.safetensors")
-    assert (
-        setup.load_checkpoint(tmp_path / "policy.safetensors", env).cfg == model.cfg
-    )  # of another size, but it scales frames
+    assert setup.load_checkpoint(tmp_path / "policy.safetensors", env).cfg == model.cfg  # of another size, but it scales frames
 
 
 @pytest.mark.parametrize(
@@ -105,9 +95,7 @@ def test_stage1_starts_from_a_vit_of_timm(timm_models, tmp_path):
         ("--model paligemma --weights DAMAGED", "model.safetensors"),
     ],
 )
-def test_wrong_weights_are_one_line_and_nothing_is_written(
-    oracle, timm_models, tmp_path, monkeypatch, capsys, args, culprit
-):
+def test_wrong_weights_are_one_line_and_nothing_is_written(oracle, timm_models, tmp_path, monkeypatch, capsys, args, culprit):
     folder = oracle("grouped")[1]
     shutil.copytree(folder, tmp_path / "damaged")
     cut(tmp_path / "damaged" / "model.safetensors")
@@ -117,10 +105,5 @@ def test_wrong_weights_are_one_line_and_nothing_is_written(
     with pytest.raises(SystemExit) as end:
         call(stage1, [*ONE, *given])
     error = capsys.readouterr().err
-    assert (
-        end.value.code == 2
-        and error.count("\n") == 1
-        and error.startswith("stage1.py: ")
-        and culprit in error
-    ), error
+    assert end.value.code == 2 and error.count("\n") == 1 and error.startswith("stage1.py: ") and culprit in error, error
     assert sorted(tmp_path.rglob("*")) == before

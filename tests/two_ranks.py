@@ -66,9 +66,7 @@ def sharded_is_whole() -> None:
                 features = model.encode_images(images)
                 torch.testing.assert_close(features, reference.encode_images(images))
                 obs, goals = {"features": features}, ["the red goal"] * 4
-                torch.testing.assert_close(
-                    model.steps_to_go(obs, goals, steps), reference.steps_to_go(obs, goals, steps)
-                )
+                torch.testing.assert_close(model.steps_to_go(obs, goals, steps), reference.steps_to_go(obs, goals, steps))
                 drawn = [m.sample(obs, goals, ranges, torch.Generator().manual_seed(0))[0] for m, _ in both]
                 assert torch.equal(*drawn)
         losses = [-wrapped(EFM.log_prob, {"images": images[half]}, ["go"] * 2, answer[half], ranges).mean(),
