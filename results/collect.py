@@ -40,7 +40,6 @@ MORE = {  # further screens of docs/results.md, not in the README's table
     "tabletop, images, twice the data": ("tabletop-images-continued-stage2", "", ""),
     "tabletop, images, GPU": ("tabletop-images-gpu-stage2", "", ""),
     "aloha, timed": ("aloha-timed-stage2", "", ""),
-    "pointmass, kept optimiser": ("pointmass-keep-stage2", "", ""),
 }
 FIGURE3 = {  # a panel: the runs but for stage and seed, by their share of 20,000 demonstrations
     "nano-wide": ("tabletop-10percent", "tabletop-20percent", "tabletop-80percent"),
