@@ -115,9 +115,8 @@ class Progress:
     recent: list[list[float]] = field(
         default_factory=list
     )  # of five iterations: episodes, mean steps, variance
-    first: list[float] = field(
-        default_factory=list
-    )  # Stage 1's own policy in practice: mean steps, standard error
+    # Stage 1's own policy in practice: mean steps, standard error
+    first: list[float] = field(default_factory=list)
     best: float = math.inf  # mean steps of the policy that is kept
     best_at: int = 0  # iteration
 

@@ -229,7 +229,6 @@ class Demonstrations:
         self.data, self.state_dim, self.symmetries = data, state_dim, Symmetries()
         self.instruction = data["instruction"][episodes]
         start, length = data["start"][episodes], data["length"][episodes]
-        self.lengths = length  # observations of each episode
         self.episode = np.repeat(np.arange(len(episodes)), length)  # (M,)
         t = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
         self.index = np.repeat(start, length) + t  # (M,) row in data
