@@ -62,9 +62,7 @@ class Config(ScaleFlags):
     learns: Literal["all", "blocks"] | None = None  # all weights, or the transformer's blocks alone; all
     keep_optimizer: bool = False  # go on with Stage 1's last AdamW moments, as the authors' notebook does
     num_envs: Count | None = None  # simulations at once, at most; 128, of an operator's stations 16
-    first_look: Count = (
-        200  # practice episodes of Stage 1's own policy: a better one has to beat them beyond noise
-    )
+    first_look: Count = 200  # practice episodes of Stage 1's own policy, to be beaten beyond noise
     operator: bool = False  # practise without resets, but for an operator's: as on the paper's robots
     iterations: Count | None = None  # of Algorithm 1's loop, at most
     patience: Count = 100  # stop after so many iterations without a better policy
@@ -112,9 +110,8 @@ class Progress:
     iteration: int = 0
     env_steps: int = 0
     episodes: int = 0
-    recent: list[list[float]] = field(
-        default_factory=list
-    )  # of five iterations: episodes, mean steps, variance
+    # of each of the last five iterations: episodes, mean steps, variance
+    recent: list[list[float]] = field(default_factory=list)
     # Stage 1's own policy in practice: mean steps, standard error
     first: list[float] = field(default_factory=list)
     best: float = math.inf  # mean steps of the policy that is kept
