@@ -17,7 +17,7 @@ No action, no goal to reach and no steps to go is in it. `stage1.py --obs images
 0 run of its domain (the paper's PaLI variant); `--init none` is its Scratch variant.
 
 With `--unimodal` the two never meet (the paper's Uni-PaLI): the vision tower learns from pictures alone, the
-decoder from words alone, the projection between them not at all. Stage 1 starts from that only if it is named:
+decoder from words alone, the projection between them not at all. Stage 1 takes it only by its name:
 `stage1.py --obs images --init runs/pointmass-images-unimodal-stage0-s0`. See docs/pretraining.md.
 
     python stage0.py                      # pointmass, 8 minutes on one busy CPU core
