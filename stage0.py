@@ -16,8 +16,13 @@ starts. With the questions alone only the tool was found in 1,600 updates, with 
 No action, no goal to reach and no steps to go is in it. `stage1.py --obs images` starts from the newest Stage
 0 run of its domain (the paper's PaLI variant); `--init none` is its Scratch variant.
 
+With `--unimodal` the two never meet (the paper's Uni-PaLI): the vision tower learns from pictures alone, the
+decoder from words alone, the projection between them not at all. Stage 1 takes it only by its name:
+`stage1.py --obs images --init runs/pointmass-images-unimodal-stage0-s0`. See docs/pretraining.md.
+
     python stage0.py                      # pointmass, 8 minutes on one busy CPU core
     python stage0.py --domain tabletop    # 30 minutes
+    python stage0.py --unimodal           # the two towers, each on its own
     python stage0.py --updates 6000 --seed 1
     python stage0.py --resume             # continue an interrupted run, exactly
 """
@@ -30,7 +35,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import ranks, setup
 from common.cli import cli
@@ -48,11 +53,13 @@ class Config(DeviceFlags):
     batch: Count = 128  # fresh scenes per update, one question each
     lr: Positive = 2e-3  # AdamW: a warm-up of 100 updates, then a cosine down to a tenth
     eval_every: Count = 500  # updates between two looks at 1,024 held-out scenes
-    out: str | None = None  # the run's folder; None: runs/{domain}-images-stage0-s{seed}
+    unimodal: bool = False  # the vision tower on pictures alone, the decoder on words alone
+    out: str | None = None  # the run's folder; None: runs/{domain}-images-[unimodal-]stage0-s{seed}
     resume: bool = False  # continue an interrupted run
 
 
 ANSWER = UniformBins(64, 0.0, 1.0, 2)  # x and y as shares of the frame, finer than its pixels
+CELLS = 4  # a patch is cut into 4 x 4 cells, each with its mean colour
 
 
 def answer_loss(model: EFM, features: Tensor, questions: list[str], answers: Tensor) -> Tensor:
@@ -82,6 +89,34 @@ def pointing_loss(model: EFM, features: Tensor, things: tuple[str, ...], places:
     return total / seen.sum().clamp(min=1)
 
 
+# --- pictures and words on their own ------------------------------------------------------------------------
+def cell_colours(images: Tensor, patch_size: int) -> Tensor:
+    """Each patch's 4 x 4 cells, uint8 (B, 2, H, H, 3) -> float (B, 2, N, 48): mean colours in [-1, 1]."""
+    side = images.shape[2] // patch_size  # as the ViT, without a rest at the right and the bottom
+    pixels = images[:, :, : side * patch_size, : side * patch_size].flatten(0, 1).permute(0, 3, 1, 2)
+    cells = F.adaptive_avg_pool2d(pixels.float() / 127.5 - 1, side * CELLS)  # (2 B, 3, rows, columns)
+    colours = F.unfold(cells, CELLS, stride=CELLS).transpose(1, 2)  # (2 B, N, 48)
+    return colours.unflatten(0, images.shape[:2])
+
+
+def picture_loss(model: EFM, head: nn.Linear, images: Tensor) -> Tensor:
+    """|W f + b - [c, c']|², averaged over patches and numbers; no word is in it.
+
+    f (Dv,) is a patch's feature, c (48,) its `cell_colours`, c' those of the same patch of the other image.
+    W and b, the head, are thrown away at the end.
+    """
+    colours = cell_colours(images, model.cfg.patch_size)  # (B, 2, N, 48)
+    both = torch.cat([colours, colours.flip(1)], -1)  # (B, 2, N, 96)
+    return F.mse_loss(head(model.encode_images(images)), both)
+
+
+def word_loss(model: EFM, texts: list[str], questions: list[str], answers: Tensor) -> Tensor:
+    """-log p(text) - log p(answer | question), averaged: no picture is in it; answers (B, 2) in [0, 1]."""
+    tokens = ANSWER.encode(answers).to(model.device)  # (B, 2)
+    written = model.text_log_prob({}, [""] * len(texts), texts)  # (B,), word after word
+    return -(written + model.log_prob({}, questions, tokens, ANSWER.ranges)).mean()
+
+
 @dataclass
 class Progress:
     """What a run continues from, beside the weights."""
@@ -95,26 +130,41 @@ def main(cfg: Config) -> None:
     if run.done:
         return
     device = ranks.device()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0.01, fused=True)
+    trained, head = [*model.parameters()], None
+    if cfg.unimodal:  # nothing reaches the projection, and AdamW skips it
+        head = nn.Linear(model.cfg.vit_width, 2 * 3 * CELLS**2, device=device)
+        trained += head.parameters()
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.01, fused=True)
     rng = np.random.default_rng(cfg.seed)
     now = Progress()
-    run.track(optimizer=optimizer, rng=rng, progress=now)
+    run.track(optimizer=optimizer, rng=rng, progress=now, head=head)
+    every_text = [*env.instructions(), *env.questions()]
 
-    def losses(
-        images: np.ndarray, questions: list[str], answers: np.ndarray, places: np.ndarray | None
-    ) -> dict[str, Tensor]:
-        features = model.encode_images(torch.from_numpy(images).to(device))
-        each = {"loss": answer_loss(model, features, questions, torch.from_numpy(answers))}
+    def batch(rng: np.random.Generator, n: int) -> tuple:
+        """Scenes; where pictures and words do not meet, also as many texts."""
+        scenes, texts = env.scenes(rng, n), []
+        if cfg.unimodal:
+            texts = [every_text[i] for i in rng.integers(len(every_text), size=n)]
+        return *scenes, texts
+
+    def losses(images, questions, answers, places, texts) -> dict[str, Tensor]:
+        """Of what `batch` returns, by name."""
+        images, answers = torch.from_numpy(images).to(device), torch.from_numpy(answers)
+        if cfg.unimodal:
+            words = word_loss(model, texts, questions, answers)
+            return {"pictures": picture_loss(model, head, images), "words": words}
+        features = model.encode_images(images)
+        each = {"loss": answer_loss(model, features, questions, answers)}
         if places is not None:
             places = torch.from_numpy(places).to(device)
             each["pointing"] = pointing_loss(model, features, env.state_names, places)
         return each
 
-    held_out = env.scenes(np.random.default_rng(10**6), 1024)
-    images, questions, answers, _ = held_out
+    held_out = batch(np.random.default_rng(10**6), 1024)
+    images, questions, answers, *_ = held_out
     run.start()
     for update in run.steps(now.update, cfg.updates, "stage 0"):
-        loss = losses(*env.scenes(rng, cfg.batch))
+        loss = losses(*batch(rng, cfg.batch))
         for group in optimizer.param_groups:
             group["lr"] = setup.learning_rate(update, cfg.updates, cfg.lr)
         optimizer.zero_grad()
@@ -124,7 +174,8 @@ def main(cfg: Config) -> None:
             continue
         with torch.no_grad():
             valid = losses(*held_out)
-        seen = {"images": torch.from_numpy(images).to(device)}
+        # what is answered without a picture is a guess
+        seen = {} if cfg.unimodal else {"images": torch.from_numpy(images).to(device)}
         tokens, _ = model.sample(seen, questions, ANSWER.ranges, greedy=True)
         now.update = update + 1
         now.error = float(np.abs(ANSWER.decode(tokens.cpu()).numpy() - answers).mean())

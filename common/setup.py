@@ -117,7 +117,8 @@ def stage0(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     if not hasattr(env, "scenes"):
         raise UserError(f"--domain {cfg.domain}: has no questions for Stage 0; choose pointmass or tabletop")
     ranks.choose_threads(cfg, 0 if is_nano(cfg.model) else ranks.SMALL)
-    run = open_run(cfg, env, "stage0", obs="images")
+    # a name that Stage 1 does not take for the newest Stage 0 run
+    run = open_run(cfg, env, "unimodal-stage0" if cfg.unimodal else "stage0", obs="images")
     if run.done:
         return env, run, None
     torch.manual_seed(cfg.seed)

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from three_ways import Rows, finish, fresh_success, logged, put, spread, table  # noqa: E402
+from measuring import Rows, finish, logged, put, spread, table  # noqa: E402
+from three_ways import PAGE, fresh_success  # noqa: E402
 
 import stage1  # noqa: E402 - the repository's root is not installed
 from baselines import irevla, robofume  # noqa: E402
@@ -106,8 +107,8 @@ def main(cfg: Config) -> None:
 
     print(first, second, sep="\n\n")
     if not cfg.pilot:
-        put("irevla", first)
-        put("robofume", second)
+        put(PAGE, "irevla", first)
+        put(PAGE, "robofume", second)
 
 
 RATES = ("false_positive_rate", "false_negative_rate", "precision", "base_rate")

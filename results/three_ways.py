@@ -15,18 +15,18 @@ Writes results/three_ways.csv, three_ways.png, and the table of docs/baselines.m
 from __future__ import annotations
 
 import contextlib
-import csv
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from measuring import Rows, finish, logged, put, spread, table  # noqa: E402
+
 import stage1  # noqa: E402 - the repository's root is not installed
 import stage2  # noqa: E402
 from baselines import irevla, robofume  # noqa: E402
@@ -52,71 +52,11 @@ class Config:
 
 
 # --- what results/neighbours.py needs, too ---------------------------------------------------------------------------
-class Rows:
-    """A CSV of measurements, written row by row; what is in it is not measured again."""
-
-    def __init__(self, path: Path):
-        self.path, self.rows = path, []
-        if path.exists():
-            with open(path, newline="") as f:
-                self.rows = list(csv.DictReader(f))
-
-    def measure(self, key: dict[str, Any], what: Callable[[], dict[str, Any]]) -> None:
-        """Append key and what was measured, unless a row with the key is there."""
-        key = {k: str(v) for k, v in key.items()}
-        if any(key.items() <= row.items() for row in self.rows):
-            return
-        told = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in what().items()}
-        print(*key.values(), *(f"{k} {v}" for k, v in told.items()), flush=True)
-        self.rows.append(key | told)
-
-        def write(path: Path) -> None:
-            with open(path, "w", newline="") as f:
-                writer = csv.DictWriter(f, self.rows[0], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(self.rows)
-
-        write_atomically(self.path, write)
-
-
-def finish(main: Callable[[Any], None], cfg: Any) -> Path:
-    """The folder of the run; trained to its end if it is not there."""
-    folder = Path(cfg.out)
-    if not (folder / "summary.json").exists():
-        cfg.resume = folder.exists()
-        main(cfg)
-    return folder
-
-
 def fresh_success(folder: Path, checkpoint: str, task: str, episodes: int, seed: int) -> dict[str, float]:
     """True success of a run's checkpoint at a task, over fresh episodes from reset scenes."""
     env = make_env(f"tabletop,pairs={task}", 1, obs="state")
     policy = load_checkpoint(folder / f"{checkpoint}.safetensors", env)
     return true_success(policy, env, episodes, 5 * 10**8 + seed * 10**6)
-
-
-def logged(folder: Path) -> list[dict[str, float]]:
-    """A run's metrics.csv."""
-    with open(folder / "metrics.csv", newline="") as f:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
-
-
-def table(header: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines])
-
-
-def put(name: str, text: str) -> None:
-    """Write a table between `<!-- NAME -->` and `<!-- end -->` of docs/baselines.md."""
-    page, mark = PAGE.read_text(), f"<!-- {name} -->"
-    before, after = page.split(mark)
-    _, after = after.split("<!-- end -->", 1)
-    PAGE.write_text(f"{before}{mark}\n{text}\n<!-- end -->{after}")
-
-
-def spread(values: list[float], digits: int) -> str:
-    """The mean, and the least and the greatest of several seeds."""
-    mean, low, high = (f"{v:.{digits}f}" for v in (np.mean(values), min(values), max(values)))
-    return f"{mean} ({low}-{high})" if len(values) > 1 else mean
 
 
 # --- practice ---------------------------------------------------------------------------------------------------------
@@ -326,7 +266,7 @@ def main(cfg: Config) -> None:
     told = summary(rows.rows, cfg)
     print(told)
     if not cfg.pilot:
-        put("three ways", told)
+        put(PAGE, "three ways", told)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ LINES = {
     "pointmass.py": 300,
     "tokens.py": 140,
     "model.py": 550,
-    "stage0.py": 150,
+    "stage0.py": 195,
     "stage1.py": 220,
     "stage2.py": 220,
     "rollout.py": 300,

@@ -171,11 +171,10 @@ def test_a_table_by_hand():
     assert three_ways.spread([0.5], 2) == "0.50" and three_ways.spread([0.5, 0.7, 0.6], 2) == "0.60 (0.50-0.70)"
 
 
-def test_put_writes_between_its_marks(tmp_path, monkeypatch):
+def test_put_writes_between_its_marks(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\nkept\n<!-- end -->\nc\n")
-    monkeypatch.setattr(three_ways, "PAGE", page)
-    three_ways.put("one", "new")
+    three_ways.put(page, "one", "new")
     assert page.read_text() == "a\n<!-- one -->\nnew\n<!-- end -->\nb\n<!-- two -->\nkept\n<!-- end -->\nc\n"
     for mark in ("three ways", "irevla", "robofume"):  # what the scripts fill
         assert PAGE.count(f"<!-- {mark} -->") == 1
