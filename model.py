@@ -73,7 +73,7 @@ GEMMA_2B = dict(width=2048, depth=18, heads=8, kv_heads=1, head_dim=256, mlp_dim
 PRESETS = {
     "nano": EFMConfig(mlp_dim=512, sinusoidal_numbers=0.9, state_sinusoids=5),  # reads states
     "nano-vision": EFMConfig(depth=3),  # reads frames: one block more, to relate what it sees
-    "nano-deep": EFMConfig(depth=4),  # a table's geometry takes more blocks in a row
+    "nano-deep": EFMConfig(depth=4, mlp_dim=512, sinusoidal_numbers=0.9, state_sinusoids=5),  # reads tables
     # two arms: answers of 70 tokens, the first target's 14 joints with the help of an MLP
     "nano-arms": EFMConfig(depth=4, sinusoidal_numbers=1.0, state_mlp=512, state_bias_tokens=14),
     "nano-wide": EFMConfig(width=128, depth=3, head_dim=32, mlp_dim=512),  # a table, few demonstrations

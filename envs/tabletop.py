@@ -363,7 +363,7 @@ class TabletopVectorEnv(MujocoDomain):
     success_threshold = 3.0
     predicts_instruction = True
     stage1_defaults = {
-        "state": {"model": "nano-deep", "episodes": 20_000, "updates": 12_000, "policy": "best"},
+        "state": {"model": "nano-deep", "episodes": 4000, "updates": 6000, "lr": 2e-3, "policy": "best"},
         "images": {"model": "nano-vision", "episodes": 8000, "updates": 12_000, "policy": "best"},
     }
     stage2_defaults = {"state": {"iterations": 150}, "images": {"iterations": 300}}
