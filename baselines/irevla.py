@@ -28,19 +28,19 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from baselines import plumbing  # noqa: E402
 from common import ranks, setup  # noqa: E402
 from common.cli import cli  # noqa: E402
 from common.demos import Demonstrations  # noqa: E402
 from common.options import Count, Positive, ScaleFlags, Share, Whole, fill  # noqa: E402
 from model import EFM  # noqa: E402
-from rollout import Episodes, evaluate, metrics, rollout  # noqa: E402
+from rollout import Episodes, metrics  # noqa: E402
 from stage1 import bc_loss  # noqa: E402
 from tokens import QUESTION_ACTION, action_tokenizer  # noqa: E402
 
 LOOK = 500  # updates of cloning between two rows of metrics.csv
 SL_COLUMNS = ("sl_update", "nll_demonstrations", "nll_successes")
-RL_COLUMNS = ("true_at_end", "detected", "false_positives", "mean_steps", "return_mean", "return_std",
-              "return_negative", "entropy", "successes", "explained_variance", "kl", "updates")  # fmt: skip
+RL_COLUMNS = (*plumbing.EPISODE_COLUMNS, "successes", "explained_variance", "kl", "updates")
 
 
 @dataclass
@@ -219,7 +219,7 @@ class Successes:
 
 # --- Algorithm 1 ------------------------------------------------------------------------------------------------------
 @dataclass
-class Progress:
+class Progress(plumbing.Counts):
     """What a run continues from, beside the weights."""
 
     task: int = 0
@@ -227,9 +227,6 @@ class Progress:
     rl_iteration: int = 0  # of PPO in this task
     rl_steps: int = 0  # of PPO in this task
     update: int = 0  # of cloning in this task
-    row: int = 0  # of metrics.csv
-    env_steps: int = 0  # in all, the collection of successes included
-    episodes: int = 0
 
 
 def collect(policy: EFM, env: VectorEnv, cfg: Config, now: Progress, generator: torch.Generator,
@@ -237,12 +234,9 @@ def collect(policy: EFM, env: VectorEnv, cfg: Config, now: Progress, generator: 
     """Rounds of one episode a simulation, to true success or the horizon, until there is enough of one; counted."""
     rollouts, steps, reached = [], 0, 0
     while steps < tuples and reached < successes:
-        seed = 10**9 * (cfg.seed + 1) + now.episodes
-        rollouts.append(rollout(policy, None, env, seed, generator, lambda d, truth: truth))
+        rollouts.append(plumbing.act(policy, None, env, cfg, now, generator, lambda d, truth: truth))
         steps += len(rollouts[-1].tokens)
         reached += int(rollouts[-1].truth[:, -1].sum())
-        now.episodes += env.num_envs
-    now.env_steps += steps
     return rollouts
 
 
@@ -274,12 +268,8 @@ def main(cfg: Config) -> None:
     run.track(generator=generator, rng=rng, progress=now)
     run.start(policy=policy, reward=reward_model)
 
-    def log(row: dict, tell: bool) -> None:
-        now.row += 1
-        where = {"row": now.row, "task": now.task + 1, "env_steps": now.env_steps, "episodes": now.episodes}
-        blank = dict.fromkeys(RL_COLUMNS + SL_COLUMNS, math.nan)
-        run.log(now.row, where | blank | row | {"seconds": run.seconds()}, tell)
-        run.checkpoint()
+    def log(row: dict[str, float], tell: bool, **kept: EFM) -> None:
+        plumbing.log(run, now, RL_COLUMNS + SL_COLUMNS, row, tell, kept, task=now.task + 1)
 
     while now.task < len(tasks):  # [iRe-VLA Alg. 1, line 2]
         env, name = tasks[now.task], f"task{now.task + 1}"
@@ -295,8 +285,7 @@ def main(cfg: Config) -> None:
             row = metrics(rollouts, data.returns, 0.0) | ppo(data, ppo_optimizer, cfg, generator, alone)
             now.rl_iteration += 1
             now.rl_steps += len(data.tokens)
-            run.keep(policy=policy)
-            log(row, tell=now.rl_iteration % 10 == 0)
+            log(row, tell=now.rl_iteration % 10 == 0, policy=policy)
         if now.phase == "rl":
             run.keep(**{f"{name}_rl": policy})
             rollouts = collect(policy, env, cfg, now, generator, cfg.collect_steps, cfg.successes)
@@ -320,10 +309,7 @@ def main(cfg: Config) -> None:
         now.phase, now.task = "new", now.task + 1
         run.checkpoint()
 
-    told = {"stage": "irevla", "domain": cfg.tasks[0], "obs": tasks[0].obs, "seed": cfg.seed, "stage1": cfg.stage1}
-    told |= {"episodes": now.episodes, "env_steps": now.env_steps}
-    s = setup.measured_threshold(Path(cfg.stage1), tasks[0])  # for the confusion table of Stage 1's detector
-    run.finish(told, lambda: evaluate(run.folder, cfg.eval_episodes, cfg.seed, s))
+    plumbing.finish(run, cfg, now, tasks[0], "irevla")
 
 
 if __name__ == "__main__":

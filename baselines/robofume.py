@@ -9,12 +9,13 @@ From demonstrations of many tasks and a few of a new one and of its undoing, thr
 Then it does the task and undoes it in turns. An operator, who is counted, resets a station after a fixed time or when
 a block has fallen. An action is L tokens, so Q has a value for each of K numbers at each position, given the tokens
 before it: expectations over actions are exact sums. No code and no hyper-parameter was published; docs/baselines.md
-says where ours come from, and counts the lines of Algorithm 1. No d(o, g) is used anywhere in this file.
+says where ours come from, and counts the lines of Algorithm 1. No d(o, g) is used but by `--reward detector`.
 
     python baselines/robofume.py --stage1 runs/tabletop,pairs=practice-stage1-s0
     python baselines/robofume.py --no-calibrate --out runs/cql     # CQL in place of Cal-QL
     python baselines/robofume.py --bc-weight 0 --out runs/no-bc    # without the cloning term
     python baselines/robofume.py --reward truth --out runs/truth   # an upper bound: true success as the reward
+    python baselines/robofume.py --reward detector --out runs/d    # Stage 1's d <= s as the reward
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,34 +34,32 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from baselines import plumbing  # noqa: E402
+from baselines.plumbing import Batch, Counts, Store, act, join, step  # noqa: E402
 from common import UserError, ranks, setup  # noqa: E402
 from common.cli import cli  # noqa: E402
 from common.demos import Demonstrations  # noqa: E402
 from common.options import Count, Positive, ScaleFlags, Share, Size, Whole  # noqa: E402
 from common.weights import load_model  # noqa: E402
-from envs import tabletop  # noqa: E402
 from envs.operator import Operator  # noqa: E402
-from envs.tabletop_language import Meaning, texts  # noqa: E402
+from envs.tabletop import PAIRS, TabletopVectorEnv  # noqa: E402
 from model import EFM  # noqa: E402
-from rollout import Episodes, confusion, evaluate, metrics, rollout  # noqa: E402
+from rollout import Episodes, metrics  # noqa: E402
 from tokens import QUESTION_ACTION, Tokenizer, action_tokenizer  # noqa: E402
 
 QUESTION_SUCCESS = "Is it done: {}"
 NO, YES = 0, 1  # number tokens
 LOOK = 500  # updates between two rows of metrics.csv, offline
 NUMBERS = ("state", "after", "tokens", "reward", "v_mu")  # (n, S, d), (n, S, d), (n, L), (n,), (n,)
-Batch = dict[str, Any]  # n tuples: NUMBERS as tensors, and `goals`, n texts; the judge's: state, goals, done
 Q_COLUMNS = ("q_data", "q_policy", "mc_return", "td", "calibration_gap", "bc_nll", "grad_climb", "grad_cloning")
-COLUMNS = ("true_at_end", "detected", "false_positives", "mean_steps", "return_mean", "return_std", "return_negative",
-           "entropy", "false_positive_rate", "false_negative_rate", "precision", "base_rate", "true_forward",
-           "true_backward", "interventions", *Q_COLUMNS)  # fmt: skip
+COLUMNS = (*plumbing.JUDGED_COLUMNS, "true_forward", "true_backward", "interventions", *Q_COLUMNS)
 
 
 @dataclass
 class Config(ScaleFlags):
     stage1: str | None = None  # the run whose policy is the actor's start, whose demonstrations are the data
     seed: Whole | None = None  # None: Stage 1's
-    reward: Literal["judge", "truth"] = "judge"  # in practice; truth: an upper bound, not RoboFuME
+    reward: Literal["judge", "detector", "truth"] = "judge"  # in practice; d <= s and the truth are not RoboFuME
     calibrate: bool = True  # push values down to V^μ only; without it: CQL
     prior_data: bool = True  # demonstrations of the other tasks
     positives: Count = 1  # the last so many observations of a demonstration are a yes
@@ -100,7 +99,7 @@ class Judge(EFM):
         return torch.where(log_p[:, YES] > log_p[:, NO], 0.0, torch.inf)
 
 
-def new_judge(policy: EFM, env: tabletop.TabletopVectorEnv) -> Judge:
+def new_judge(policy: EFM, env: TabletopVectorEnv) -> Judge:
     """From scratch, with the policy's sizes and the question's words: it never learns steps to go."""
     words = [QUESTION_SUCCESS.format(t) for t in env.instructions()] + list(env.state_names)
     sizes = replace(policy.cfg, vocab_size=0, action_head=0, state_mlp=0, state_bias_tokens=0)
@@ -122,8 +121,8 @@ class Critic(nn.Module):
         self.trunk = copy.deepcopy(policy)
         self.trunk.language_model.sparse = False  # without the tied logits its embeddings' gradient would be sparse
         self.values = nn.Linear(policy.cfg.width, 2 * numbers)
-        nn.init.zeros_(self.values.weight)
-        nn.init.zeros_(self.values.bias)
+        for p in self.values.parameters():
+            nn.init.zeros_(p)
 
     def forward(self, obs: dict[str, Tensor], prompts: list[str], tokens: Tensor) -> Tensor:
         """float (B, L, 2, K); tokens long (B, L)."""
@@ -163,40 +162,18 @@ def actor_climb(pi: Tensor, q: Tensor) -> Tensor:
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
-def join(a: Batch, b: Batch) -> Batch:
-    """The tuples of both."""
-    return {k: a[k] + b[k] if k == "goals" else torch.cat([a[k], b[k]]) for k in a}
-
-
-@dataclass
-class Store:
-    """Tuples that were seen, to be drawn again."""
-
-    columns: Batch = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.columns.get("goals", []))
-
-    def add(self, new: Batch) -> None:
-        self.columns = join(self.columns, new) if self.columns else new
-
-    def batch(self, n: int, rng: np.random.Generator) -> Batch:
-        rows = rng.integers(len(self), size=n)
-        return {k: [v[i] for i in rows] if k == "goals" else v[rows] for k, v in self.columns.items()}
-
-
 def practised(r: Episodes, done: Tensor, gamma: float) -> Batch:
     """The episodes' tuples; done bool (n, T + 1) rewards each o'. V^μ = γ^(steps left - 1) where a yes came, else 0."""
-    place = torch.full(done.shape, -1)
-    place[r.row, r.t] = torch.arange(len(r.row))
-    following = place[r.row, r.t + 1]  # the next tuple, -1 where the episode ends
-    state = r.obs["state"].cpu()
-    after = torch.where(following[:, None, None] < 0, r.last["state"].cpu()[r.row], state[following])
     left = torch.from_numpy(r.length)[r.row] - r.t
     v_mu = torch.where(done[r.row, -1], gamma ** (left - 1.0), 0.0)
-    reward = done[r.row, r.t + 1].float()
-    numbers = (state, after, r.tokens.cpu(), reward, v_mu)
+    numbers = (r.obs["state"].cpu(), plumbing.next_states(r), r.tokens.cpu(), done[r.row, r.t + 1].float(), v_mu)
     return dict(zip(NUMBERS, numbers, strict=True)) | {"goals": list(r.goals)}
+
+
+def observed(demos: Demonstrations, rows: np.ndarray, positives: int) -> Batch:
+    """Observations of demonstrations for the judge: the last `positives` of each are a yes."""
+    obs, _, goals, left = demos.batch(rows, torch.device("cpu"))
+    return {"state": obs["state"], "goals": goals, "done": (left < positives).long()}
 
 
 def demonstrated(demos: Demonstrations, rows: np.ndarray, actions, gamma: float) -> Batch:
@@ -222,14 +199,6 @@ class Station(Operator):
         return self.env.ask(stuck) if stuck.any() else begun
 
 
-def per_state(r: Episodes) -> dict[str, float]:
-    """The judge over every observation of the episodes (the paper's Table II)."""
-    seen = torch.arange(r.d.shape[1]) <= torch.from_numpy(r.length)[:, None]
-    yes, true = (r.d <= 0)[seen].numpy(), r.truth[seen].numpy()
-    rates = {k: v for k, v in confusion(yes, true).items() if k.endswith("rate")}
-    return rates | {"precision": float((yes & true).sum() / max(1, yes.sum())), "base_rate": float(true.mean())}
-
-
 # --- learning ---------------------------------------------------------------------------------------------------------
 class Learner(nn.Module):
     """Actor, critic and its slowly moving copy, and one update of all three."""
@@ -246,10 +215,8 @@ class Learner(nn.Module):
     def log_policy(self, obs: dict, prompts: list[str], tokens: Tensor) -> Tensor:
         """log π_i(k), float (B, L, K), -inf for numbers that are not allowed at position i; tokens long (B, L)."""
         ranges = self.ranges[: tokens.shape[1]]
-        padded = []
-        for log_p, (first, end) in zip(self.actor.log_probs(obs, prompts, tokens, ranges), ranges, strict=True):
-            padded.append(F.pad(log_p, (first, self.numbers - end), value=-torch.inf))
-        return torch.stack(padded, 1)
+        each = zip(self.actor.log_probs(obs, prompts, tokens, ranges), ranges, strict=True)
+        return torch.stack([F.pad(p, (first, self.numbers - end), value=-torch.inf) for p, (first, end) in each], 1)
 
     def update(self, batch: Batch, cloned: int, measure: bool) -> dict[str, float]:
         """One step of critic and actor; the first `cloned` tuples are demonstrations. measure: gradient norms, too."""
@@ -270,7 +237,7 @@ class Learner(nn.Module):
         climb = cfg.eta * actor_climb(pi, q)
         nll = -log_pi[:cloned].gather(2, tokens[:cloned, :, None]).sum((1, 2)).mean()
         terms = climb, cfg.bc_weight * nll
-        norms = [grad_norm(term, self.actor) if measure else math.nan for term in terms]
+        norms = [plumbing.grad_norm(term, self.actor) if measure else math.nan for term in terms]
         step(self.actor_optimizer, sum(terms), self.actor)
         for slow, fast in zip(self.target.parameters(), self.critic.parameters(), strict=True):
             slow.lerp_(fast.detach(), cfg.target_rate)
@@ -280,76 +247,24 @@ class Learner(nn.Module):
         return dict(zip(Q_COLUMNS, told + norms, strict=True))
 
 
-def step(optimizer: torch.optim.Optimizer, loss: Tensor, model: nn.Module) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-
-
-def grad_norm(loss: Tensor, model: nn.Module) -> float:
-    gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
-    return math.sqrt(sum(g.square().sum().item() for g in gradients if g is not None))
-
-
 # --- Algorithm 1 ------------------------------------------------------------------------------------------------------
 @dataclass
-class Progress:
+class Progress(Counts):
     """What a run continues from, beside the weights."""
 
     judge_update: int = 0
     judge_best: float = math.inf  # loss on held-out demonstrations
     updates: int = 0  # of actor and critic
-    row: int = 0  # of metrics.csv
-    env_steps: int = 0
-    episodes: int = 0
     labels: int = 0  # episodes that a person looked at, for D_⊖
 
 
-def act(actor: EFM, judge: Judge | None, env: Any, cfg: Config, now: Progress, generator, ends) -> Episodes:
-    """One episode of each station; counted."""
-    seed = 10**9 * (cfg.seed + 1) + now.episodes
-    episodes = rollout(actor, judge, env, seed, generator, ends)
-    now.episodes += env.num_envs
-    now.env_steps += len(episodes.tokens)
-    return episodes
-
-
-def collect_failures(actor: EFM, env: Any, cfg: Config, now: Progress, failed: Store, generator) -> None:
-    """D_⊖: observations of episodes that fail to the horizon, half of the stations doing, half undoing the task.
-
-    The ground truth is the person who labels them.
-    """
-    env.pairs = [("forward", "backward")[i % 2] for i in range(env.num_envs)]
-    found = 0
-    for _ in range(40):  # rounds at most: a policy that hardly fails would try for ever
-        r = act(actor, None, env, cfg, now, generator, lambda d, truth: truth)
-        failure = ~r.truth[:, -1]
-        mine = failure[r.row]
-        state = torch.cat([r.obs["state"][mine], r.last["state"][failure]]).cpu()
-        goals = [*r.goals[mine.numpy()], *r.goals[: env.num_envs][failure.numpy()]]  # at t = 0 all are there
-        failed.add({"state": state, "goals": goals, "done": torch.zeros(len(goals), dtype=torch.long)})
-        found += int(failure.sum())
-        now.labels = now.episodes
-        if found >= cfg.failures:
-            return
-    if not found:
-        raise UserError(f"--stage1 {cfg.stage1}: its policy never fails, and the judge needs failures; name another")
-
-
-def train_judge(judge: Judge, data: tuple, failed: Store, run, now: Progress, cfg: Config, rng, optimizer) -> None:
+def train_judge(judge, train, valid, failed: Store, run, now: Progress, cfg: Config, rng, optimizer) -> None:
     """Teach r̂ on all data; the best on held-out demonstrations is kept."""
-    train, valid = data
-
-    def drawn(demos: Demonstrations, n: int, rng: np.random.Generator) -> Batch:
-        rows = rng.integers(len(demos.index), size=n)  # of all observations, final ones included
-        obs, _, goals, left = demos.batch(rows, torch.device("cpu"))
-        return {"state": obs["state"], "goals": goals, "done": (left < cfg.positives).long()}
-
-    held_out = drawn(valid, 2048, np.random.default_rng(0))
+    fixed = np.random.default_rng(0).integers(len(valid.index), size=2048)
+    held_out, wrong = observed(valid, fixed, cfg.positives), cfg.batch // 8
     for update in run.steps(now.judge_update, cfg.judge_updates, "judge"):
-        wrong = cfg.batch // 8
-        batch = join(drawn(train, cfg.batch - wrong, rng), failed.batch(wrong, rng))
+        rows = rng.integers(len(train.index), size=cfg.batch - wrong)  # of all observations, final ones included
+        batch = join(observed(train, rows, cfg.positives), failed.batch(wrong, rng))
         optimizer.param_groups[0]["lr"] = setup.learning_rate(update, cfg.judge_updates, cfg.judge_lr)
         step(optimizer, judge_loss(judge, batch), judge)
         if (update + 1) % LOOK == 0 or update + 1 == cfg.judge_updates:
@@ -363,13 +278,10 @@ def train_judge(judge: Judge, data: tuple, failed: Store, run, now: Progress, cf
 
 
 def main(cfg: Config) -> None:
-    (env,), run, actor, reward_model, data = setup.baseline(cfg, ("tabletop,pairs=both",), "robofume")
+    (env,), run, actor, reward_model, (train, valid) = setup.baseline(cfg, ("tabletop,pairs=both",), "robofume")
     if run.done:
         return
-    train = data[0]
-    pairs = [*tabletop.PAIRS["forward"], *tabletop.PAIRS["backward"]]
-    both = {text for a, b in pairs for text in texts(Meaning("block2block", a, b), 4)}
-    of_pairs = train.acted[np.isin(train.instruction[train.episode[train.acted]], list(both))]  # D_f and D_b
+    of_pairs = plumbing.rows_of_pairs(train, [*PAIRS["forward"], *PAIRS["backward"]])  # D_f and D_b
     if not len(of_pairs):
         raise UserError(f"--stage1 {cfg.stage1}: has no demonstration of the task; name a run with pairs=practice")
     everything = train.acted if cfg.prior_data else of_pairs
@@ -389,16 +301,14 @@ def main(cfg: Config) -> None:
         rows = [rng.choice(everything, n - n // 2), rng.choice(of_pairs, n // 2)]
         return demonstrated(train, np.concatenate(rows), actions, cfg.gamma)
 
-    def log(row: dict, tell: bool) -> None:
-        now.row += 1
-        where = {"row": now.row, "updates": now.updates, "env_steps": now.env_steps, "episodes": now.episodes}
-        run.log(now.row, where | dict.fromkeys(COLUMNS, math.nan) | row | {"seconds": run.seconds()}, tell)
-        run.keep(policy=actor)
-        run.checkpoint()
+    def log(row: dict[str, float], tell: bool) -> None:
+        plumbing.log(run, now, COLUMNS, row, tell, {"policy": actor}, updates=now.updates)
 
-    if not len(failed):
-        collect_failures(actor, env, cfg, now, failed, generator)
-    train_judge(judge, data, failed, run, now, cfg, rng, judge_optimizer)  # [RoboFuME Alg. 1, line 4]
+    if not len(failed):  # D_⊖, half of it of doing, half of undoing the task
+        env.pairs = [("forward", "backward")[i % 2] for i in range(env.num_envs)]
+        failed.add(plumbing.failures(actor, env, cfg, now, generator))
+        now.labels = now.episodes
+    train_judge(judge, train, valid, failed, run, now, cfg, rng, judge_optimizer)  # [RoboFuME Alg. 1, line 4]
     judge.load_state_dict(load_model(run.folder / "judge.safetensors").state_dict())
     judge.requires_grad_(False)
     for update in run.steps(now.updates, cfg.offline_updates, "offline"):  # [RoboFuME Alg. 1, line 6]
@@ -409,13 +319,16 @@ def main(cfg: Config) -> None:
             log(told, tell=True)
     if not len(replay):
         run.keep(offline=actor)
+    rewarder, s = judge, 0.0  # no steps are left where the judge says yes
+    if cfg.reward == "detector":
+        rewarder, s = reward_model, setup.measured_threshold(Path(cfg.stage1), env)
 
     def ends(d: Tensor, truth: Tensor) -> Tensor:
-        return truth if cfg.reward == "truth" else d <= 0
+        return truth if cfg.reward == "truth" else d <= s
 
     while now.env_steps < cfg.env_steps:  # [RoboFuME Alg. 1, line 9]
         before = now.env_steps
-        r = act(actor, judge, stations, cfg, now, generator, ends)  # [RoboFuME Alg. 1, line 10]
+        r = act(actor, rewarder, stations, cfg, now, generator, ends)  # [RoboFuME Alg. 1, line 10]
         stations.steps += r.length
         new = practised(r, ends(r.d, r.truth), cfg.gamma)
         replay.add(new)  # [RoboFuME Alg. 1, line 11]
@@ -425,17 +338,12 @@ def main(cfg: Config) -> None:
             batch = join(demonstrations(cloned), replay.batch(cfg.batch - cloned, rng))
             row = learner.update(batch, cloned, i + 1 == updates)
             now.updates += 1
-        row |= metrics([r], new["v_mu"], 0.0) | per_state(r)
-        truth, forward = r.truth[:, -1].numpy(), np.array(env.pairs) == "forward"
-        for name, stations_of in (("true_forward", forward), ("true_backward", ~forward)):
-            row[name] = float(truth[stations_of].mean()) if stations_of.any() else math.nan
+        row |= metrics([r], new["v_mu"], s) | plumbing.per_state(r, s)
+        row |= plumbing.per_task(r, env.pairs, ("forward", "backward"))
         log(row | {"interventions": stations.interventions}, tell=now.row % 10 == 0)
 
-    told = {"stage": "robofume", "domain": env.name, "obs": env.obs, "seed": cfg.seed, "stage1": cfg.stage1}
-    told |= {"episodes": now.episodes, "env_steps": now.env_steps, "labels": now.labels}
-    told |= {"interventions": stations.interventions, "judge_held_out_loss": now.judge_best}
-    s = setup.measured_threshold(Path(cfg.stage1), env)  # for the confusion table of Stage 1's detector
-    run.finish(told, lambda: evaluate(run.folder, cfg.eval_episodes, cfg.seed, s))
+    told = {"labels": now.labels, "interventions": stations.interventions, "judge_held_out_loss": now.judge_best}
+    plumbing.finish(run, cfg, now, env, "robofume", **told)
 
 
 if __name__ == "__main__":

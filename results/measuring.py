@@ -16,14 +16,26 @@ from common.options import flag
 from common.runs import read_json, write_atomically
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
+    def write(path: Path) -> None:
+        with open(path, "w", newline="") as f:
+            writer = csv.DictWriter(f, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)
+
+
 class Rows:
     """A CSV of measurements, written row by row; what is in it is not measured again."""
 
     def __init__(self, path: Path):
-        self.path, self.rows = path, []
-        if path.exists():
-            with open(path, newline="") as f:
-                self.rows = list(csv.DictReader(f))
+        self.path, self.rows = path, read_csv(path) if path.exists() else []
 
     def measure(self, key: dict[str, Any], what: Callable[[], dict[str, Any]]) -> None:
         """Append key and what was measured, unless a row with the key is there."""
@@ -33,14 +45,7 @@ class Rows:
         told = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in what().items()}
         print(*key.values(), *(f"{k} {v}" for k, v in told.items()), flush=True)
         self.rows.append(key | told)
-
-        def write(path: Path) -> None:
-            with open(path, "w", newline="") as f:
-                writer = csv.DictWriter(f, self.rows[0], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(self.rows)
-
-        write_atomically(self.path, write)
+        write_csv(self.path, self.rows)
 
 
 def finish(main: Callable[[Any], None], cfg: Any) -> Path:
@@ -60,8 +65,7 @@ def finish(main: Callable[[Any], None], cfg: Any) -> Path:
 
 def logged(folder: Path) -> list[dict[str, float]]:
     """A run's metrics.csv."""
-    with open(folder / "metrics.csv", newline="") as f:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+    return [{k: float(v) for k, v in row.items()} for row in read_csv(folder / "metrics.csv")]
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:

@@ -1,8 +1,12 @@
 """The baselines' own tables: iRe-VLA's Table I and Figure 5 in small, RoboFuME's Tables I and II with its ablations.
 
-    python results/neighbours.py               # hours: trains what is not in runs/ yet, and measures
-    python results/neighbours.py --seeds 1     # one seed of it
-    python results/neighbours.py --pilot       # the same in tiny, to see that all of it works
+    python results/neighbours.py                     # hours: trains what is not in runs/ yet, and measures
+    python results/neighbours.py --seed 1            # one seed of it, without the tables: for one of two processes
+    python results/neighbours.py --papers irevla     # or one of the papers
+    python results/neighbours.py --pilot             # the same in tiny, to see that all of it works
+
+RoboFuME starts from the Stage 1 runs of three_ways.py, iRe-VLA from runs whose demonstrations have no new task.
+Whatever is interrupted goes on when the command is given again, and several processes may work at once.
 
 Writes results/irevla.csv, results/robofume.csv, and the tables of docs/baselines.md.
 """
@@ -13,17 +17,28 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from measuring import Rows, finish, logged, put, spread, table  # noqa: E402
-from three_ways import PAGE, fresh_success  # noqa: E402
+from three_ways import (  # noqa: E402
+    Stage1Flags,
+    as_text,
+    finish,
+    logged,
+    measured,
+    put,
+    short_episodes,
+    spread,
+    table,
+    taught,
+    write_csv,
+)
 
-import stage1  # noqa: E402 - the repository's root is not installed
 from baselines import irevla, robofume  # noqa: E402
 from common.cli import cli  # noqa: E402
-from common.options import Count, check  # noqa: E402
+from common.options import Count, Whole, check  # noqa: E402
 from common.runs import read_json  # noqa: E402
 
 VARIANTS = {  # of iRe-VLA: what PPO trains, what cloning trains
@@ -34,81 +49,83 @@ VARIANTS = {  # of iRe-VLA: what PPO trains, what cloning trains
 STAGES = ("task1_rl", "task1_sl", "task2_rl", "task2_sl")
 ABLATIONS = {  # of RoboFuME, seed 0 alone
     "true reward": {"reward": "truth"},
+    "our detector as reward": {"reward": "detector"},
     "no cloning term": {"bc_weight": 0.0},
     "CQL": {"calibrate": False},
     "no prior data": {"prior_data": False, "env_steps": 1},  # offline alone, as in the paper's Table IV
 }
 
 
-PILOT_STEPS = 900  # of RoboFuME: the failures alone may take 800
-
-
 @dataclass
-class Config:
+class Config(Stage1Flags):
     seeds: Count = 3  # seeds 0, 1, ...
+    seed: Whole | None = None  # this one alone, and no table is written
+    papers: tuple[Literal["irevla", "robofume"], ...] = ("irevla", "robofume")
     episodes: Count = 500  # fresh ones of a measurement
     pilot: bool = False  # everything tiny, in runs/neighbours-pilot/
 
 
 def main(cfg: Config) -> None:
     check(cfg)
-    runs, out = Path("runs/neighbours"), Path("results")
-    of_stage1, of_irevla, of_robofume = {"episodes": 8000, "updates": 6000}, {}, {}
-    domains = {"prior": "tabletop,pairs=prior", "practice": "tabletop,pairs=practice"}
+    runs, starts, out = Path("runs/neighbours"), Path("runs/three-ways"), Path("results")
     if cfg.pilot:
         runs = out = Path("runs/neighbours-pilot")
+        starts = Path("runs/three-ways-pilot")
         cfg.seeds, cfg.episodes = 1, 4
-        of_stage1 = {"episodes": 20, "updates": 20, "eval_every": 20, "eval_episodes": 4}
-        of_irevla = {"env_steps": 100, "collect_steps": 50, "tuples": 32, "num_envs": 4, "sl_updates": 4}
-        of_robofume = {"failures": 2, "judge_updates": 4, "offline_updates": 4, "env_steps": PILOT_STEPS, "batch": 16,
-                       "num_envs": 4, "warmup": 0}  # fmt: skip
-        for settings in (of_irevla, of_robofume):
-            settings["eval_episodes"] = 4
-        domains = dict.fromkeys(domains, "tabletop,pairs=both")
     runs.mkdir(parents=True, exist_ok=True)
+    seeds = range(cfg.seeds) if cfg.seed is None else [cfg.seed]
+    for paper, measure, tabulate in (
+        ("irevla", of_irevla, irevla_table),
+        ("robofume", of_robofume, robofume_table),
+    ):
+        if paper not in cfg.papers:
+            continue
+        with short_episodes(cfg.pilot):
+            rows = [row for seed in seeds for row in measure(cfg, runs, starts, seed)]
+        if cfg.seed is not None:
+            continue  # a part of it: the command without --seed collects all
+        write_csv(out / f"{paper}.csv", rows)
+        told = tabulate(rows)
+        print(told)
+        if not cfg.pilot:
+            put(paper, told)
 
-    rows = Rows(out / "irevla.csv")
-    for seed in range(cfg.seeds):
-        how = of_stage1 | {"domain": domains["prior"], "seed": seed, "out": f"{runs}/prior-stage1-s{seed}"}
-        taught = finish(stage1.main, stage1.Config(**how))
-        places = [("SFT", taught, "policy")]
-        for variant, flags in VARIANTS.items():
-            how = (
-                of_irevla | flags | {"stage1": str(taught), "seed": seed, "out": f"{runs}/{variant}-s{seed}"}
-            )
-            folder = finish(irevla.main, irevla.Config(**how))
-            places += [(variant, folder, stage) for stage in STAGES]
-        for variant, folder, checkpoint in places:
-            for task in ("prior", "forward", "second", "backward", "unseen"):
-                key = {"variant": variant, "seed": seed, "checkpoint": checkpoint, "task": task}
-                rows.measure(key, lambda h=(folder, checkpoint, task, cfg.episodes, seed): fresh_success(*h))
-    first = irevla_table(rows.rows)
 
-    rows = Rows(out / "robofume.csv")
-    for seed in range(cfg.seeds):
-        how = of_stage1 | {
-            "domain": domains["practice"],
-            "seed": seed,
-            "out": f"{runs}/practice-stage1-s{seed}",
-        }
-        taught = finish(stage1.main, stage1.Config(**how))
-        measured = [("Stage 1", taught, "policy")]
-        for name, flags in {"RoboFuME": {}, **(ABLATIONS if seed == 0 else {})}.items():
-            start = {"stage1": str(taught), "seed": seed, "out": f"{runs}/{name.replace(' ', '-')}-s{seed}"}
-            folder = finish(robofume.main, robofume.Config(**of_robofume | flags | start))
-            measured += [(name, folder, checkpoint) for checkpoint in ("offline", "policy")]
-        for name, folder, checkpoint in measured:
-            judged = judge_rates(folder) if checkpoint == "policy" and folder != taught else NOT_JUDGED
-            for task in ("forward", "backward", "prior"):
-                key = {"name": name, "seed": seed, "checkpoint": checkpoint, "task": task}
-                how = (folder, checkpoint, task, cfg.episodes, seed)
-                rows.measure(key, lambda h=how, j=judged: fresh_success(*h) | j)
-    second = robofume_table(rows.rows)
+def of_irevla(cfg: Config, runs: Path, starts: Path, seed: int) -> list[dict[str, str]]:
+    """The rows of one seed of iRe-VLA's table; what is not there is trained and measured."""
+    start, tiny, rows = taught(cfg, runs / f"prior-stage1-s{seed}", "prior", seed), {}, []
+    if cfg.pilot:
+        tiny = {"env_steps": 50, "collect_steps": 50, "tuples": 32, "num_envs": 4, "sl_updates": 4,
+                "eval_episodes": 4, "warmup": 0, "least_successes": 0}  # fmt: skip
+    places = [("SFT", start, "policy")]
+    for variant, flags in VARIANTS.items():
+        how = tiny | flags | {"stage1": str(start), "seed": seed, "out": f"{runs}/{variant}-s{seed}"}
+        folder = finish(irevla.main, irevla.Config(**how))
+        places += [(variant, folder, stage) for stage in STAGES]
+    for variant, folder, checkpoint in places:
+        for task in ("prior", "forward", "second", "backward", "unseen"):
+            key = {"variant": variant, "seed": seed, "checkpoint": checkpoint, "task": task}
+            rows.append(as_text(key) | measured(folder, checkpoint, task, cfg.episodes))
+    return rows
 
-    print(first, second, sep="\n\n")
-    if not cfg.pilot:
-        put(PAGE, "irevla", first)
-        put(PAGE, "robofume", second)
+
+def of_robofume(cfg: Config, runs: Path, starts: Path, seed: int) -> list[dict[str, str]]:
+    """The rows of one seed of RoboFuME's table; what is not there is trained and measured."""
+    start, tiny, rows = taught(cfg, starts / f"stage1-s{seed}", "practice", seed), {}, []
+    if cfg.pilot:
+        tiny = {"failures": 2, "judge_updates": 4, "offline_updates": 4, "env_steps": 120, "batch": 16, "num_envs": 4,
+                "warmup": 0, "eval_episodes": 4}  # fmt: skip
+    places = [("Stage 1", start, "policy")]
+    for name, flags in {"RoboFuME": {}, **(ABLATIONS if seed == 0 else {})}.items():
+        how = {"stage1": str(start), "seed": seed, "out": f"{runs}/{name.replace(' ', '-')}-s{seed}"}
+        folder = finish(robofume.main, robofume.Config(**tiny | flags | how))
+        places += [(name, folder, checkpoint) for checkpoint in ("offline", "policy")]
+    for name, folder, checkpoint in places:
+        judged = judge_rates(folder) if checkpoint == "policy" and folder != start else NOT_JUDGED
+        for task in ("forward", "backward", "prior"):
+            key = {"name": name, "seed": seed, "checkpoint": checkpoint, "task": task}
+            rows.append(as_text(key) | measured(folder, checkpoint, task, cfg.episodes) | as_text(judged))
+    return rows
 
 
 RATES = ("false_positive_rate", "false_negative_rate", "precision", "base_rate")

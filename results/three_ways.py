@@ -1,13 +1,15 @@
 """Three ways to practise, one task, one budget: ours, iRe-VLA and RoboFuME, side by side.
 
-    python results/three_ways.py              # hours: trains what is not in runs/ yet, measures, draws
-    python results/three_ways.py --seeds 1    # one seed of it
-    python results/three_ways.py --pilot      # the same in tiny, to see that all of it works
+    python results/three_ways.py                        # hours: trains what is not in runs/ yet, measures, draws
+    python results/three_ways.py --seed 1               # one seed of it, without the figure: for one of two processes
+    python results/three_ways.py --methods irevla       # or some of the methods
+    python results/three_ways.py --pilot                # the same in tiny, to see that all of it works
 
 The task: push the red moon to the yellow pentagon. All start from the same Stage 1 policy, which has seen some 80
 demonstrations of it among 8,000. Every step of the simulations counts: iRe-VLA's collection, RoboFuME's failures and
-its way back. Symmetries are off for all three. Whatever is interrupted goes on when the command is given again; a row
-of the CSV that is there is not measured again.
+its way back. Symmetries are off for all three. Whatever is interrupted goes on when the command is given again. What
+has been measured is kept in each run's own measured.csv and is not measured again. Several processes may work at
+once: where two need the same run, one waits for the other. At the end, the whole command collects what is there.
 
 Writes results/three_ways.csv, three_ways.png, and the table of docs/baselines.md.
 """
@@ -15,36 +17,60 @@ Writes results/three_ways.csv, three_ways.png, and the table of docs/baselines.m
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from measuring import Rows, finish, logged, put, spread, table  # noqa: E402
+import measuring  # noqa: E402
+from measuring import logged, read_csv, spread, table, write_csv  # noqa: E402
 
-import stage1  # noqa: E402 - the repository's root is not installed
+import envs  # noqa: E402 - the repository's root is not installed
+import stage1  # noqa: E402
 import stage2  # noqa: E402
 from baselines import irevla, robofume  # noqa: E402
 from common import UserError  # noqa: E402
 from common.cli import cli  # noqa: E402
-from common.options import Count, check  # noqa: E402
+from common.options import Count, Positive, Whole, check  # noqa: E402
 from common.pictures import BLUE, GREEN, ORANGE, WIDTH, plt  # noqa: E402
 from common.runs import Run, read_json, wilson, write_atomically  # noqa: E402
 from common.setup import load_checkpoint, make_env  # noqa: E402
 from rollout import true_success  # noqa: E402
 
-COLOURS = {"nanoEFM, resets": BLUE, "nanoEFM, operator": "#56B4E9", "iRe-VLA": ORANGE, "RoboFuME": GREEN}
+METHODS = {
+    "resets": "nanoEFM, resets",
+    "operator": "nanoEFM, operator",
+    "irevla": "iRe-VLA",
+    "robofume": "RoboFuME",
+}
+COLOURS = dict(zip(METHODS.values(), (BLUE, "#56B4E9", ORANGE, GREEN), strict=True))
 PAGE = Path("docs/baselines.md")
 
 
 @dataclass
-class Config:
+class Stage1Flags:
+    """Of the Stage 1 runs that all methods start from."""
+
+    stage1_model: str | None = None  # None: the domain's
+    stage1_episodes: Count = 8000
+    stage1_updates: Count = 6000
+    stage1_lr: Positive | None = None  # None: the domain's
+
+
+@dataclass
+class Config(Stage1Flags):
     seeds: Count = 3  # seeds 0, 1, ...
+    seed: Whole | None = None  # this one alone, and nothing is drawn
+    methods: tuple[Literal["resets", "operator", "irevla", "robofume"], ...] = tuple(
+        METHODS
+    )  # fewer: nothing is drawn
     env_steps: Count = 100_000  # of practice, for each
     every: Count = 25_000  # steps between two measurements
     episodes: Count = 500  # fresh ones of a measurement
@@ -52,11 +78,87 @@ class Config:
 
 
 # --- what results/neighbours.py needs, too ---------------------------------------------------------------------------
-def fresh_success(folder: Path, checkpoint: str, task: str, episodes: int, seed: int) -> dict[str, float]:
-    """True success of a run's checkpoint at a task, over fresh episodes from reset scenes."""
-    env = make_env(f"tabletop,pairs={task}", 1, obs="state")
-    policy = load_checkpoint(folder / f"{checkpoint}.safetensors", env)
-    return true_success(policy, env, episodes, 5 * 10**8 + seed * 10**6)
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Inside, no other process works at what the path is of; the second one waits. Ends with the process, too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f"{path.name}.lock"), "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def finish(main: Callable[[Any], None], cfg: Any) -> Path:
+    """The folder of the run, trained to its end; where it is finished its flags are compared, and that is all."""
+    folder = Path(cfg.out)
+    with alone(folder):
+        cfg.resume = folder.exists()
+        main(cfg)
+    return folder
+
+
+def taught(cfg: Any, folder: Path, pairs: str, seed: int) -> Path:
+    """The Stage 1 run on demonstrations of the pairs; cfg: Stage1Flags and `pilot`."""
+    how = {"episodes": cfg.stage1_episodes, "updates": cfg.stage1_updates}
+    how |= {"model": cfg.stage1_model, "lr": cfg.stage1_lr, "seed": seed, "out": str(folder)}
+    if cfg.pilot:
+        how |= {"episodes": 20, "updates": 20, "eval_every": 20, "eval_episodes": 4}
+        pairs = "both"  # among twenty, one in a hundred would not be there
+    return finish(stage1.main, stage1.Config(domain=f"tabletop,pairs={pairs}", **how))
+
+
+@contextlib.contextmanager
+def short_episodes(pilot: bool) -> Iterator[None]:
+    """Inside, where it is a pilot, episodes of up to four simulations have twelve steps; demonstrations are whole."""
+    make_vec = envs.make_vec
+
+    def make_short(domain: str, num_envs: int, **kwargs: Any) -> envs.Domain:
+        env = make_vec(domain, num_envs, **kwargs)
+        env.horizon = 12 if num_envs <= 4 else env.horizon
+        return env
+
+    envs.make_vec = make_short if pilot else make_vec
+    try:
+        yield
+    finally:
+        envs.make_vec = make_vec
+
+
+def as_text(row: dict[str, Any]) -> dict[str, str]:
+    return {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()}
+
+
+def once(path: Path, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, str]:
+    """The row with this key of a CSV; if it is not there, it is measured and appended."""
+    key = as_text(key)
+    with alone(path):
+        rows = read_csv(path) if path.exists() else []
+        for row in rows:
+            if key.items() <= row.items():
+                return row
+        row = key | as_text(measure())
+        write_csv(path, [*rows, row])
+    print(path.parent.name, *(f"{k} {v}" for k, v in row.items()), flush=True)
+    return row
+
+
+def measured(folder: Path, checkpoint: str, task: str, episodes: int) -> dict[str, str]:
+    """True success and steps of a run's checkpoint at a task, over fresh episodes from reset scenes."""
+
+    def measure() -> dict[str, float]:
+        env = make_env(f"tabletop,pairs={task}", 1, obs="state")
+        policy = load_checkpoint(folder / f"{checkpoint}.safetensors", env)
+        seed = read_json(folder / "config.json")["seed"]
+        return true_success(policy, env, episodes, 5 * 10**8 + seed * 10**6)
+
+    return once(
+        folder / "measured.csv", {"checkpoint": checkpoint, "task": task, "eval_episodes": episodes}, measure
+    )
+
+
+def put(name: str, text: str) -> None:
+    """Write a table between `<!-- NAME -->` and `<!-- end -->` of docs/baselines.md."""
+    with alone(Path("runs") / PAGE.name):
+        measuring.put(PAGE, name, text)
 
 
 # --- practice ---------------------------------------------------------------------------------------------------------
@@ -80,54 +182,74 @@ def snapshots(every: int) -> Iterator[None]:
         Run.checkpoint = checkpoint
 
 
-def practise(cfg: Config, runs: Path, seed: int) -> dict[str, Path]:
-    """The runs of one seed by method; trained if they are not there."""
-    tiny: dict[str, dict] = dict.fromkeys(("stage1", "stage2", "irevla", "robofume"), {})
+@contextlib.contextmanager
+def budget(env_steps: int) -> Iterator[None]:
+    """Inside, Stage 2 ends with the iteration that passes so many steps: it counts iterations, which differ in steps."""
+    steps = Run.steps
+
+    def until_spent(run: Run, *args: Any) -> Iterator[int]:
+        for iteration in steps(run, *args):
+            if run.tracked["progress"].env_steps >= env_steps:
+                return
+            yield iteration
+
+    Run.steps = until_spent
+    try:
+        yield
+    finally:
+        Run.steps = steps
+
+
+def practise(cfg: Config, taught: Path, folder: Path, method: str, seed: int) -> Path:
+    """The run of a method; trained if it is not there."""
+    start = {"stage1": str(taught), "seed": seed, "out": str(folder)}
+    ours = start | {"num_envs": 16}
+    irevlas, robofumes = dict(start), dict(start)
     if cfg.pilot:
-        tiny["stage1"] = {"episodes": 20, "updates": 20, "eval_every": 20, "eval_episodes": 4}
-        tiny["stage1"]["domain"] = "tabletop,pairs=both"  # among twenty, one in a hundred would not be there
-        tiny["stage2"] = {"updates": 2, "batch": 16, "num_envs": 4, "eval_episodes": 4, "first_look": 4}
-        tiny["irevla"] = {"tuples": 32, "num_envs": 4, "sl_updates": 4, "eval_episodes": 4}
-        tiny["robofume"] = {"failures": 2, "judge_updates": 4, "offline_updates": 4, "batch": 16, "num_envs": 4,
-                            "warmup": 0, "eval_episodes": 4}  # fmt: skip
-    of_stage1 = {"episodes": 8000, "updates": 6000, "domain": "tabletop,pairs=practice", "seed": seed}
-    taught = finish(
-        stage1.main, stage1.Config(**of_stage1 | tiny["stage1"] | {"out": f"{runs}/stage1-s{seed}"})
-    )
-    start = {"stage1": str(taught), "seed": seed}
-    tuples = tiny["stage2"].get("updates", 16) * tiny["stage2"].get("batch", 64)  # of an iteration, at least
-    iterations = math.ceil(cfg.env_steps / tuples)
-    sixteen = {"num_envs": 16, "iterations": iterations, "patience": iterations}
-    ours = start | sixteen | tiny["stage2"]
-    # PPO, then what is left of the budget for the successes; an iteration is not cut short, so PPO may take more
-    parts = {"env_steps": int(0.8 * cfg.env_steps), "collect_steps": int(0.16 * cfg.env_steps)}
-    one_task = {"tasks": ("tabletop,pairs=forward",)}
-    clock = {"reset_least": 180.0, "reset_most": 300.0}  # the operator's own, as in the second line of ours
+        ours |= {"updates": 2, "batch": 16, "num_envs": 4, "eval_episodes": 4, "first_look": 4}
+        irevlas |= {"tuples": 32, "num_envs": 4, "sl_updates": 4, "eval_episodes": 4, "warmup": 0,
+                    "least_successes": 0}  # fmt: skip
+        robofumes |= {"failures": 2, "judge_updates": 4, "offline_updates": 4, "batch": 16, "num_envs": 4,
+                      "warmup": 0, "eval_episodes": 4}  # fmt: skip
     with snapshots(cfg.every):
-        return {
-            "nanoEFM, resets": finish(
-                stage2.main,
-                stage2.Config(**ours, domain="tabletop,pairs=forward", out=f"{runs}/resets-s{seed}"),
-            ),
-            "nanoEFM, operator": finish(
-                stage2.main,
-                stage2.Config(
-                    **ours, domain="tabletop,pairs=both", operator=True, out=f"{runs}/operator-s{seed}"
-                ),
-            ),
-            "iRe-VLA": finish(
-                irevla.main,
-                irevla.Config(**start | tiny["irevla"] | parts | one_task, out=f"{runs}/irevla-s{seed}"),
-            ),
-            "RoboFuME": finish(
-                robofume.main,
-                robofume.Config(
-                    **start | tiny["robofume"] | clock,
-                    env_steps=cfg.env_steps,
-                    out=f"{runs}/robofume-s{seed}",
-                ),
-            ),
-        }
+        if method in ("resets", "operator"):
+            # tuples of an iteration, at least
+            tuples = ours.get("updates", 16) * ours.setdefault("batch", 64)
+            ours["iterations"] = ours["patience"] = math.ceil(cfg.env_steps / tuples)
+            ours["domain"] = f"tabletop,pairs={'both' if method == 'operator' else 'forward'}"
+            with budget(cfg.env_steps):
+                return finish(stage2.main, stage2.Config(**ours, operator=method == "operator"))
+        if method == "irevla":
+            # PPO, then what is left of the budget for the successes; an iteration is not cut short, so PPO may take more
+            irevlas |= {"env_steps": int(0.8 * cfg.env_steps), "collect_steps": int(0.16 * cfg.env_steps)}
+            return finish(irevla.main, irevla.Config(**irevlas, tasks=("tabletop,pairs=forward",)))
+        # the operator's own clock, as in the second line of ours
+        robofumes |= {"reset_least": 180.0, "reset_most": 300.0, "env_steps": cfg.env_steps}
+        return finish(robofume.main, robofume.Config(**robofumes))
+
+
+def measurements(cfg: Config, runs: Path, seed: int) -> tuple[list[dict[str, str]], dict[str, Path]]:
+    """The rows of one seed, and the runs by method; what is not there is trained and measured."""
+    start = taught(cfg, runs / f"stage1-s{seed}", "practice", seed)
+    nothing = dict.fromkeys(("env_steps", "resets", "labels", "seconds"), 0)
+    places = [("Stage 1", 0, start, "policy", nothing)]
+    folders = {}
+    for method in cfg.methods:
+        name, folder = METHODS[method], practise(cfg, start, runs / f"{method}-s{seed}", method, seed)
+        folders[name] = folder
+        for steps in range(cfg.every, cfg.env_steps + 1, cfg.every):
+            # iRe-VLA's last one lies behind the supervised stage, which takes no steps
+            at_end = method == "irevla" and steps == cfg.env_steps
+            checkpoint = "policy" if at_end else f"steps{steps}"
+            places.append((name, steps, folder, checkpoint, cost(name, folder, steps)))
+    rows = []
+    for name, steps, folder, checkpoint, taken in places:
+        for task in ("forward", "prior") if steps in (0, cfg.env_steps) else ("forward",):
+            key = {"method": name, "seed": seed, "task": task, "steps": steps}
+            told = measured(folder, checkpoint, task, cfg.episodes)
+            told = {k: v for k, v in told.items() if k not in ("checkpoint", "task")}
+            rows.append(as_text(key) | told | as_text(taken))
+    return rows, folders
 
 
 def cost(method: str, folder: Path, steps: int) -> dict[str, float]:
@@ -162,7 +284,7 @@ def script(task: str, who: str, episodes: int) -> dict[str, float]:
         done |= terminated
     low, high = wilson(int(done.sum()), episodes)
     return {"success": float(done.mean()), "success_low": low, "success_high": high, "mean_steps": float(steps.mean()),
-            "eval_episodes": episodes, "env_steps": 0, "resets": 0, "labels": 0, "seconds": 0.0}  # fmt: skip
+            "eval_episodes": episodes}  # fmt: skip
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
@@ -173,16 +295,15 @@ def draw(rows: list[dict[str, str]], runs: dict[int, dict[str, Path]], cfg: Conf
         for ax, column in zip(axes, ("success", "mean_steps"), strict=False):
             lines = []
             for seed in range(cfg.seeds):
-                mine = [
-                    r for r in rows if (r["method"], r["seed"], r["task"]) == (method, str(seed), "forward")
-                ]
+                of_seed = [r for r in rows if (r["seed"], r["task"]) == (str(seed), "forward")]
+                mine = [r for r in of_seed if r["method"] in ("Stage 1", method)]
                 mine.sort(key=lambda r: int(r["steps"]))
                 lines.append([float(r[column]) for r in mine])
                 ax.plot([int(r["steps"]) / 1000 for r in mine], lines[-1], color=colour, lw=0.6, alpha=0.6)
             at = [int(r["steps"]) / 1000 for r in mine]
             ax.plot(at, np.mean(lines, 0), "o-", color=colour, lw=1.8, ms=3, label=method)
-        for of_seed in runs.values():
-            told = logged(of_seed[method])
+        for folders in runs.values():
+            told = logged(folders[method])
             if method == "RoboFuME":
                 points = [(r["env_steps"], r["precision"]) for r in told if not math.isnan(r["precision"])]
             elif method == "iRe-VLA":
@@ -214,14 +335,14 @@ def summary(rows: list[dict[str, str]], cfg: Config) -> str:
         return [float(r[column]) for r in rows if key.items() <= r.items()]
 
     lines = []
-    for method, name, steps in [("iRe-VLA", "Stage 1", 0), *((m, m, cfg.env_steps) for m in COLOURS)]:
-        line = [
-            name,
-            *(spread(values(method, "forward", steps, c), d) for c, d in (("success", 2), ("mean_steps", 1))),
+    for method, steps in [("Stage 1", 0), *((m, cfg.env_steps) for m in COLOURS)]:
+        line = [method]
+        line += [
+            spread(values(method, "forward", steps, c), d) for c, d in (("success", 2), ("mean_steps", 1))
         ]
         line.append(spread(values(method, "prior", steps, "success"), 2))
         for column in ("env_steps", "resets", "labels", "seconds"):
-            taken = np.mean(values(method, "forward", steps, column)) if steps else 0
+            taken = np.mean(values(method, "forward", steps, column))
             line.append(f"{taken / 60:.0f}" if column == "seconds" else f"{taken:,.0f}")
         lines.append(line)
     for who in ("expert", "demonstrate"):
@@ -236,37 +357,32 @@ def main(cfg: Config) -> None:
     runs, out = Path("runs/three-ways"), Path("results")
     if cfg.pilot:
         runs = out = Path("runs/three-ways-pilot")
-        cfg.seeds, cfg.env_steps, cfg.episodes = min(cfg.seeds, 1), min(cfg.env_steps, 1200), 4
+        cfg.seeds, cfg.env_steps, cfg.episodes = 1, min(cfg.env_steps, 240), 4
         cfg.every = cfg.env_steps // 4
     if cfg.env_steps % cfg.every:
         raise UserError(f"--every {cfg.every}: must divide --env-steps {cfg.env_steps}")
-    runs.mkdir(parents=True, exist_ok=True)
-    rows, of_seed = Rows(out / "three_ways.csv"), {}
-    for seed in range(cfg.seeds):
-        of_seed[seed] = practise(cfg, runs, seed)
-        for method, folder in of_seed[seed].items():
-            for steps in range(0, cfg.env_steps + 1, cfg.every):
-                at, checkpoint = (folder, f"steps{steps}") if steps else (runs / f"stage1-s{seed}", "policy")
-                if method == "iRe-VLA" and steps == cfg.env_steps:
-                    checkpoint = "policy"  # behind the supervised stage, which takes no steps
-                taken = (
-                    cost(method, folder, steps)
-                    if steps
-                    else dict.fromkeys(("env_steps", "resets", "labels"), 0)
-                )
-                for task in ("forward", "prior") if steps in (0, cfg.env_steps) else ("forward",):
-                    key = {"method": method, "seed": seed, "task": task, "steps": steps}
-                    how = (at, checkpoint, task, cfg.episodes, seed)
-                    rows.measure(key, lambda h=how, t=taken: fresh_success(*h) | {"seconds": 0.0} | t)
-    for who in ("expert", "demonstrate"):
-        key = {"method": who, "seed": 0, "task": "forward", "steps": 0}
-        rows.measure(key, lambda who=who: script("forward", who, cfg.episodes))
-    draw(rows.rows, of_seed, cfg).savefig(out / "three_ways.png")
+    rows, of_seed = [], {}
+    with short_episodes(cfg.pilot):
+        for seed in range(cfg.seeds) if cfg.seed is None else [cfg.seed]:
+            told, of_seed[seed] = measurements(cfg, runs, seed)
+            rows += told
+        if cfg.seed is not None or set(cfg.methods) != set(METHODS):
+            print("a part of it: the command without --seed and --methods collects all, and draws")
+            return
+        for who in ("expert", "demonstrate"):
+            key = {"method": who, "seed": 0, "task": "forward", "steps": 0}
+            of_script = {"who": who, "eval_episodes": cfg.episodes}
+            told = once(runs / "scripts.csv", of_script, lambda who=who: script("forward", who, cfg.episodes))
+            nothing = dict.fromkeys(("env_steps", "resets", "labels", "seconds"), 0)
+            rows.append(as_text(key) | {k: v for k, v in told.items() if k != "who"} | as_text(nothing))
+    columns = list(rows[0])
+    write_csv(out / "three_ways.csv", [{k: row[k] for k in columns} for row in rows])
+    draw(rows, of_seed, cfg).savefig(out / "three_ways.png")
     plt.close("all")
-    told = summary(rows.rows, cfg)
+    told = summary(rows, cfg)
     print(told)
     if not cfg.pilot:
-        put(PAGE, "three ways", told)
+        put("three ways", told)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import stage1
-from baselines import irevla
+from baselines import irevla, plumbing
 from common import UserError
 from common.runs import Run, read_json
 from common.weights import load_model
@@ -291,7 +291,7 @@ def imitated(tmp_path_factory):
         patch.chdir(folder)
         stage1.main(stage1.Config(episodes=20, updates=2, batch=8, eval_every=2, eval_episodes=2, out="runs/one"))
         irevla.main(irevla.Config(**SETTINGS, out="runs/whole"))
-        patch.setattr(irevla, "evaluate", lambda *_: {})  # once is enough
+        patch.setattr(plumbing, "evaluate", lambda *_: {})  # once is enough
         yield folder
 
 

@@ -13,17 +13,18 @@ import pytest
 import torch
 
 import stage1
-from baselines import robofume
+from baselines import plumbing, robofume
 from common import UserError
 from common.demos import Demonstrations
 from common.runs import Run, read_json
+from common.setup import load_run
 from common.weights import load_model
 from envs import make_vec
 from envs.tabletop import TabletopVectorEnv
 from envs.tabletop_language import Meaning, texts
 from rollout import Episodes
 from tests import tiny
-from tokens import action_tokenizer
+from tokens import StepsToGo, action_tokenizer
 
 RANGES = action_tokenizer(**make_vec("tabletop", 1, obs="state").action_tokens).ranges
 
@@ -300,7 +301,9 @@ def test_the_judges_table_by_hand():
     r.d[1] = torch.tensor([torch.inf, torch.inf, torch.inf, torch.inf])
     # seen: 4 + 2 states; yes: 2, of which 1 true; true: 1 + 1 + 1
     want = {"false_positive_rate": 1 / 3, "false_negative_rate": 2 / 3, "precision": 1 / 2, "base_rate": 1 / 2}
-    assert robofume.per_state(r) == pytest.approx(want)
+    assert plumbing.per_state(r, 0.0) == pytest.approx(want)
+    shares = plumbing.per_task(r, ["forward", "backward"], ("forward", "backward", "second"))
+    assert shares == pytest.approx({"true_forward": 1.0, "true_backward": 1.0, "true_second": math.nan}, nan_ok=True)
 
 
 # --- the judge --------------------------------------------------------------------------------------------------------
@@ -383,7 +386,7 @@ def practised(tmp_path_factory):
         stage1.main(stage1.Config(domain="tabletop,pairs=both", episodes=20, out="runs/one", **how))
         stage1.main(stage1.Config(domain="tabletop,pairs=prior", episodes=10, out="runs/other", **how))
         robofume.main(robofume.Config(**SETTINGS, out="runs/whole"))
-        patch.setattr(robofume, "evaluate", lambda *_: {})  # once is enough
+        patch.setattr(plumbing, "evaluate", lambda *_: {})  # once is enough
         yield folder
 
 
@@ -506,6 +509,29 @@ def test_true_reward_is_an_option_and_not_the_default(practised, monkeypatch):
     robofume.main(robofume.Config(**SETTINGS, reward="truth", out="runs/by-truth"))
     assert given and all(torch.equal(done, r.truth) for r, done in given)
     assert robofume.Config().reward == "judge"
+
+
+def test_our_detector_is_an_option_that_changes_the_reward_alone(practised, monkeypatch):
+    """r = 1[d <= s] of Stage 1's reward model; what is learnt before practice is the same, byte for byte."""
+    monkeypatch.chdir(practised)
+    given, made = [], robofume.practised
+    monkeypatch.setattr(robofume, "practised", lambda r, done, gamma: (given.append((r, done)), made(r, done, gamma))[1])
+    robofume.main(robofume.Config(**SETTINGS, reward="detector", out="runs/by-detector"))
+    env, _, reward_model = load_run(practised / "runs/one", 1)
+    s, steps = read_json(practised / "runs/one/summary.json")["success_threshold"], StepsToGo(env.steps_cap, env.steps_bins)
+    assert s > 0 and len(given) >= 2
+    for r, done in given:
+        assert torch.equal(done, r.d <= s)
+        first = r.t == 0
+        d = reward_model.steps_to_go({"state": r.obs["state"][first]}, r.goals[first.numpy()].tolist(), steps)
+        assert torch.allclose(r.d[:, 0], d, atol=1e-4)
+    told = [row for row in rows(practised / "runs/by-detector") if row["true_at_end"] != "nan"]
+    for row, (r, done) in zip(told, given, strict=True):
+        assert float(row["detected"]) == pytest.approx(float(done[:, -1].float().mean()))
+        assert float(row["precision"]) == pytest.approx(plumbing.per_state(r, s)["precision"], abs=1e-5)
+    for name in ("judge", "offline"):
+        judged, detected = (practised / f"runs/{run}/{name}.safetensors" for run in ("whole", "by-detector"))
+        assert judged.read_bytes() == detected.read_bytes()
 
 
 @pytest.mark.parametrize("n", [1, 3, 5])

@@ -12,13 +12,16 @@ import json
 import re
 import shlex
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tyro
 
+import envs
 import eval as evaluation
+import stage1
 from baselines import irevla, robofume
 from common import UserError
 from common.runs import Run
@@ -61,8 +64,9 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(workplace):
-    """The pilot, interrupted in the middle of RoboFuME's practice and begun again."""
-    checkpoint, stopped = Run.checkpoint, []
+    """The pilot: RoboFuME alone, interrupted in the middle of its practice, then of its measurements; then all."""
+    checkpoint, steps, make_vec = Run.checkpoint, Run.steps, envs.make_vec
+    stopped, measured, success = [], [], three_ways.true_success
 
     def stop(run):
         checkpoint(run)
@@ -70,25 +74,43 @@ def compared(workplace):
             stopped.append(run.folder)
             raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "checkpoint", stop)
-        three_ways.main(three_ways.Config(pilot=True, env_steps=240))
-    assert stopped and Run.checkpoint is checkpoint  # nothing is left of the copies' hook
-    three_ways.main(three_ways.Config(pilot=True, env_steps=240))
-    return workplace / "runs/three-ways-pilot"
+    def stop_at_the_fourth(policy, env, *args):
+        if len(measured) == 3:
+            measured.append("interrupted")
+            raise KeyboardInterrupt
+        measured.append(env.name)
+        return success(policy, env, *args)
+
+    robofume_alone = {"pilot": True, "methods": ("robofume",)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(three_ways, "true_success", stop_at_the_fourth)
+        with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Run, "checkpoint", stop)
+            three_ways.main(three_ways.Config(**robofume_alone))
+        assert stopped and not measured
+        with pytest.raises(KeyboardInterrupt):
+            three_ways.main(three_ways.Config(**robofume_alone))
+        # nothing is left of the hooks
+        assert (Run.checkpoint, Run.steps, envs.make_vec) == (checkpoint, steps, make_vec)
+        folder = workplace / "runs/three-ways-pilot"
+        assert sum(len(rows(path)) for path in folder.glob("*/measured.csv")) == 3
+        three_ways.main(three_ways.Config(**robofume_alone, seed=0))
+        assert not (folder / "three_ways.csv").exists()  # a part of it draws nothing
+        three_ways.main(three_ways.Config(pilot=True))
+    assert measured.count("interrupted") == 1 and len(measured) == 1 + 2 + 4 * 5  # none twice, none lost
+    return folder
 
 
 def test_the_pilot_measures_every_method_at_every_point(compared):
     told = rows(compared / "three_ways.csv")
     practised = [r for r in told if r["method"] not in ("expert", "demonstrate")]
-    assert {r["method"] for r in practised} == set(three_ways.COLOURS)
+    assert {r["method"] for r in practised} == {"Stage 1", *three_ways.COLOURS}
     for method in three_ways.COLOURS:
         points = {(r["task"], int(r["steps"])) for r in practised if r["method"] == method}
-        want = {("forward", steps) for steps in (0, 60, 120, 180, 240)} | {("prior", 0), ("prior", 240)}
-        assert points == want, method
-    assert {r["method"]: r["success"] for r in told if r["task"] == "forward" and r["steps"] == "0"}.keys() >= {"expert"}
-    before = {r["success"] for r in practised if (r["task"], r["steps"]) == ("forward", "0")}
-    assert len(before) == 1  # all start from the same policy
+        assert points == {("forward", steps) for steps in (60, 120, 180, 240)} | {("prior", 240)}, method
+    start = [(r["task"], r["steps"]) for r in practised if r["method"] == "Stage 1"]
+    assert sorted(start) == [("forward", "0"), ("prior", "0")]  # all start from the same policy
+    assert len(told) == 2 + 4 * 5 + 2
     assert (compared / "three_ways.png").stat().st_size > 10_000
 
 
@@ -116,11 +138,70 @@ def test_what_is_there_is_not_trained_or_measured_again(compared, monkeypatch):
     def never(*_, **__):
         raise AssertionError("again")
 
-    for module in (three_ways.stage1, three_ways.stage2, irevla, robofume):
-        monkeypatch.setattr(module, "main", never)
-    monkeypatch.setattr(three_ways, "true_success", never)
-    three_ways.main(three_ways.Config(pilot=True, env_steps=240))
+    monkeypatch.setattr(Run, "start", never)
+    for name in ("true_success", "script"):
+        monkeypatch.setattr(three_ways, name, never)
+    three_ways.main(three_ways.Config(pilot=True))
     assert (compared / "three_ways.csv").read_bytes() == before
+
+
+def test_a_run_of_other_settings_is_not_taken_for_the_wanted_one(compared):
+    with pytest.raises(UserError, match="stage1-s0: was started with --lr 0.001, this is 0.002"):
+        three_ways.main(three_ways.Config(pilot=True, stage1_lr=2e-3))
+
+
+def test_ours_stops_where_the_budget_is_spent(compared):
+    for name in ("resets", "operator"):
+        told = [int(row["env_steps"]) for row in rows(compared / f"{name}-s0/metrics.csv")]
+        assert told[-2] < 240 <= told[-1]
+
+
+def test_stage_1s_settings_are_flags(monkeypatch):
+    """None is the domain's; both scripts start from the same runs."""
+    asked = []
+    for module in (three_ways, own_tables):
+        monkeypatch.setattr(module, "finish", lambda main, cfg: asked.append(cfg) or Path(cfg.out))
+    monkeypatch.setattr(three_ways, "measured", lambda *_: {})
+    monkeypatch.setattr(own_tables, "measured", lambda *_: {})
+    monkeypatch.setattr(own_tables, "judge_rates", lambda folder: {})
+    flags = {"stage1_model": "nano-wide", "stage1_updates": 7, "stage1_lr": 2e-3, "episodes": 1}
+    three_ways.measurements(three_ways.Config(**flags, methods=()), Path("runs/three-ways"), 1)
+    own_tables.of_robofume(own_tables.Config(**flags), Path("runs/neighbours"), Path("runs/three-ways"), 1)
+    first, second = (cfg for cfg in asked if isinstance(cfg, stage1.Config))
+    assert first == second and (first.model, first.episodes, first.updates, first.lr) == ("nano-wide", 8000, 7, 2e-3)
+    assert (first.domain, first.seed, first.out) == ("tabletop,pairs=practice", 1, "runs/three-ways/stage1-s1")
+    (of_robofume,) = (cfg for cfg in asked if isinstance(cfg, robofume.Config))  # ablations are of seed 0 alone
+    assert of_robofume.stage1 == first.out
+    three_ways.taught(three_ways.Config(), Path("runs/x"), "prior", 0)
+    assert (asked[-1].model, asked[-1].updates, asked[-1].lr) == (None, 6000, None)
+
+
+def test_the_second_process_waits(tmp_path):
+    """A lock on the same run is not given twice; on another run it is."""
+    begun, order = threading.Event(), []
+
+    def second():
+        with three_ways.alone(tmp_path / "other"):
+            begun.set()
+        with three_ways.alone(tmp_path / "run"):
+            order.append("second")
+
+    with three_ways.alone(tmp_path / "run"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert begun.wait(10)
+        thread.join(0.2)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+
+
+def test_a_measurement_is_made_once(tmp_path):
+    made = []
+    for key in ({"a": 1}, {"a": 2}, {"a": 1}):
+        row = three_ways.once(tmp_path / "measured.csv", key, lambda: made.append(0) or {"b": len(made) / 4})
+        assert row == {"a": str(key["a"]), "b": {1: "0.25", 2: "0.5"}[key["a"]]}
+    assert len(made) == 2 == len(rows(tmp_path / "measured.csv"))
 
 
 @pytest.mark.parametrize("name", ["irevla", "robofume"])
@@ -136,18 +217,23 @@ def test_eval_evaluates_and_films_the_runs(compared, name, monkeypatch):
 
 @pytest.mark.slow
 def test_the_baselines_own_tables(workplace, capsys, monkeypatch):
-    monkeypatch.setattr(own_tables, "PILOT_STEPS", 80)
-    chosen = ("CQL", "no prior data")
+    chosen = ("our detector as reward", "no prior data")
     monkeypatch.setattr(own_tables, "ABLATIONS", {name: own_tables.ABLATIONS[name] for name in chosen})
     monkeypatch.setattr(own_tables, "VARIANTS", {name: own_tables.VARIANTS[name] for name in ("iRe-VLA", "PPO-Replay")})
-    own_tables.main(own_tables.Config(pilot=True))
+    own_tables.main(own_tables.Config(pilot=True, papers=("robofume",), seed=0))  # as one of two processes
     folder = workplace / "runs/neighbours-pilot"
+    assert not list(folder.glob("*.csv"))
+    own_tables.main(own_tables.Config(pilot=True))
+    assert not (workplace / "results").exists() and not (workplace / "docs").exists()
     first, second = rows(folder / "irevla.csv"), rows(folder / "robofume.csv")
     assert len(first) == (1 + 2 * 4) * 5 and len(second) == (1 + 3 * 2) * 3
     judged = [r for r in second if r["precision"] != "nan"]
-    assert {r["checkpoint"] for r in judged} == {"policy"} and {r["name"] for r in judged} == {"RoboFuME", "CQL"}
+    assert {r["checkpoint"] for r in judged} == {"policy"} and {r["name"] for r in judged} == {
+        "RoboFuME",
+        "our detector as reward",
+    }
     said = capsys.readouterr().out
-    assert "| PPO-Replay | task2_sl |" in said and "| CQL | practice |" in said
+    assert "| PPO-Replay | task2_sl |" in said and "| our detector as reward | practice |" in said
     assert "| no prior data | offline |" in said and "| no prior data | practice |" not in said
 
 
@@ -156,7 +242,8 @@ def test_variants_and_ablations_are_flags():
         assert irevla.Config(**flags)
     for flags in own_tables.ABLATIONS.values():
         assert robofume.Config(**flags) != robofume.Config()
-    assert {"true reward", "no cloning term", "CQL", "no prior data"} == set(own_tables.ABLATIONS)
+    names = {"true reward", "our detector as reward", "no cloning term", "CQL", "no prior data"}
+    assert names == set(own_tables.ABLATIONS)
 
 
 def test_a_budget_that_is_not_cut_evenly_is_refused(workplace):
@@ -171,10 +258,12 @@ def test_a_table_by_hand():
     assert three_ways.spread([0.5], 2) == "0.50" and three_ways.spread([0.5, 0.7, 0.6], 2) == "0.60 (0.50-0.70)"
 
 
-def test_put_writes_between_its_marks(tmp_path):
+def test_put_writes_between_its_marks(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\nkept\n<!-- end -->\nc\n")
-    three_ways.put(page, "one", "new")
+    monkeypatch.setattr(three_ways, "PAGE", page)
+    monkeypatch.chdir(tmp_path)
+    three_ways.put("one", "new")
     assert page.read_text() == "a\n<!-- one -->\nnew\n<!-- end -->\nb\n<!-- two -->\nkept\n<!-- end -->\nc\n"
     for mark in ("three ways", "irevla", "robofume"):  # what the scripts fill
         assert PAGE.count(f"<!-- {mark} -->") == 1
@@ -248,11 +337,12 @@ def test_the_page_has_every_setting_and_every_column(module):
 
 
 def test_the_files_are_short():
-    for file, most in (("baselines/irevla.py", 330), ("baselines/robofume.py", 460)):
+    for file, most in (("baselines/irevla.py", 330), ("baselines/robofume.py", 350)):
         source = (ROOT / file).read_text()
         assert len(source.splitlines()) <= most and max(map(len, source.splitlines())) <= 120
         (main,) = [n for n in ast.parse(source).body if getattr(n, "name", "") == "main"]
         assert main.end_lineno - main.lineno < 90
+    assert len((ROOT / "baselines/plumbing.py").read_text().splitlines()) <= 160
 
 
 def test_no_published_number_without_its_csv():
