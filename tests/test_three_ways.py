@@ -146,8 +146,8 @@ def test_what_is_there_is_not_trained_or_measured_again(compared, monkeypatch):
 
 
 def test_a_run_of_other_settings_is_not_taken_for_the_wanted_one(compared):
-    with pytest.raises(UserError, match="stage1-s0: was started with --lr 0.001, this is 0.002"):
-        three_ways.main(three_ways.Config(pilot=True, stage1_lr=2e-3))
+    with pytest.raises(UserError, match="stage1-s0: was started with --lr 0.002, this is 0.005"):
+        three_ways.main(three_ways.Config(pilot=True, stage1_lr=5e-3))
 
 
 def test_ours_stops_where_the_budget_is_spent(compared):
