@@ -71,7 +71,7 @@ VIT_SMALL = dict(vit_width=384, vit_depth=12, vit_heads=6, vit_mlp_dim=1536)
 SO400M = dict(image_size=224, patch_size=14, vit_width=1152, vit_depth=27, vit_heads=16, vit_mlp_dim=4304)
 GEMMA_2B = dict(width=2048, depth=18, heads=8, kv_heads=1, head_dim=256, mlp_dim=16_384, vocab_size=257_216)
 PRESETS = {
-    "nano": EFMConfig(mlp_dim=512, sinusoidal_numbers=0.9, state_sinusoids=5),  # reads states
+    "nano": EFMConfig(sinusoidal_numbers=0.9, state_sinusoids=7),  # reads states
     "nano-vision": EFMConfig(depth=3),  # reads frames: one block more, to relate what it sees
     "nano-deep": EFMConfig(depth=4, mlp_dim=512, sinusoidal_numbers=0.9, state_sinusoids=5),  # reads tables
     # two arms: answers of 70 tokens, the first target's 14 joints with the help of an MLP

@@ -110,7 +110,7 @@ class PointmassVectorEnv(Domain):
     symmetries = PointmassSymmetries(COLOURS)
     text_length, letters = 40, "abcdefghijklmnopqrstuvwxyz "
     stage1_defaults = {
-        "state": {"model": "nano", "episodes": 2000, "updates": 7000, "lr": 3e-3, "policy": "best"},
+        "state": {"model": "nano", "episodes": 1000, "updates": 9000, "lr": 3e-3, "policy": "best"},
         "images": {"model": "nano-vision", "episodes": 6000, "updates": 18_000, "policy": "best"},
     }
     stage2_defaults = {"state": {"iterations": 200, "lr": 5e-4}, "images": {"iterations": 300}}
