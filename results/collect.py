@@ -29,12 +29,13 @@ GROUPS = {  # title: the Stage 2 runs but for their seed, their scripted expert'
     TOY: ("pointmass-toy", "pointmass.py", ""),
     "pointmass, states": ("pointmass-stage2", "pointmass", ""),
     "pointmass, images": ("pointmass-images-stage2", "pointmass", EARLIER),
-    "tabletop, states": ("tabletop-stage2", "tabletop family=block2block blocks=4", EARLIER),
+    "tabletop, states": ("tabletop-turned4000-stage2", "tabletop family=block2block blocks=4", ""),
     "tabletop, images": ("tabletop-images-stage2", "tabletop family=block2block blocks=4", EARLIER),
     "aloha": ("aloha-stage2", "aloha", EARLIER),
 }
 MORE = {  # further screens of docs/results.md, not in the README's table
     "tabletop, 40 %": ("tabletop-p40-stage2", "", ""),
+    "tabletop, 20,000": ("tabletop-stage2", "", ""),
     "tabletop, 2,000 turned": ("tabletop-turned2000-stage2", "", ""),
     "tabletop, operator": ("tabletop-operator-stage2", "", ""),
     "tabletop, images, twice the data": ("tabletop-images-continued-stage2", "", ""),
@@ -42,8 +43,9 @@ MORE = {  # further screens of docs/results.md, not in the README's table
     "aloha, timed": ("aloha-timed-stage2", "", ""),
 }
 FIGURE3 = {  # a panel: the runs but for stage and seed, by their share of 20,000 demonstrations
-    "nano-wide": ("tabletop-10percent", "tabletop-20percent", "tabletop-80percent"),
-    "nano-deep": ("tabletop-p10", "tabletop-p40", "tabletop"),
+    "today": ("tabletop-turned1000", "tabletop-turned4000"),
+    "nano-wide (old)": ("tabletop-10percent", "tabletop-20percent", "tabletop-80percent"),
+    "nano-deep (old)": ("tabletop-p10", "tabletop-p40", "tabletop"),
 }
 FIGURE8 = {"nano-arms (earlier physics)": ("aloha-25percent", "aloha-50percent", "aloha")}  # of 5,000
 ABLATIONS = (
@@ -62,8 +64,8 @@ PICTURES = {
         "pointmass-images-stage2-s0/trajectories.png",
         "Eight episodes after practice",
     ),
-    "tabletop_trajectories.png": ("tabletop-stage2-s1/trajectories.png", "Eight episodes after practice"),
-    "tabletop_steps_to_go.png": ("tabletop-stage2-s0/steps_to_go.png", "d over an episode after practice"),
+    "tabletop_trajectories.png": ("tabletop-turned4000-stage2-s0/trajectories.png", "Eight episodes after practice"),
+    "tabletop_steps_to_go.png": ("tabletop-turned4000-stage2-s0/steps_to_go.png", "d over an episode after practice"),
     "tabletop_images_trajectories.png": (
         "tabletop-images-stage2-s0/trajectories.png",
         "Eight episodes after practice",
