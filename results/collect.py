@@ -64,8 +64,14 @@ PICTURES = {
         "pointmass-images-stage2-s0/trajectories.png",
         "Eight episodes after practice",
     ),
-    "tabletop_trajectories.png": ("tabletop-turned4000-stage2-s0/trajectories.png", "Eight episodes after practice"),
-    "tabletop_steps_to_go.png": ("tabletop-turned4000-stage2-s0/steps_to_go.png", "d over an episode after practice"),
+    "tabletop_trajectories.png": (
+        "tabletop-turned4000-stage2-s0/trajectories.png",
+        "Eight episodes after practice",
+    ),
+    "tabletop_steps_to_go.png": (
+        "tabletop-turned4000-stage2-s0/steps_to_go.png",
+        "d over an episode after practice",
+    ),
     "tabletop_images_trajectories.png": (
         "tabletop-images-stage2-s0/trajectories.png",
         "Eight episodes after practice",
