@@ -358,7 +358,11 @@ def against_imitation(
         column[0].set_ylim(0, 1.03)
         column[1].set_ylim(0, 1.03 * cap)
         for ax in column[-1:] if len(panels) > 1 else column:
-            ax.set_xlabel("episodes: demonstrations and practice")
+            ax.set_xlabel(
+                "demonstrations, then practice, too"
+                if len(panels) > 1
+                else "demonstrations and practice episodes"
+            )
         column[1].axhline(expert, color="0.3", ls="--", lw=1)
         column[1].text(
             0.02,
