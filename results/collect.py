@@ -359,9 +359,7 @@ def against_imitation(
         column[1].set_ylim(0, 1.03 * cap)
         for ax in column[-1:] if len(panels) > 1 else column:
             ax.set_xlabel(
-                "demonstrations, then practice, too"
-                if len(panels) > 1
-                else "demonstrations and practice episodes"
+                "episodes of both kinds" if len(panels) > 1 else "demonstrations and practice episodes"
             )
         column[1].axhline(expert, color="0.3", ls="--", lw=1)
         column[1].text(
