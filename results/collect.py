@@ -358,9 +358,7 @@ def against_imitation(
         column[0].set_ylim(0, 1.03)
         column[1].set_ylim(0, 1.03 * cap)
         for ax in column[-1:] if len(panels) > 1 else column:
-            ax.set_xlabel(
-                "episodes of both kinds" if len(panels) > 1 else "demonstrations and practice episodes"
-            )
+            ax.set_xlabel("episodes of both kinds")
         column[1].axhline(expert, color="0.3", ls="--", lw=1)
         column[1].text(
             0.02,
