@@ -34,7 +34,6 @@ GROUPS = {  # title: the Stage 2 runs but for their seed, their scripted expert'
     "aloha": ("aloha-stage2", "aloha", EARLIER),
 }
 MORE = {  # further screens of docs/results.md, not in the README's table
-    "tabletop, 40 %": ("tabletop-p40-stage2", "", ""),
     "tabletop, 20,000": ("tabletop-stage2", "", ""),
     "tabletop, 2,000 turned": ("tabletop-turned2000-stage2", "", ""),
     "tabletop, operator": ("tabletop-operator-stage2", "", ""),
@@ -42,7 +41,7 @@ MORE = {  # further screens of docs/results.md, not in the README's table
     "tabletop, images, GPU": ("tabletop-images-gpu-stage2", "", ""),
     "aloha, timed": ("aloha-timed-stage2", "", ""),
 }
-FIGURE3 = {  # a panel: the runs but for stage and seed, by their share of 20,000 demonstrations
+FIGURE3 = {  # a panel: the runs but for stage and seed
     "today": ("tabletop-turned1000", "tabletop-turned4000"),
     "nano-wide (old)": ("tabletop-10percent", "tabletop-20percent", "tabletop-80percent"),
     "nano-deep (old)": ("tabletop-p10", "tabletop-p40", "tabletop"),
@@ -358,7 +357,7 @@ def against_imitation(
         column[0].set_ylim(0, 1.03)
         column[1].set_ylim(0, 1.03 * cap)
         for ax in column[-1:] if len(panels) > 1 else column:
-            ax.set_xlabel("episodes of both kinds")
+            ax.set_xlabel("demonstrations + practice")
         column[1].axhline(expert, color="0.3", ls="--", lw=1)
         column[1].text(
             0.02,

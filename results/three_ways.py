@@ -252,6 +252,17 @@ def measurements(cfg: Config, runs: Path, seed: int) -> tuple[list[dict[str, str
     return rows, folders
 
 
+def of_one_model(runs: Path, seeds: int) -> None:
+    """Raise UserError if the seeds' Stage 1 models have different sizes: a preset may have changed between them."""
+    env = make_env("tabletop,pairs=practice", 1, obs="state")
+    models = [load_checkpoint(runs / f"stage1-s{seed}/policy.safetensors", env).cfg for seed in range(seeds)]
+    for seed, sizes in enumerate(models):
+        if sizes != models[0]:
+            raise UserError(
+                f"{runs}: Stage 1 of seed {seed} has other sizes than seed 0's; move one of them away"
+            )
+
+
 def cost(method: str, folder: Path, steps: int) -> dict[str, float]:
     """What practice had taken when it had passed so many steps: steps, episodes set up by hand, labels, seconds."""
     rows = logged(folder)
@@ -358,7 +369,7 @@ def main(cfg: Config) -> None:
     if cfg.pilot:
         runs = out = Path("runs/three-ways-pilot")
         cfg.seeds, cfg.env_steps, cfg.episodes = 1, min(cfg.env_steps, 240), 4
-        cfg.every = cfg.env_steps // 4
+        cfg.every = max(1, cfg.env_steps // 4)
     if cfg.env_steps % cfg.every:
         raise UserError(f"--every {cfg.every}: must divide --env-steps {cfg.env_steps}")
     rows, of_seed = [], {}
@@ -375,6 +386,7 @@ def main(cfg: Config) -> None:
             told = once(runs / "scripts.csv", of_script, lambda who=who: script("forward", who, cfg.episodes))
             nothing = dict.fromkeys(("env_steps", "resets", "labels", "seconds"), 0)
             rows.append(as_text(key) | {k: v for k, v in told.items() if k != "who"} | as_text(nothing))
+    of_one_model(runs, cfg.seeds)
     columns = list(rows[0])
     write_csv(out / "three_ways.csv", [{k: row[k] for k in columns} for row in rows])
     draw(rows, of_seed, cfg).savefig(out / "three_ways.png")

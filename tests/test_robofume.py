@@ -379,7 +379,8 @@ def practised(tmp_path_factory):
         # twelve steps where a policy acts, all of them where demonstrations are recorded
         horizon = property(lambda self: 12 if vars(self).get("num_envs", 9) <= 8 else 100, lambda self, value: None)
         patch.setattr(TabletopVectorEnv, "horizon", horizon, raising=False)
-        patch.setitem(tiny.PRESETS, "nano-deep", dataclasses.replace(tiny.PRESETS["nano-deep"], **tiny.SIZES))
+        sizes = tiny.SIZES | {"sinusoidal_numbers": 0.0, "state_sinusoids": 0}
+        patch.setitem(tiny.PRESETS, "nano-deep", dataclasses.replace(tiny.PRESETS["nano-deep"], **sizes))
         patch.setattr(robofume, "LOOK", 2)
         patch.chdir(folder)
         how = {"updates": 2, "batch": 8, "eval_every": 2, "eval_episodes": 2}
