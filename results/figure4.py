@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from measuring import Rows, finish, logged, put, spread, table  # noqa: E402
+from measuring import finish, logged, once, put, spread, table  # noqa: E402
 
 import stage0  # noqa: E402 - the repository's root is not installed
 import stage1  # noqa: E402
@@ -148,7 +148,7 @@ def train(cfg: Config, runs: Path, share: float, seed: int) -> dict[str, tuple[P
 # --- what comes out ---------------------------------------------------------------------------------------------------
 def values(rows: list[dict[str, str]], start: str, share: float, column: str) -> list[float]:
     """Of every seed that has one: a detector that never fires has no precision."""
-    told = [float(r[column]) for r in rows if (r["start"], r["share"]) == (start, str(share))]
+    told = [float(r[column]) for r in rows if (r["start"], r["share"]) == (start, f"{share:.6g}")]
     return [value for value in told if not math.isnan(value)]
 
 
@@ -228,14 +228,12 @@ def main(cfg: Config) -> None:
             raise UserError(str(e).replace("--data-fraction", "--shares")) from None
     runs.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in asdict(cfg).items() if name in SETTINGS}
-    measured = Rows(out / "figure4.csv")
+    rows = []
     for seed in range(cfg.seeds):
         for share in cfg.shares:
             for start, folders in train(cfg, runs, share, seed).items():
                 key = {"start": start, "share": share, "seed": seed} | settings
-                measured.measure(key, lambda folders=folders: measure(*folders))
-    now = {name: str(value) for name, value in settings.items()}
-    rows = [r for r in measured.rows if now.items() <= r.items() and int(r["seed"]) < cfg.seeds]
+                rows.append(once(out / "figure4.csv", key, lambda folders=folders: measure(*folders)))
     draw(rows, cfg).savefig(out / "figure4.png")
     plt.close("all")
     told = summary(rows, cfg)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import json
-from collections.abc import Callable
-from dataclasses import asdict
+import fcntl
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common import UserError
-from common.options import flag
-from common.runs import read_json, write_atomically
+from common.runs import write_atomically
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Inside, no other process works at what the path is of; the second one waits. Ends with the process, too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f"{path.name}.lock"), "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -31,35 +38,30 @@ def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
     write_atomically(path, write)
 
 
-class Rows:
-    """A CSV of measurements, written row by row; what is in it is not measured again."""
+def as_text(row: dict[str, Any]) -> dict[str, str]:
+    return {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()}
 
-    def __init__(self, path: Path):
-        self.path, self.rows = path, read_csv(path) if path.exists() else []
 
-    def measure(self, key: dict[str, Any], what: Callable[[], dict[str, Any]]) -> None:
-        """Append key and what was measured, unless a row with the key is there."""
-        key = {k: str(v) for k, v in key.items()}
-        if any(key.items() <= row.items() for row in self.rows):
-            return
-        told = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in what().items()}
-        print(*key.values(), *(f"{k} {v}" for k, v in told.items()), flush=True)
-        self.rows.append(key | told)
-        write_csv(self.path, self.rows)
+def once(path: Path, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, str]:
+    """The row with this key of a CSV; if it is not there, it is measured and appended."""
+    key = as_text(key)
+    with alone(path):
+        rows = read_csv(path) if path.exists() else []
+        for row in rows:
+            if key.items() <= row.items():
+                return row
+        row = key | as_text(measure())
+        write_csv(path, [*rows, row])
+    print(path.parent.name, *(f"{k} {v}" for k, v in row.items()), flush=True)
+    return row
 
 
 def finish(main: Callable[[Any], None], cfg: Any) -> Path:
-    """The folder of the run; trained to its end if it is not there. One of other flags is a UserError."""
+    """The folder of the run, trained to its end; where it is finished its flags are compared, and that is all."""
     folder = Path(cfg.out)
-    if not (folder / "summary.json").exists():
+    with alone(folder):
         cfg.resume = folder.exists()
         main(cfg)
-        return folder
-    before = read_json(folder / "config.json")
-    for name, now in json.loads(json.dumps(asdict(cfg))).items():
-        if now is not None and name in before and before[name] != now:
-            was = f"{folder}: was made with {flag(name)} {before[name]}, this is {now}"
-            raise UserError(f"{was}; give the same flags, or delete it")
     return folder
 
 

@@ -17,11 +17,10 @@ Writes results/three_ways.csv, three_ways.png, and the table of docs/baselines.m
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +29,7 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import measuring  # noqa: E402
-from measuring import logged, read_csv, spread, table, write_csv  # noqa: E402
+from measuring import alone, as_text, finish, logged, once, spread, table, write_csv  # noqa: E402
 
 import envs  # noqa: E402 - the repository's root is not installed
 import stage1  # noqa: E402
@@ -78,24 +77,6 @@ class Config(Stage1Flags):
 
 
 # --- what results/neighbours.py needs, too ---------------------------------------------------------------------------
-@contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Inside, no other process works at what the path is of; the second one waits. Ends with the process, too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f"{path.name}.lock"), "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
-
-def finish(main: Callable[[Any], None], cfg: Any) -> Path:
-    """The folder of the run, trained to its end; where it is finished its flags are compared, and that is all."""
-    folder = Path(cfg.out)
-    with alone(folder):
-        cfg.resume = folder.exists()
-        main(cfg)
-    return folder
-
-
 def taught(cfg: Any, folder: Path, pairs: str, seed: int) -> Path:
     """The Stage 1 run on demonstrations of the pairs; cfg: Stage1Flags and `pilot`."""
     how = {"episodes": cfg.stage1_episodes, "updates": cfg.stage1_updates}
@@ -121,24 +102,6 @@ def short_episodes(pilot: bool) -> Iterator[None]:
         yield
     finally:
         envs.make_vec = make_vec
-
-
-def as_text(row: dict[str, Any]) -> dict[str, str]:
-    return {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in row.items()}
-
-
-def once(path: Path, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, str]:
-    """The row with this key of a CSV; if it is not there, it is measured and appended."""
-    key = as_text(key)
-    with alone(path):
-        rows = read_csv(path) if path.exists() else []
-        for row in rows:
-            if key.items() <= row.items():
-                return row
-        row = key | as_text(measure())
-        write_csv(path, [*rows, row])
-    print(path.parent.name, *(f"{k} {v}" for k, v in row.items()), flush=True)
-    return row
 
 
 def measured(folder: Path, checkpoint: str, task: str, episodes: int) -> dict[str, str]:

@@ -186,8 +186,7 @@ def test_the_pilot(tmp_path, monkeypatch, capsys):
         figure4.main(figure4.Config(pilot=True))
         folder = Path("runs/figure4-pilot")
         before = (folder / "figure4.csv").read_bytes()
-        for module in (stage0, stage1, stage2):  # what is there is not trained or measured again
-            monkeypatch.setattr(module, "main", None)
+        monkeypatch.setattr(Run, "start", None)  # what is there is not trained or measured again
         monkeypatch.setattr(figure4, "measure", None)
         figure4.main(figure4.Config(pilot=True))
     assert (folder / "figure4.csv").read_bytes() == before
@@ -215,7 +214,7 @@ def test_wrong_shares_are_refused_before_anything_is_trained(shares, complaint, 
 
 
 def test_a_run_of_other_flags_is_refused(unimodal):
-    with pytest.raises(UserError, match=f"{UNIMODAL}: was made with --updates 5, this is 7"):
+    with pytest.raises(UserError, match=f"{UNIMODAL}: was started with --updates 5, this is 7"):
         figure4.finish(stage0.main, stage0.Config(updates=7, batch=4, eval_every=2, unimodal=True, out=UNIMODAL))
 
 
