@@ -264,7 +264,7 @@ def script(task: str, who: str, episodes: int) -> dict[str, float]:
 # --- what comes out ---------------------------------------------------------------------------------------------------
 def draw(rows: list[dict[str, str]], runs: dict[int, dict[str, Path]], cfg: Config) -> plt.Figure:
     """Success, steps and the judges' precision over the steps of practice: a thin line a seed, their mean thick."""
-    fig, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.9), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.3), layout="constrained")
     for method, colour in COLOURS.items():
         for ax, column in zip(axes, ("success", "mean_steps"), strict=False):
             lines = []
@@ -297,7 +297,10 @@ def draw(rows: list[dict[str, str]], runs: dict[int, dict[str, Path]], cfg: Conf
         ax.set(title=title, xlabel="thousand steps of practice", xlim=(0, cfg.env_steps / 1000))
     axes[0].set_ylim(0, 1.02)
     axes[2].set_ylim(0, 1.02)
-    axes[0].legend(title=f"{cfg.seeds} seed{'s' * (cfg.seeds > 1)}", loc="lower right")
+    title = f"{cfg.seeds} seed{'s' * (cfg.seeds > 1)}"
+    fig.legend(
+        *axes[0].get_legend_handles_labels(), title=title, loc="outside lower center", ncols=len(COLOURS)
+    )
     return fig
 
 
