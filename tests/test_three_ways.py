@@ -14,6 +14,7 @@ import shlex
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from baselines import irevla, robofume
 from common import UserError
 from common.runs import Run
 from envs.tabletop import TabletopVectorEnv
+from model import EFMConfig
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,6 +150,15 @@ def test_what_is_there_is_not_trained_or_measured_again(compared, monkeypatch):
 def test_a_run_of_other_settings_is_not_taken_for_the_wanted_one(compared):
     with pytest.raises(UserError, match="stage1-s0: was started with --lr 0.002, this is 0.005"):
         three_ways.main(three_ways.Config(pilot=True, stage1_lr=5e-3))
+
+
+def test_seeds_of_different_sizes_are_not_averaged(monkeypatch, tmp_path):
+    """A preset that changed keeps its name: the checkpoints' sizes tell."""
+    widths = {tmp_path / f"stage1-s{seed}/policy.safetensors": width for seed, width in enumerate((64, 64, 128))}
+    monkeypatch.setattr(three_ways, "load_checkpoint", lambda path, env: SimpleNamespace(cfg=EFMConfig(width=widths[path])))
+    three_ways.of_one_model(tmp_path, 2)
+    with pytest.raises(UserError, match="Stage 1 of seed 2 has other sizes than seed 0's"):
+        three_ways.of_one_model(tmp_path, 3)
 
 
 def test_ours_stops_where_the_budget_is_spent(compared):
