@@ -1,7 +1,7 @@
 """The paper's Figure 4 in small: three starts of the reward model, one start of the policy. Whose d can be practised on?
 
     python results/figure4.py                         # hours: trains what is not in runs/ yet, measures, draws
-    python results/figure4.py --seeds 1 --shares 0.1  # a part of it
+    python results/figure4.py --seed 1                # a seed alone, in a process of its own
     python results/figure4.py --pilot                 # the same in tiny, to see that all of it works
 
 The pointmass from images. The policy is always Stage 1 from the whole Stage 0. The reward model, whose d pays and
@@ -31,14 +31,14 @@ import stage1  # noqa: E402
 import stage2  # noqa: E402
 from common import UserError, demos  # noqa: E402
 from common.cli import cli  # noqa: E402
-from common.options import Count, check, must  # noqa: E402
+from common.options import Count, Whole, check, must  # noqa: E402
 from common.pictures import BLUE, GREEN, ORANGE, WIDTH, plt  # noqa: E402
 from common.runs import read_json  # noqa: E402
 from common.setup import load_run  # noqa: E402
 from tokens import StepsToGo  # noqa: E402
 
 STARTS = {"whole": BLUE, "unimodal": ORANGE, "scratch": GREEN}
-SETTINGS = ("episodes", "stage0_updates", "updates", "iterations", "symmetries", "stage0_per_seed")
+SETTINGS = ("episodes", "stage0_updates", "iterations", "symmetries", "stage0_per_seed")
 # success by share: Stage 1, and Stage 2 by start; simulated LanguageTable, the last digit read off the plot
 PAPER = {
     0.1: {"stage 1": 0.45, "whole": 0.745, "unimodal": 0.585, "scratch": 0.45},
@@ -51,10 +51,11 @@ PAGE = Path("docs/pretraining.md")
 @dataclass
 class Config:
     seeds: Count = 3  # seeds 0, 1, ...
+    seed: Whole | None = None  # this one alone; nothing is drawn
     shares: tuple[float, ...] = (0.1, 0.8)  # of the demonstrations to learn from
     episodes: Count = 6000  # demonstrations recorded for a seed
     stage0_updates: Count = 6000
-    updates: Count = 9000  # of Stage 1
+    updates: tuple[int, ...] = (3000, 9000)  # of Stage 1, for each share: fewer demonstrations are sooner learnt by heart
     iterations: Count = 150  # of Stage 2, at most
     eval_episodes: Count = 500  # fresh ones of a measurement
     symmetries: bool = False  # of the demonstrations; they, too, stand in for the web
@@ -116,12 +117,12 @@ def measure(policy: Path, reward: Path, practised: Path) -> dict[str, float]:
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
-def train(cfg: Config, runs: Path, share: float, seed: int) -> dict[str, tuple[Path, Path, Path]]:
+def train(cfg: Config, runs: Path, share: float, updates: int, seed: int) -> dict[str, tuple[Path, Path, Path]]:
     """By start: the policy's Stage 1 run, the reward model's, and Stage 2's; trained if they are not there."""
     tiny0, tiny1, tiny2 = {}, {}, {}
     if cfg.pilot:
         tiny0 = {"batch": 8, "eval_every": cfg.stage0_updates}
-        tiny1 = {"batch": 8, "eval_every": cfg.updates}
+        tiny1 = {"batch": 8, "eval_every": updates}
         tiny2 = {"updates": 1, "batch": 8, "num_envs": 2, "first_look": 2}
     first = seed if cfg.stage0_per_seed else 0
     init = {"scratch": "none"}
@@ -129,7 +130,7 @@ def train(cfg: Config, runs: Path, share: float, seed: int) -> dict[str, tuple[P
         of_stage0 = {"updates": cfg.stage0_updates, "seed": first, "unimodal": start == "unimodal"}
         folder = f"{runs}/{start}-stage0-s{first}"
         init[start] = str(finish(stage0.main, stage0.Config(**of_stage0 | tiny0, out=folder)))
-    of_stage1 = {"obs": "images", "episodes": cfg.episodes, "data_fraction": share, "updates": cfg.updates}
+    of_stage1 = {"obs": "images", "episodes": cfg.episodes, "data_fraction": share, "updates": updates}
     of_stage1 |= {"symmetries": cfg.symmetries, "seed": seed, "eval_episodes": cfg.eval_episodes}
     taught, made = {}, {}
     for start in STARTS:
@@ -219,8 +220,14 @@ def main(cfg: Config) -> None:
     if cfg.pilot:
         runs = out = Path("runs/figure4-pilot")
         cfg.seeds, cfg.shares, cfg.episodes = 1, (0.5,), 20
-        cfg.stage0_updates = cfg.updates = cfg.iterations = cfg.eval_episodes = 2
-    must([(cfg.shares, "--shares: name at least one")])
+        cfg.stage0_updates = cfg.iterations = cfg.eval_episodes = 2
+        cfg.updates = (2,)
+    one_each = f"--updates: {len(cfg.updates)} numbers for {len(cfg.shares)} --shares; name one for each"
+    must([
+        (cfg.shares, "--shares: name at least one"),
+        (len(cfg.updates) == len(cfg.shares), one_each),
+        (min(cfg.updates, default=1) > 0, "--updates: must be at least 1"),
+    ])  # fmt: skip
     for share in cfg.shares:
         try:
             demos.split(cfg.episodes, share)
@@ -229,11 +236,13 @@ def main(cfg: Config) -> None:
     runs.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in asdict(cfg).items() if name in SETTINGS}
     rows = []
-    for seed in range(cfg.seeds):
-        for share in cfg.shares:
-            for start, folders in train(cfg, runs, share, seed).items():
-                key = {"start": start, "share": share, "seed": seed} | settings
+    for seed in range(cfg.seeds) if cfg.seed is None else [cfg.seed]:
+        for share, updates in zip(cfg.shares, cfg.updates, strict=True):
+            for start, folders in train(cfg, runs, share, updates, seed).items():
+                key = {"start": start, "share": share, "seed": seed, "updates": updates} | settings
                 rows.append(once(out / "figure4.csv", key, lambda folders=folders: measure(*folders)))
+    if cfg.seed is not None:
+        return
     draw(rows, cfg).savefig(out / "figure4.png")
     plt.close("all")
     told = summary(rows, cfg)
