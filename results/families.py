@@ -38,7 +38,7 @@ from rollout import true_success  # noqa: E402
 SETTINGS = ("episodes", "updates", "iterations", "eval_episodes")
 PRACTISED = "block2block"
 # Figure 3, simulated LanguageTable: success of Stage 1 and of Stage 2 by share of the demonstrations
-PAPER = {"stage 1": {10: 0.45, 20: 0.57, 80: 0.585}, "stage 2": {10: 0.745, 20: 0.89, 80: 0.97}}
+PAPER = {"stage1": {10: 0.45, 20: 0.57, 80: 0.585}, "stage2": {10: 0.745, 20: 0.89, 80: 0.97}}
 PAGE = Path("docs/results.md")
 
 
@@ -86,13 +86,14 @@ def train(cfg: Config, runs: Path, share: float, seed: int) -> tuple[Path, Path]
     if cfg.pilot:
         tiny1 = {"batch": 9, "eval_every": cfg.updates}
         tiny2 = {"updates": 1, "batch": 8, "num_envs": 2, "first_look": 2}
-    of_stage1 = {"domain": "tabletop,family=mixed", "obs": "state", "episodes": cfg.episodes, "updates": cfg.updates}
-    of_stage1 |= {"data_fraction": share, "seed": seed, "eval_episodes": cfg.eval_episodes}
-    imitated = finish(stage1.main, stage1.Config(**of_stage1 | tiny1, out=f"{runs}/{share:g}-stage1-s{seed}"))
-    of_stage2 = {"stage1": str(imitated), "domain": f"tabletop,family={PRACTISED}", "iterations": cfg.iterations}
-    of_stage2 |= {"eval_episodes": cfg.eval_episodes}
-    practised = finish(stage2.main, stage2.Config(**of_stage2 | tiny2, out=f"{runs}/{share:g}-stage2-s{seed}"))
-    return imitated, practised
+    of_stage1 = {"domain": "tabletop,family=mixed", "obs": "state", "data_fraction": share, "seed": seed}
+    of_stage1 |= {name: getattr(cfg, name) for name in ("episodes", "updates", "eval_episodes")}
+    out = f"{runs}/{share:g}-stage1-s{seed}"
+    imitated = finish(stage1.main, stage1.Config(**of_stage1 | tiny1, out=out))
+    of_stage2 = {"stage1": str(imitated), "domain": f"tabletop,family={PRACTISED}"}
+    of_stage2 |= {name: getattr(cfg, name) for name in ("iterations", "eval_episodes")}
+    out = f"{runs}/{share:g}-stage2-s{seed}"
+    return imitated, finish(stage2.main, stage2.Config(**of_stage2 | tiny2, out=out))
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
@@ -113,8 +114,7 @@ def draw(rows: list[dict[str, str]], cfg: Config) -> plt.Figure:
             y.append(np.mean(told))
             ours.plot([x[-1]] * len(told), told, "o", color=colour, ms=3)
         ours.plot(x, y, "o-", color=colour, label=label)
-        of_paper = PAPER[{"stage1": "stage 1", "stage2": "stage 2"}[name]]
-        paper.plot(list(of_paper), list(of_paper.values()), "o-", color=colour)
+        paper.plot(list(PAPER[name]), list(PAPER[name].values()), "o-", color=colour)
         for i, family in enumerate(FAMILIES):
             told = values(rows, family, max(cfg.shares), f"{name}_success")
             at = i + (0.2 if name == "stage2" else -0.2)
@@ -127,7 +127,7 @@ def draw(rows: list[dict[str, str]], cfg: Config) -> plt.Figure:
         ax.minorticks_off()
     seen = sorted({int(float(r[f"{PRACTISED}_demonstrations"])) for r in rows if r["family"] == PRACTISED})
     ours.set_xticks(seen[:: max(1, len(seen) // 3)], [f"{n:,}" for n in seen[:: max(1, len(seen) // 3)]])
-    paper.set_xticks(list(PAPER["stage 1"]), [str(n) for n in PAPER["stage 1"]])
+    paper.set_xticks(list(PAPER["stage1"]), [str(n) for n in PAPER["stage1"]])
     names = [family.replace("block2", "…2").replace("location", "") for family in FAMILIES]
     families.set_yticks(range(len(FAMILIES)), [name.replace("_", " ") for name in names])
     families.invert_yaxis()
@@ -141,7 +141,8 @@ def summary(rows: list[dict[str, str]], cfg: Config) -> str:
     lines = []
     for share in cfg.shares:
         for family in FAMILIES:
-            line = [f"{np.mean(values(rows, family, share, 'demonstrations')):,.0f}", family.replace("_", " ")]
+            demonstrated = np.mean(values(rows, family, share, "demonstrations"))
+            line = [f"{demonstrated:,.0f}", family.replace("_", " ")]
             for column, digits in (("success", 2), ("mean_steps", 1)):
                 line.extend(spread(values(rows, family, share, f"{stage}_{column}"), digits)
                             for stage in ("stage1", "stage2"))  # fmt: skip
@@ -180,7 +181,8 @@ def main(cfg: Config) -> None:
     told = summary(rows, cfg)
     print(told)
     if not cfg.pilot:
-        put(PAGE, "families", f"{told}\n\n![Block2Block, and every family, before and after practice](../results/families.png)")
+        picture = "![Block2Block, and every family, before and after practice](../results/families.png)"
+        put(PAGE, "families", f"{told}\n\n{picture}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class Config:
     shares: tuple[float, ...] = (0.1, 0.8)  # of the demonstrations to learn from
     episodes: Count = 6000  # demonstrations recorded for a seed
     stage0_updates: Count = 6000
-    updates: tuple[int, ...] = (3000, 9000)  # of Stage 1, for each share: fewer demonstrations are sooner learnt by heart
+    updates: tuple[int, ...] = (3000, 9000)  # of Stage 1, a number for each share
     iterations: Count = 150  # of Stage 2, at most
     eval_episodes: Count = 500  # fresh ones of a measurement
     symmetries: bool = False  # of the demonstrations; they, too, stand in for the web
@@ -117,8 +117,13 @@ def measure(policy: Path, reward: Path, practised: Path) -> dict[str, float]:
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
-def train(cfg: Config, runs: Path, share: float, updates: int, seed: int) -> dict[str, tuple[Path, Path, Path]]:
-    """By start: the policy's Stage 1 run, the reward model's, and Stage 2's; trained if they are not there."""
+Folders = dict[
+    str, tuple[Path, Path, Path]
+]  # by start: the policy's Stage 1 run, the reward model's, Stage 2's
+
+
+def train(cfg: Config, runs: Path, share: float, updates: int, seed: int) -> Folders:
+    """Every run of a share and seed, trained if it is not there."""
     tiny0, tiny1, tiny2 = {}, {}, {}
     if cfg.pilot:
         tiny0 = {"batch": 8, "eval_every": cfg.stage0_updates}

@@ -209,7 +209,16 @@ def test_the_pilot(tmp_path, monkeypatch, capsys):
 def test_wrong_shares_are_refused_before_anything_is_trained(shares, complaint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=complaint):
-        figure4.main(figure4.Config(shares=shares))
+        figure4.main(figure4.Config(shares=shares, updates=(9,) * len(shares)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_updates_are_told_for_each_share(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--updates: 2 numbers for 1 --shares"):
+        figure4.main(figure4.Config(shares=(0.1,)))
+    with pytest.raises(UserError, match="--updates: must be at least 1"):
+        figure4.main(figure4.Config(shares=(0.1,), updates=(0,)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -228,5 +237,6 @@ def test_the_page_says_not_yet_or_has_the_table():
     else:
         assert told == "Not measured yet."
     defaults = figure4.Config()
-    for flag, default in (("seeds", 3), ("episodes", 6000), ("updates", 9000), ("iterations", 150)):
+    assert defaults.updates == (3000, 9000) and "| `--updates` | 3,000 9,000 |" in page
+    for flag, default in (("seeds", 3), ("episodes", 6000), ("iterations", 150)):
         assert getattr(defaults, flag) == default and f"| `--{flag}` | {default:,} |" in page
