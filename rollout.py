@@ -214,15 +214,19 @@ def first_look(looks: list[Episodes], threshold: float) -> list[float]:
 
 
 def confusion(detected: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Counts and rates, bool (n,) each: did the detector end the episode, was the goal truly reached then?"""
+    """Counts, bool (n,) each: did the detector end the episode, was the goal truly reached then?
+
+    And precision, of those that it ended the share truly there; recall, of those there the share that it ended.
+    A share of nothing is 0.
+    """
     table = {
         "true_positives": int((detected & truth).sum()),
         "false_positives": int((detected & ~truth).sum()),
         "false_negatives": int((~detected & truth).sum()),
         "true_negatives": int((~detected & ~truth).sum()),
     }
-    table["false_positive_rate"] = table["false_positives"] / max(1, int((~truth).sum()))
-    table["false_negative_rate"] = table["false_negatives"] / max(1, int(truth.sum()))
+    table["precision"] = table["true_positives"] / max(1, int(detected.sum()))
+    table["recall"] = table["true_positives"] / max(1, int(truth.sum()))
     return table
 
 

@@ -127,8 +127,13 @@ def per_state(r: Episodes, s: float) -> dict[str, float]:
     """d <= s against true success, over every observation of the episodes (RoboFuME's Table II)."""
     seen = torch.arange(r.d.shape[1]) <= torch.from_numpy(r.length)[:, None]
     yes, true = (r.d <= s)[seen].numpy(), r.truth[seen].numpy()
-    rates = {k: v for k, v in confusion(yes, true).items() if k.endswith("rate")}
-    return rates | {"precision": float((yes & true).sum() / max(1, yes.sum())), "base_rate": float(true.mean())}
+    counted = confusion(yes, true)
+    return {
+        "false_positive_rate": counted["false_positives"] / max(1, int((~true).sum())),
+        "false_negative_rate": counted["false_negatives"] / max(1, int(true.sum())),
+        "precision": counted["precision"],
+        "base_rate": float(true.mean()),
+    }
 
 
 def per_task(r: Episodes, tasks: list[str], names: tuple[str, ...]) -> dict[str, float]:

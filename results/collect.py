@@ -270,6 +270,26 @@ def fill(page: Path, tables: dict[str, str]) -> None:
     page.write_text(text)
 
 
+def soon(runs: Runs) -> str:
+    """Practice episodes until the mean of five iterations is half of the steps that Stage 1's policy truly takes."""
+    rows = []
+    for title, (prefix, _, remark) in (
+        GROUPS | {"tabletop, 20,000": ("tabletop-stage2", "", EARLIER)}
+    ).items():
+        cells = []
+        for first, second in group(runs, prefix):
+            practice = read(OUT / "metrics" / f"{second['run']}.csv")
+            steps = [float(row["mean_steps"]) for row in practice]
+            at = "never"
+            for i in range(4, len(steps)):
+                if 5 * first["mean_steps"] / 2 >= sum(steps[i - 4 : i + 1]):
+                    at = f"{int(float(practice[i]['episodes'])):,}"
+                    break
+            cells.append(at)
+        rows.append([title + remark, ", ".join(cells)])
+    return table("domain|practice episodes until half of the steps, by seed", rows)
+
+
 # --- figures ----------------------------------------------------------------------------------------------------------
 def learning(runs: Runs) -> plt.Figure:
     """A row a domain: shares of practice episodes, with evaluated success at both ends; steps. Every seed a line."""
@@ -386,6 +406,7 @@ def main() -> None:
         "ablations": ablations_table(lambda flags: True),
         "five ablations": ablations_table(lambda flags: flags in ABLATIONS),
         "experts": experts_table(),
+        "soon": soon(runs),
     }
     for title, (prefix, *_) in (GROUPS | MORE).items():
         tables[title] = seeds_table(runs, prefix)

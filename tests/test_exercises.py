@@ -52,7 +52,7 @@ def missing(value, gamma):
 
 def counts(detected, truth):
     table = rollout.confusion(detected.numpy(), truth.numpy())
-    return {k: v for k, v in table.items() if not k.endswith("rate")}
+    return {k: v for k, v in table.items() if k not in ("precision", "recall")}
 
 
 def confirmed(d, truth, s):

@@ -176,15 +176,14 @@ def test_confusion():
     truth = np.array([1, 0, 0, 1, 0, 0, 0, 0, 1, 1], bool)
     assert confusion(detected, truth) == {
         "true_positives": 1, "false_positives": 2, "false_negatives": 3, "true_negatives": 4,
-        "false_positive_rate": pytest.approx(2 / 6), "false_negative_rate": pytest.approx(3 / 4)}  # fmt: skip
+        "precision": pytest.approx(1 / 3), "recall": pytest.approx(1 / 4)}  # fmt: skip
 
 
 def test_confusion_without_a_class():
     every, never = np.ones(3, bool), np.zeros(3, bool)
     table = confusion(every, every)
-    assert table["true_positives"] == 3 and table["false_positive_rate"] == 0 and table["false_negative_rate"] == 0
-    assert confusion(every, never)["false_positive_rate"] == 1
-    assert confusion(never, every)["false_negative_rate"] == 1
+    assert table["true_positives"] == 3 and table["precision"] == table["recall"] == 1
+    assert confusion(every, never)["precision"] == confusion(never, every)["recall"] == 0
 
 
 def test_confirmed_detections():
@@ -279,8 +278,8 @@ def test_evaluate_is_consistent(run, s, short):
     assert r["success_low"] < r["success_high"] and r["success_threshold"] == s
     assert (r["success_low"], r["success_high"]) == wilson(round(r["success"] * EPISODES), EPISODES)
     assert 1 <= r["mean_steps"] <= 20 and 0 <= r["confirmed_detections"] <= 1
-    assert r["false_positive_rate"] == n["false_positives"] / max(1, n["false_positives"] + n["true_negatives"])
-    assert r["false_negative_rate"] == n["false_negatives"] / max(1, n["false_negatives"] + n["true_positives"])
+    assert r["precision"] == n["true_positives"] / max(1, n["true_positives"] + n["false_positives"])
+    assert r["recall"] == n["true_positives"] / max(1, n["true_positives"] + n["false_negatives"])
     if s == 200:  # above every d: each episode is ended at once, by the detector
         assert n["true_positives"] + n["false_positives"] == EPISODES
     if s == 3:  # an untrained d is about 70: the detector never fires
