@@ -36,10 +36,10 @@ Arguments
              name for each simulation, which may be changed before `ask` or `reset`
     obs      "state" | "images"; size, the frame's pixels (64)
     history  0 | 1: of obs="images", the previous frame in place of the second view
-    look     "sim" | "real": a second domain for sim-to-real at our scale. "real" has duller colours, a
+    look     "sim" | "real" | 0-1: a second domain for sim-to-real at our scale. "real" has duller colours, a
              browner board, light from the side, a camera moved by up to 1 cm and turned by up to 1 degree
              along each axis at each reset, friction with the table times 0.7-1.3, and a tool that covers 6 %
-             instead of 10 %.
+             instead of 10 %. A number is a share of the way from "sim", 0, to "real", 1: look=0.5
 Version history
     v0: first version. Against LanguageTable: episodes end at a horizon; the action's bound is enforced;
     friction with the table is the same along each axis, not along the motion; the arm is not there, only its
@@ -73,8 +73,13 @@ SIZES = {
     "pentagon": (0.0413, 0.0444),
     "star": (0.0408, 0.0444),
 }  # x, y [m]
-RGB = {"red": "1 .4 .4", "blue": ".4 .4 1", "green": ".4 1 .4", "yellow": "1 1 .4"}
-DULL = {"red": ".7 .25 .2", "blue": ".2 .3 .6", "green": ".25 .55 .3", "yellow": ".75 .65 .2"}
+RGB = {"red": (1, 0.4, 0.4), "blue": (0.4, 0.4, 1), "green": (0.4, 1, 0.4), "yellow": (1, 1, 0.4)}
+DULL = {
+    "red": (0.7, 0.25, 0.2),
+    "blue": (0.2, 0.3, 0.6),
+    "green": (0.25, 0.55, 0.3),
+    "yellow": (0.75, 0.65, 0.2),
+}
 CAMERA_POS, CAMERA_X, CAMERA_Y = (
     np.array([0.75, 0, 0.5]),
     np.array([0, 1.0, 0]),
@@ -148,9 +153,25 @@ def body(name: str, geoms: str, mass: float, grip: float) -> str:
     return f'<body name="{name}">{joints}{geoms}</body>'
 
 
-def scene(things: tuple[str, ...], look: str) -> str:
-    """The MJCF of a table with these things: blocks ("red moon") or "banana"."""
-    colours, real = (RGB, False) if look == "sim" else (DULL, True)
+def read_look(look: str | float) -> float:
+    """The share of the way from look="sim", 0, to look="real", 1."""
+    named = {"sim": 0.0, "real": 1.0}
+    try:
+        share = named[look] if look in named else float(look)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ValueError(f"look {look}: choose sim, real or a number between 0 and 1")
+    return share
+
+
+def scene(things: tuple[str, ...], real: float) -> str:
+    """The MJCF of a table with these things: blocks ("red moon") or "banana". real: `read_look`."""
+
+    def between(sim: tuple[float, ...], other: tuple[float, ...]) -> str:
+        """Some numbers of look="sim" on the way to those of look="real"."""
+        return " ".join(f"{(1 - real) * a + real * b:.6g}" for a, b in zip(sim, other, strict=True))
+
     bodies = ""
     for name in things:
         if name == "banana":  # five capsules, 120 g
@@ -163,23 +184,25 @@ def scene(things: tuple[str, ...], look: str) -> str:
         else:
             colour, shape = name.split()
             bodies += body(
-                name, f'<geom type="mesh" mesh="{shape}" mass=".01" rgba="{colours[colour]} 1"/>', 0.01, 0.015
+                name,
+                f'<geom type="mesh" mesh="{shape}" mass=".01" rgba="{between(RGB[colour], DULL[colour])} 1"/>',
+                0.01,
+                0.015,
             )
     # LanguageTable's tool is one substep late, then covers 10 % (6 %) of what is left in each:
     # e_n = slow^(n-1). A spring and a damper on a mass have e_n = A slow^n + B fast^n; this `fast` makes
     # A = 1 / slow
-    slow = 0.94 if real else 0.9
+    slow = 0.9 + 0.04 * real
     fast = slow / (1 + slow)
     stiff = 240**2 * TOOL_MASS * (1 - slow) * (1 - fast) / (slow * fast)
     tool = "".join(
         f'<joint name="tool {k}" type="slide" axis="{a}" damping="{240 * TOOL_MASS * (1 / (slow * fast) - 1):.6g}"/>'
         for k, a in zip("xy", ("1 0 0", "0 1 0"), strict=True)
     )
-    light = (
-        'pos=".4 1 1" dir="0 -.7 -.7" diffuse=".8 .75 .6"'
-        if real
-        else 'pos=".4 0 2" dir="0 0 -1" diffuse=".7 .7 .7"'
-    )
+    light = f'pos="{between((0.4, 0, 2), (0.4, 1, 1))}" dir="{between((0, 0, -1), (0, -0.7, -0.7))}"'
+    light += f' diffuse="{between((0.7, 0.7, 0.7), (0.8, 0.75, 0.6))}"'
+    ground = between((0.9, 0.9, 0.9), (0.75, 0.7, 0.6))
+    board = between((0.2, 0.2, 0.2), (0.35, 0.27, 0.2))
     return f"""
     <mujoco model="tabletop">
       <option timestep="{1 / 240}" jacobian="dense" gravity="0 0 0" cone="pyramidal"/>
@@ -197,9 +220,9 @@ def scene(things: tuple[str, ...], look: str) -> str:
                 xyaxes="{" ".join(map(str, [*CAMERA_X, *CAMERA_Y]))}"
                 resolution="320 180" sensorsize=".32 .18" focal="{0.32 * FOCAL} {0.32 * FOCAL}"/>
         <geom type="plane" size="2 2 .1" pos="0 0 -.002" contype="0" conaffinity="0"
-              rgba="{".75 .7 .6" if real else ".9 .9 .9"} 1"/>
+              rgba="{ground} 1"/>
         <geom type="box" size="{BOARD_HALF[0]} {BOARD_HALF[1]} .001" pos="{BOARD_CENTRE[0]} 0 -.001"
-              rgba="{".35 .27 .2" if real else ".2 .2 .2"} 1" contype="0" conaffinity="0"/>
+              rgba="{board} 1" contype="0" conaffinity="0"/>
         {bodies}
         <body name="tool"> {tool}
           <geom type="cylinder" size="{TOOL_RADIUS} .0675" pos="0 0 .0755" mass="{TOOL_MASS}" friction=".5 0 0"
@@ -374,7 +397,7 @@ class TabletopVectorEnv(MujocoDomain):
     OF_THIS_PROCESS = (*MujocoDomain.OF_THIS_PROCESS, "friction")
 
     def __init__(self, num_envs: int = 1, family: str = "block2block", blocks: int = 4, obs: str = "state",
-                 size: int = 64, look: str = "sim", history: bool = False, pairs: str = "",
+                 size: int = 64, look: str | float = "sim", history: bool = False, pairs: str = "",
                  render_mode: str | None = None):  # fmt: skip
         if family not in (*language.FAMILIES, "mixed"):
             raise ValueError(f"family {family}: choose one of {', '.join(language.FAMILIES)} or mixed")
@@ -389,20 +412,20 @@ class TabletopVectorEnv(MujocoDomain):
         self.pairs = [pairs] * num_envs  # which tasks a simulation may be asked; for the caller to change
         self._build(num_envs, obs, size, look, history, render_mode)
 
-    def _build(self, n: int, obs: str, size: int, look: str, history: bool, render_mode: str | None) -> None:
-        if look not in ("sim", "real"):
-            raise ValueError(f"look {look}: choose sim or real")
+    def _build(
+        self, n: int, obs: str, size: int, look: str | float, history: bool, render_mode: str | None
+    ) -> None:
+        self.real = read_look(look)
         if history not in (0, 1):
             raise ValueError(f"history {history}: choose 0 or 1")
-        self.look = look
         self.simultaneous = obs == "state" or not history  # both images are of now; states always are
         self.state_names = ("tool", *self.things)
-        super().__init__(n, obs, size, render_mode, scene(self.things, look))
+        super().__init__(n, obs, size, render_mode, scene(self.things, self.real))
         B = len(self.things)
         # frames tie names to colours and shapes; where some pairs are left out, others would tell of them
         permute = obs == "state" and not any(getattr(self, "pairs", ()))
         self.symmetries = TabletopSymmetries([self._names(k) for k in range(B)], permute)
-        if obs == "images" and look == "real":  # its light is from one side
+        if obs == "images" and self.real:  # its light is from one side
             self.symmetries = Symmetries()
         self.target = np.zeros((n, 2))
         # what "real" adds to the camera's position [m] and orientation [rad]
@@ -416,7 +439,7 @@ class TabletopVectorEnv(MujocoDomain):
 
     def _simulate(self) -> None:
         super()._simulate()
-        self.friction = self.sim.expand("dof_frictionloss") if self.look == "real" else None
+        self.friction = self.sim.expand("dof_frictionloss") if self.real else None
 
     # --- Gymnasium ------------------------------------------------------------------------------------------
     def _place(self, rows: np.ndarray) -> None:
@@ -497,7 +520,7 @@ class TabletopVectorEnv(MujocoDomain):
                     break
             yaw, camera = (
                 rng.uniform(0, 2 * np.pi, B),
-                rng.uniform(-1, 1, (2, 3)) * JITTER * (self.look == "real"),
+                rng.uniform(-1, 1, (2, 3)) * JITTER * self.real,
             )
             views, first = self._foveated(np.r_[np.c_[at[:-1], yaw].ravel(), at[-1]], camera)
             seen = pixels(np.c_[at, np.zeros(B + 1)], camera)
@@ -563,9 +586,11 @@ class TabletopVectorEnv(MujocoDomain):
             yaw = rng.uniform(0, 2 * np.pi, len(placed))
             self.sim.qpos[i] = [*np.c_[placed, yaw].ravel(), *tool]
             self.target[i] = tool
-            if self.look == "real":
-                self.friction[i] = self.model.dof_frictionloss * rng.uniform(0.7, 1.3)
-                self.camera[i] = rng.uniform(-1, 1, (2, 3)) * JITTER
+            if self.real:
+                self.friction[i] = self.model.dof_frictionloss * rng.uniform(
+                    1 - 0.3 * self.real, 1 + 0.3 * self.real
+                )
+                self.camera[i] = rng.uniform(-1, 1, (2, 3)) * JITTER * self.real
             self.speed[i], self.wobble[i], self.pause[i] = STRIDE * rng.uniform(0.3, 0.9), 0, 0
             self.pass_by[i] = rng.uniform(low, high) if rng.uniform() < 0.25 else np.nan
         self.sim.ctrl = self.target
@@ -763,7 +788,7 @@ class BananaTableVectorEnv(TabletopVectorEnv):
     name, things, families, horizon = "bananatable", ("banana",), ("block2absolutelocation",), 100
     clearance, girth, reach = 0.12, 0.085, 0.095
 
-    def __init__(self, num_envs: int = 1, obs: str = "state", size: int = 64, look: str = "sim", history: bool = False,
+    def __init__(self, num_envs: int = 1, obs: str = "state", size: int = 64, look: str | float = "sim", history: bool = False,
                  render_mode: str | None = None):  # fmt: skip
         self.pairs = [""] * num_envs
         self._build(num_envs, obs, size, look, history, render_mode)

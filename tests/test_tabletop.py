@@ -155,7 +155,7 @@ def test_blocks_collide_as_their_convex_hull(shape):
 
 
 # --- the tool -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("look", "rate"), [("sim", 0.10), ("real", 0.06)])
+@pytest.mark.parametrize(("look", "rate"), [("sim", 0.10), (0.5, 0.08), ("real", 0.06)])
 def test_the_tool_responds_as_language_tables(look, rate):
     env, covered = table(look=look), []
     for move in (0.01, 0.03, 0.1):
@@ -674,6 +674,19 @@ def test_the_real_look_is_as_documented():
     assert (at != shifted).any() and np.abs(at - sim.render()[0]).mean() > 20
 
 
+def test_a_look_between_the_two():
+    looks = {share: table(30, look=share) for share in (0, "0.25", "sim", "real")}
+    assert looks[0].real == looks["sim"].real == 0 and looks[0].friction is None
+    env = looks["0.25"]
+    ratio = env.friction[:, :-2] / env.model.dof_frictionloss[:-2]
+    assert 0.925 <= ratio.min() < 0.95 and 1.05 < ratio.max() <= 1.075
+    assert 0.002 < np.abs(env.camera[:, 0]).max() <= 0.0025
+    for name in ("geom_rgba", "light_pos", "light_diffuse"):
+        sim, mixed, real = (getattr(looks[k].model, name) for k in ("sim", "0.25", "real"))
+        np.testing.assert_allclose(mixed, 0.75 * sim + 0.25 * real, atol=1e-5)
+    assert np.abs(looks["real"].model.geom_rgba - looks["sim"].model.geom_rgba).max() > 0.1
+
+
 # --- experts ------------------------------------------------------------------------------------------------
 def the_expert_succeeds(env, share: float) -> bool:
     """In this share of the episodes at least; stops when that is certain."""
@@ -717,6 +730,8 @@ def test_the_expert_over_500_bananas():
         ("tabletop", "blocks", 5, "8"),
         ("tabletop", "obs", "pixels", "images"),
         ("tabletop", "look", "dull", "real"),
+        ("tabletop", "look", 1.5, "real"),
+        ("tabletop", "look", "nan", "real"),
         ("tabletop", "size", 0, "640"),
         ("tabletop", "size", 641, "640"),
         ("tabletop", "history", "False", "1"),
