@@ -22,6 +22,7 @@ decoder from words alone, the projection between them not at all. Stage 1 takes 
 
     python stage0.py                      # pointmass, 8 minutes on one busy CPU core
     python stage0.py --domain tabletop    # 30 minutes
+    python stage0.py --domain tabletop --also tabletop,look=real bananatable    # the scenes of all three
     python stage0.py --unimodal           # the two towers, each on its own
     python stage0.py --updates 6000 --seed 1
     python stage0.py --resume             # continue an interrupted run, exactly
@@ -47,6 +48,7 @@ from tokens import UniformBins
 @dataclass
 class Config(DeviceFlags):
     domain: str = "pointmass"  # one of envs.DOMAINS, with arguments of its own: tabletop,blocks=8
+    also: tuple[str, ...] | None = None  # further domains, whose scenes and words it sees as often
     model: str = "nano-vision"  # a preset of model.PRESETS
     seed: Whole = 0  # weights and scenes
     updates: Count = 6000  # optimiser steps
@@ -126,7 +128,7 @@ class Progress:
 
 
 def main(cfg: Config) -> None:
-    env, run, model = setup.stage0(cfg)
+    domains, run, model = setup.stage0(cfg)
     if run.done:
         return
     device = ranks.device()
@@ -138,17 +140,23 @@ def main(cfg: Config) -> None:
     rng = np.random.default_rng(cfg.seed)
     now = Progress()
     run.track(optimizer=optimizer, rng=rng, progress=now, head=head)
-    every_text = [*env.instructions(), *env.questions()]
+    every_text = []
+    for domain in domains:
+        every_text += [*domain.instructions(), *domain.questions()]
 
-    def batch(rng: np.random.Generator, n: int) -> tuple:
-        """Scenes; where pictures and words do not meet, also as many texts."""
-        scenes, texts = env.scenes(rng, n), []
-        if cfg.unimodal:
-            texts = [every_text[i] for i in rng.integers(len(every_text), size=n)]
-        return *scenes, texts
+    def batch(rng: np.random.Generator, n: int) -> list[tuple]:
+        """As many scenes of each domain; where pictures and words do not meet, also as many texts."""
+        parts = []
+        for domain in domains:
+            share = n // len(domains)
+            scenes, texts = domain.scenes(rng, share), []
+            if cfg.unimodal:
+                texts = [every_text[i] for i in rng.integers(len(every_text), size=share)]
+            parts.append((domain.state_names, *scenes, texts))
+        return parts
 
-    def losses(images, questions, answers, places, texts) -> dict[str, Tensor]:
-        """Of what `batch` returns, by name."""
+    def losses(things, images, questions, answers, places, texts) -> dict[str, Tensor]:
+        """Of a domain's part of what `batch` returns, by name."""
         images, answers = torch.from_numpy(images).to(device), torch.from_numpy(answers)
         if cfg.unimodal:
             words = word_loss(model, texts, questions, answers)
@@ -157,14 +165,17 @@ def main(cfg: Config) -> None:
         each = {"loss": answer_loss(model, features, questions, answers)}
         if places is not None:
             places = torch.from_numpy(places).to(device)
-            each["pointing"] = pointing_loss(model, features, env.state_names, places)
+            each["pointing"] = pointing_loss(model, features, things, places)
         return each
 
+    def mean_losses(parts: list[tuple]) -> dict[str, Tensor]:
+        each = [losses(*part) for part in parts]
+        return {name: sum(loss[name] for loss in each) / len(each) for name in each[0]}
+
     held_out = batch(np.random.default_rng(10**6), 1024)
-    images, questions, answers, *_ = held_out
     run.start()
     for update in run.steps(now.update, cfg.updates, "stage 0"):
-        loss = losses(*batch(rng, cfg.batch))
+        loss = mean_losses(batch(rng, cfg.batch))
         for group in optimizer.param_groups:
             group["lr"] = setup.learning_rate(update, cfg.updates, cfg.lr)
         optimizer.zero_grad()
@@ -173,12 +184,15 @@ def main(cfg: Config) -> None:
         if (update + 1) % cfg.eval_every and update + 1 < cfg.updates:
             continue
         with torch.no_grad():
-            valid = losses(*held_out)
-        # what is answered without a picture is a guess
-        seen = {} if cfg.unimodal else {"images": torch.from_numpy(images).to(device)}
-        tokens, _ = model.sample(seen, questions, ANSWER.ranges, greedy=True)
+            valid = mean_losses(held_out)
+        errors = []
+        for _, images, questions, answers, *_ in held_out:
+            # what is answered without a picture is a guess
+            seen = {} if cfg.unimodal else {"images": torch.from_numpy(images).to(device)}
+            tokens, _ = model.sample(seen, questions, ANSWER.ranges, greedy=True)
+            errors.append(np.abs(ANSWER.decode(tokens.cpu()).numpy() - answers).mean())
         now.update = update + 1
-        now.error = float(np.abs(ANSWER.decode(tokens.cpu()).numpy() - answers).mean())
+        now.error = float(np.mean(errors))
         row = {"update": update + 1} | {k: v.item() for k, v in loss.items()}
         row |= {f"valid_{k}": v.item() for k, v in valid.items()}
         row |= {"valid_error": now.error, "seconds": run.seconds()}

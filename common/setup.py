@@ -107,27 +107,40 @@ def measured_threshold(folder: Path, env: VectorEnv) -> float:
 
 
 # --- Stage 0 ------------------------------------------------------------------------------------------------
-def stage0(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
-    """The domain, the run, and a model from scratch for a Stage 0 configuration; no model if the run is done."""
+def stage0(cfg: Any) -> tuple[list[VectorEnv], Run, EFM | None]:
+    """The domains, the run, and a model from scratch for a Stage 0 configuration; no model if the run is done."""
     options.check(cfg)
     ranks.choose_device(cfg.device)
     if cfg.model not in PRESETS:
         raise UserError(f"--model {cfg.model}: unknown; choose one of {', '.join(PRESETS)}")
     env = make_env(cfg.domain, 1, obs="images")
-    if not hasattr(env, "scenes"):
-        raise UserError(f"--domain {cfg.domain}: has no questions for Stage 0; choose pointmass or tabletop")
+    domains = [env]
+    for other in cfg.also or ():
+        try:
+            domains.append(make_env(other, 1, obs="images"))
+        except UserError as e:
+            raise UserError(str(e).replace("--domain", "--also", 1)) from None
+    for flag, domain in zip(["--domain", *["--also"] * (len(domains) - 1)], domains, strict=True):
+        must([
+            (hasattr(domain, "scenes"),
+             f"{flag} {domain.name}: has no questions for Stage 0; choose pointmass or tabletop"),
+            ((domain.size, domain.simultaneous) == (env.size, env.simultaneous),
+             f"{flag} {domain.name}: its pictures are not like those of {env.name}; choose the same size and history"),
+        ])  # fmt: skip
     ranks.choose_threads(cfg, 0 if is_nano(cfg.model) else ranks.SMALL)
     # a name that Stage 1 does not take for the newest Stage 0 run
     run = open_run(cfg, env, "unimodal-stage0" if cfg.unimodal else "stage0", obs="images")
     if run.done:
-        return env, run, None
+        return domains, run, None
     torch.manual_seed(cfg.seed)
-    texts = [*env.instructions(), *env.questions()]
-    if env.predicts_instruction:
+    texts = []
+    for domain in domains:
+        texts += [*domain.instructions(), *domain.questions()]
+    if any(domain.predicts_instruction for domain in domains):
         texts.append(QUESTION_INSTRUCTION)
     model = EFM(replace(PRESETS[cfg.model], image_size=env.size), Tokenizer.train(texts)).to(ranks.device())
     run.track(model=model)
-    return env, run, model
+    return domains, run, model
 
 
 # --- Stage 1 ------------------------------------------------------------------------------------------------
