@@ -214,11 +214,7 @@ def first_look(looks: list[Episodes], threshold: float) -> list[float]:
 
 
 def confusion(detected: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Counts, bool (n,) each: did the detector end the episode, was the goal truly reached then?
-
-    And precision, of those that it ended the share truly there; recall, of those there the share that it ended.
-    A share of nothing is 0.
-    """
+    """Counts, precision, recall; bool (n,) each: did the detector end it, was the goal truly reached then?"""
     table = {
         "true_positives": int((detected & truth).sum()),
         "false_positives": int((detected & ~truth).sum()),

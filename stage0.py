@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from common import ranks, setup
 from common.cli import cli
 from common.options import Count, DeviceFlags, Positive, Whole
+from common.unimodal import COLOURS, picture_loss, word_loss
 from model import EFM
 from tokens import UniformBins
 
@@ -61,7 +62,6 @@ class Config(DeviceFlags):
 
 
 ANSWER = UniformBins(64, 0.0, 1.0, 2)  # x and y as shares of the frame, finer than its pixels
-CELLS = 4  # a patch is cut into 4 x 4 cells, each with its mean colour
 
 
 def answer_loss(model: EFM, features: Tensor, questions: list[str], answers: Tensor) -> Tensor:
@@ -91,34 +91,6 @@ def pointing_loss(model: EFM, features: Tensor, things: tuple[str, ...], places:
     return total / seen.sum().clamp(min=1)
 
 
-# --- pictures and words on their own ------------------------------------------------------------------------
-def cell_colours(images: Tensor, patch_size: int) -> Tensor:
-    """Each patch's 4 x 4 cells, uint8 (B, 2, H, H, 3) -> float (B, 2, N, 48): mean colours in [-1, 1]."""
-    side = images.shape[2] // patch_size  # as the ViT, without a rest at the right and the bottom
-    pixels = images[:, :, : side * patch_size, : side * patch_size].flatten(0, 1).permute(0, 3, 1, 2)
-    cells = F.adaptive_avg_pool2d(pixels.float() / 127.5 - 1, side * CELLS)  # (2 B, 3, rows, columns)
-    colours = F.unfold(cells, CELLS, stride=CELLS).transpose(1, 2)  # (2 B, N, 48)
-    return colours.unflatten(0, images.shape[:2])
-
-
-def picture_loss(model: EFM, head: nn.Linear, images: Tensor) -> Tensor:
-    """|W f + b - [c, c']|², averaged over patches and numbers; no word is in it.
-
-    f (Dv,) is a patch's feature, c (48,) its `cell_colours`, c' those of the same patch of the other image.
-    W and b, the head, are thrown away at the end.
-    """
-    colours = cell_colours(images, model.cfg.patch_size)  # (B, 2, N, 48)
-    both = torch.cat([colours, colours.flip(1)], -1)  # (B, 2, N, 96)
-    return F.mse_loss(head(model.encode_images(images)), both)
-
-
-def word_loss(model: EFM, texts: list[str], questions: list[str], answers: Tensor) -> Tensor:
-    """-log p(text) - log p(answer | question), averaged: no picture is in it; answers (B, 2) in [0, 1]."""
-    tokens = ANSWER.encode(answers).to(model.device)  # (B, 2)
-    written = model.text_log_prob({}, [""] * len(texts), texts)  # (B,), word after word
-    return -(written + model.log_prob({}, questions, tokens, ANSWER.ranges)).mean()
-
-
 @dataclass
 class Progress:
     """What a run continues from, beside the weights."""
@@ -134,7 +106,7 @@ def main(cfg: Config) -> None:
     device = ranks.device()
     trained, head = [*model.parameters()], None
     if cfg.unimodal:  # nothing reaches the projection, and AdamW skips it
-        head = nn.Linear(model.cfg.vit_width, 2 * 3 * CELLS**2, device=device)
+        head = nn.Linear(model.cfg.vit_width, 2 * COLOURS, device=device)
         trained += head.parameters()
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.01, fused=True)
     rng = np.random.default_rng(cfg.seed)
@@ -159,7 +131,8 @@ def main(cfg: Config) -> None:
         """Of a domain's part of what `batch` returns, by name."""
         images, answers = torch.from_numpy(images).to(device), torch.from_numpy(answers)
         if cfg.unimodal:
-            words = word_loss(model, texts, questions, answers)
+            tokens = ANSWER.encode(answers).to(device)  # (B, 2)
+            words = word_loss(model, texts, questions, tokens, ANSWER.ranges)
             return {"pictures": picture_loss(model, head, images), "words": words}
         features = model.encode_images(images)
         each = {"loss": answer_loss(model, features, questions, answers)}

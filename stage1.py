@@ -82,25 +82,27 @@ def instruction_loss(model: EFM, obs: dict, goals: list[str]) -> Tensor:
 
 
 # --- the detector of Section 3.2 ----------------------------------------------------------------------------
-def calibrate(before: Tensor, final: Tensor, precision: float = 0.9) -> tuple[float, float, float]:
-    """The largest s whose detections on held-out demonstrations are right in a share of at least `precision`.
+def calibrate(
+    before: Tensor, final: Tensor, precision: float = 0.9, recall: float = 0.2
+) -> tuple[float, ...]:
+    """The largest s whose detections on held-out demonstrations are mostly right, and not too few.
 
-        s = max { s : right(s) / (right(s) + wrong(s)) >= precision }
+        s = max { s : right(s) / (right(s) + wrong(s)) >= precision and right(s) / (n - wrong(s)) >= recall }
         right(s): final <= s < before;  wrong(s): before <= s
 
     before: the least d of each demonstration's observations but the last, float (n,); final: the last one's.
     The largest, because a missed arrival costs the rest of the horizon, an early alarm a step or two, and who
     practises arrives faster than any demonstrator. Returns s, its precision, its recall: of demonstrations
-    that no alarm ended before, the share that it ends. If no s is precise enough: the one most often right.
+    that no alarm ended before, the share that it ends. A poor d has no such s: then the one most often right.
     """
     candidates = torch.cat([before, final]).sort().values  # (2 n,)
     wrong = (before <= candidates[:, None]).sum(1)  # (2 n,)
     right = ((final <= candidates[:, None]) & (before > candidates[:, None])).sum(1)
-    share = right / (right + wrong).clamp(min=1)
-    good = (share >= precision).nonzero()
+    precisions = right / (right + wrong).clamp(min=1)
+    recalls = right / (len(final) - wrong).clamp(min=1)
+    good = ((precisions >= precision) & (recalls >= recall)).nonzero()
     k = int(good.max()) if len(good) else int(right.argmax())
-    recall = right[k] / (len(final) - wrong[k]).clamp(min=1)
-    return float(candidates[k]), float(share[k]), float(recall)
+    return float(candidates[k]), float(precisions[k]), float(recalls[k])
 
 
 # --- training -----------------------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ def stage0(cfg: Any) -> tuple[list[VectorEnv], Run, EFM | None]:
             ((domain.size, domain.simultaneous) == (env.size, env.simultaneous),
              f"{flag} {domain.name}: its pictures are not like those of {env.name}; choose the same size and history"),
         ])  # fmt: skip
+    must([(cfg.batch >= len(domains), f"--batch {cfg.batch}: must be at least {len(domains)}, a scene of each domain")])
     ranks.choose_threads(cfg, 0 if is_nano(cfg.model) else ranks.SMALL)
     # a name that Stage 1 does not take for the newest Stage 0 run
     run = open_run(cfg, env, "unimodal-stage0" if cfg.unimodal else "stage0", obs="images")

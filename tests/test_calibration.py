@@ -34,6 +34,14 @@ def test_where_nothing_is_precise_the_best_guess_says_so():
     assert s == 3.0 and precision == pytest.approx(1 / 3) and recall == 1
 
 
+def test_a_precise_threshold_that_misses_nearly_all_is_not_taken():
+    final = torch.tensor([0.1, *[2.0] * 9])
+    before = torch.tensor([5.0, *[5.0] * 7, 1.0, 1.0])
+    # at 0.1 the only alarm is right, and nine arrivals are missed; at 2 two alarms are early, eight are right
+    assert calibrate(before, final, 0.9, 0.1) == pytest.approx((0.1, 1.0, 0.1))
+    assert calibrate(before, final, 0.9, 0.2) == pytest.approx((2.0, 0.8, 1.0))
+
+
 def test_average_is_the_exponential_average_and_resumes_exactly():
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)

@@ -17,6 +17,7 @@ import stage1
 import stage2
 from common import UserError, setup
 from common.runs import Run
+from common.unimodal import cell_colours, picture_loss, word_loss
 from common.weights import load_model
 from model import EFM, EFMConfig
 from tests import tiny
@@ -39,7 +40,7 @@ def small(image_size: int) -> EFM:
 # --- the equations ----------------------------------------------------------------------------------------
 def test_cell_colours_by_hand():
     images = np.random.default_rng(0).integers(0, 256, (2, 2, 17, 17, 3), dtype=np.uint8)  # one pixel too many
-    told = stage0.cell_colours(torch.from_numpy(images), 8)
+    told = cell_colours(torch.from_numpy(images), 8)
     assert told.shape == (2, 2, 4, 48)
     part = images[1, 0, 8:16, 0:8]  # patch 2: below, left
     for row, column, colour in ((0, 0, 0), (3, 1, 2), (2, 3, 1)):
@@ -51,7 +52,7 @@ def test_picture_loss_by_hand():
     model, head = small(8), nn.Linear(6, 96)
     images = torch.randint(0, 256, (1, 2, 8, 8, 3), dtype=torch.uint8)
     with torch.no_grad():
-        loss = stage0.picture_loss(model, head, images).item()
+        loss = picture_loss(model, head, images).item()
         f = model.encode_images(images)
         c = images.float() / 127.5 - 1  # a cell is a pixel here
         errors = []
@@ -64,13 +65,14 @@ def test_picture_loss_by_hand():
 
 def test_word_loss_by_hand():
     model, text, question = small(8), "move to the red goal", "where is the point"
-    answer = torch.tensor([[0.5, 0.25]])  # tokens 32, 16
+    tokens = stage0.ANSWER.encode(torch.tensor([[0.5, 0.25]]))
+    assert tokens.tolist() == [[32, 16]]
     ids = model.tokenizer.answers([text])[0]  # five words and <eos>
     with torch.no_grad():
-        loss = stage0.word_loss(model, [text], [question], answer).item()
+        loss = word_loss(model, [text], [question], tokens, [(0, 64)] * 2).item()
         scores = model.logits(model.hidden({}, [""], ids), None)[0]
         written = sum(scores[i].log_softmax(-1)[ids[0, i]].item() for i in range(6))
-        x, y = model.log_probs({}, [question], torch.tensor([[32, 16]]), [(0, 64)] * 2)
+        x, y = model.log_probs({}, [question], tokens, [(0, 64)] * 2)
     assert ids.shape == (1, 6)
     assert loss == pytest.approx(-written - x[0, 32].item() - y[0, 16].item(), abs=1e-4)
 
@@ -78,17 +80,17 @@ def test_word_loss_by_hand():
 def test_words_never_reach_the_vision_tower_nor_pictures_the_decoder():
     model, head = small(8), nn.Linear(6, 96)
     images = torch.randint(0, 256, (2, 2, 8, 8, 3), dtype=torch.uint8)
-    answers = torch.rand(2, 2)
+    answers = torch.randint(0, 64, (2, 2))
 
     def reached(loss: torch.Tensor) -> set[str]:
         model.zero_grad()
         loss.backward()
         return {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
 
-    words = ["move to the red goal", "where is the blue spot"], ["where is the point"] * 2, answers
-    assert reached(stage0.word_loss(model, *words)) == {"language_model"}
+    words = ["move to the red goal", "where is the blue spot"], ["where is the point"] * 2, answers, [(0, 64)] * 2
+    assert reached(word_loss(model, *words)) == {"language_model"}
     assert all(p.grad is not None for p in model.language_model.parameters())
-    assert reached(stage0.picture_loss(model, head, images)) == {"vision_tower"}
+    assert reached(picture_loss(model, head, images)) == {"vision_tower"}
     assert all(p.grad is not None for p in model.vision_tower.parameters())
 
 

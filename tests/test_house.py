@@ -27,7 +27,7 @@ LAYERS = [
     {"model", "envs"},
     {"common.weights"},
     {"common.ranks"},
-    {"common.runs", "common.cli", "common.average"},
+    {"common.runs", "common.cli", "common.average", "common.unimodal"},
     {"common.demos"},
     {"common.setup"},
     {"rollout"},

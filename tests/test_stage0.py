@@ -14,7 +14,9 @@ import envs
 import stage0
 import stage1
 from common import UserError
+from common.weights import load_model
 from envs.pointmass import POINT_RADIUS, WALL
+from envs.tabletop import TabletopVectorEnv
 from model import EFM, PRESETS, EFMConfig
 from pointmass import GOAL_RADIUS
 from tokens import Tokenizer
@@ -205,3 +207,44 @@ def test_the_tabletops_stage0_points_and_starts_its_own_kind_only(tmp_path, monk
     with pytest.raises(UserError, match="--init stage0: its second image"):
         stage1.main(config)
     assert not Path("stage1").exists() and not Path("data").exists()
+
+
+def test_several_domains_share_a_batch_and_a_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = EFMConfig(width=16, depth=1, heads=2, kv_heads=2, head_dim=8, mlp_dim=16,
+                    vit_width=8, vit_heads=2, vit_mlp_dim=16)  # fmt: skip
+    monkeypatch.setitem(PRESETS, "nano-vision", cfg)
+    asked = []
+    monkeypatch.setattr(TabletopVectorEnv, "scenes", spied(TabletopVectorEnv.scenes, asked))  # the banana's, too
+    config = stage0.Config(domain="tabletop", also=("bananatable", "tabletop,look=real"), batch=7, updates=1, out="web")
+    stage0.main(config)
+    of_an_update = asked[3:]
+    assert [env.name for env, _ in of_an_update] == ["tabletop", "bananatable", "tabletop,look=real"]
+    assert [len(questions) for _, questions in of_an_update] == [2, 2, 2]
+    assert all("banana" in q or "tool" in q for q in of_an_update[1][1])
+    words = load_model(Path("web/policy.safetensors")).tokenizer.tokenizer.get_vocab()
+    assert {"banana", "moon", "push"} <= words.keys()
+    config.resume = True  # a tuple and the list of config.json are the same flag
+    stage0.main(config)
+
+
+def spied(scenes, asked: list):
+    def told(self, rng, n):
+        made = scenes(self, rng, n)
+        asked.append((self, made[1]))
+        return made
+
+    return told
+
+
+@pytest.mark.parametrize(("also", "batch", "complaint"), [
+    (("nope",), 4, "--also nope: unknown"),
+    (("aloha",), 4, "--also aloha: has no questions"),
+    (("tabletop",), 4, "--also tabletop: its pictures are not like those of pointmass"),
+    (("pointmass", "pointmass"), 2, "--batch 2: must be at least 3"),
+])  # fmt: skip
+def test_domains_that_cannot_be_seen_together_are_refused(also, batch, complaint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=complaint):
+        stage0.main(stage0.Config(also=also, batch=batch, out="web"))
+    assert list(tmp_path.iterdir()) == []
