@@ -49,7 +49,7 @@ class Config:
     shares: tuple[float, ...] = (0.25, 1.0)  # of the demonstrations to learn from
     episodes: Count = 8000  # demonstrations recorded for a seed, a fifth of them Block2Block
     updates: Count = 8000  # of Stage 1
-    iterations: Count = 80  # of Stage 2, at most
+    iterations: Count = 200  # of Stage 2, at most
     eval_episodes: Count = 500  # fresh ones of each family
     pilot: bool = False  # everything tiny, in runs/families-pilot/
 
