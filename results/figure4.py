@@ -21,10 +21,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from measuring import finish, logged, once, put, spread, table  # noqa: E402
+from measuring import finish, logged, once, predicted, put, rank_correlation, spread, table  # noqa: E402
 
 import stage0  # noqa: E402 - the repository's root is not installed
 import stage1  # noqa: E402
@@ -64,20 +63,6 @@ class Config:
 
 
 # --- measurements -----------------------------------------------------------------------------------------------------
-def ranking(x: np.ndarray) -> np.ndarray:
-    """The place of each number in order, from 1 on; equal ones share the mean of theirs. float (n,)."""
-    _, which, count = np.unique(x, return_inverse=True, return_counts=True)
-    return (count.cumsum() - (count - 1) / 2)[which]
-
-
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's: Pearson's correlation of the ranks; NaN where one of them never changes."""
-    if a.min() == a.max() or b.min() == b.max():
-        return math.nan
-    return float(np.corrcoef(ranking(a), ranking(b))[0, 1])
-
-
-@torch.no_grad()
 def d_and_truth(run: Path, episodes: int = 100) -> tuple[np.ndarray, np.ndarray]:
     """d, and the steps truly left, of every observation of held-out demonstrations: float (M,) each.
 
@@ -87,11 +72,8 @@ def d_and_truth(run: Path, episodes: int = 100) -> tuple[np.ndarray, np.ndarray]
     steps = StepsToGo(env.steps_cap, env.steps_bins)
     whole = {"data_fraction": 1.0, "symmetries": False}
     _, valid = demos.load(SimpleNamespace(**read_json(run / "config.json") | whole), env)
-    rows, d = np.flatnonzero(valid.episode < episodes), []
-    for part in np.array_split(rows, len(rows) // 512 + 1):
-        obs, _, goals, _ = valid.batch(part, reward_model.device)
-        d.append(reward_model.steps_to_go(obs, goals, steps).cpu().numpy())
-    return np.concatenate(d), valid.steps.numpy()[rows].astype(float)
+    rows = np.flatnonzero(valid.episode < episodes)
+    return predicted(reward_model, valid, rows, steps), valid.steps.numpy()[rows].astype(float)
 
 
 def detector(practice: list[dict[str, float]]) -> dict[str, float]:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import csv
 import fcntl
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from common.demos import Demonstrations
 from common.runs import write_atomically
+from model import EFM
+from tokens import StepsToGo
 
 
 @contextlib.contextmanager
@@ -68,6 +73,31 @@ def finish(main: Callable[[Any], None], cfg: Any) -> Path:
 def logged(folder: Path) -> list[dict[str, float]]:
     """A run's metrics.csv."""
     return [{k: float(v) for k, v in row.items()} for row in read_csv(folder / "metrics.csv")]
+
+
+def ranking(x: np.ndarray) -> np.ndarray:
+    """The place of each number in order, from 1 on; equal ones share the mean of theirs. float (n,)."""
+    _, which, count = np.unique(x, return_inverse=True, return_counts=True)
+    return (count.cumsum() - (count - 1) / 2)[which]
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's: Pearson's correlation of the ranks; NaN where one of them never changes."""
+    if a.min() == a.max() or b.min() == b.max():
+        return math.nan
+    return float(np.corrcoef(ranking(a), ranking(b))[0, 1])
+
+
+@torch.no_grad()
+def predicted(
+    reward_model: EFM, demonstrations: Demonstrations, rows: np.ndarray, steps: StepsToGo
+) -> np.ndarray:
+    """d of some rows of demonstrations, float (M,)."""
+    d = []
+    for part in np.array_split(rows, len(rows) // 512 + 1):
+        obs, _, goals, _ = demonstrations.batch(part, reward_model.device)
+        d.append(reward_model.steps_to_go(obs, goals, steps).cpu().numpy())
+    return np.concatenate(d)
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from tests.test_three_ways import script
 from tokens import Tokenizer
 
 figure4 = script("figure4")
+measuring = sys.modules["measuring"]
 UNIMODAL = "runs/pointmass-images-unimodal-stage0-s0"
 
 
@@ -162,13 +164,13 @@ def test_the_threshold_is_that_of_the_reward_run(tmp_path, monkeypatch):
 
 # --- what is measured -------------------------------------------------------------------------------------
 def test_rank_correlation_by_hand():
-    assert figure4.ranking(np.array([3.0, 1.0, 3.0, 9.0])).tolist() == [2.5, 1, 2.5, 4]
+    assert measuring.ranking(np.array([3.0, 1.0, 3.0, 9.0])).tolist() == [2.5, 1, 2.5, 4]
     a = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert figure4.rank_correlation(a, np.exp(a)) == pytest.approx(1)
-    assert figure4.rank_correlation(a, -a) == pytest.approx(-1)
+    assert measuring.rank_correlation(a, np.exp(a)) == pytest.approx(1)
+    assert measuring.rank_correlation(a, -a) == pytest.approx(-1)
     # without equal ones it is 1 - 6 Σ (difference of ranks)² / (n (n² - 1))
-    assert figure4.rank_correlation(a, np.array([2.0, 1.0, 4.0, 3.0, 5.0])) == pytest.approx(1 - 6 * 4 / (5 * 24))
-    assert np.isnan(figure4.rank_correlation(a, np.ones(5)))
+    assert measuring.rank_correlation(a, np.array([2.0, 1.0, 4.0, 3.0, 5.0])) == pytest.approx(1 - 6 * 4 / (5 * 24))
+    assert np.isnan(measuring.rank_correlation(a, np.ones(5)))
 
 
 def test_the_detector_by_hand():
