@@ -23,9 +23,9 @@ SMALL = EFMConfig(**SIZES | LARGER)
 
 @contextlib.contextmanager
 def tiny_presets() -> Iterator[None]:
-    """Inside, `--model nano` and `--model nano-vision` are tiny."""
+    """Inside, the models that the domains take are tiny."""
     before = dict(PRESETS)
-    for name in ("nano", "nano-vision"):
+    for name in ("nano", "nano-vision", "nano-deep"):
         PRESETS[name] = dataclasses.replace(PRESETS[name], **SIZES)
     try:
         yield

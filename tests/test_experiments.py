@@ -1,0 +1,132 @@
+"""results/families.py and results/real2sim.py: what they count, draw and tabulate; the pilots."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from common import UserError
+from common.runs import Run
+from envs import make_vec
+from envs.tabletop_language import FAMILIES, instructions
+from tests import tiny
+from tests.test_three_ways import script
+
+families, real2sim = script("families"), script("real2sim")
+
+
+def rows(path: Path) -> list[dict]:
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+# --- families ---------------------------------------------------------------------------------------------
+def test_a_sentence_belongs_to_one_family():
+    """So Block2Block demonstrations can be counted by their words."""
+    said = [instructions((family,), 4) for family in FAMILIES]
+    assert sum(map(len, said)) == len(set().union(*said)) > 1000
+    goals = np.array([texts[i] for i, texts in enumerate(said)] + [said[0][-1]])
+    assert [families.of_family(goals, family) for family in FAMILIES] == [2, 1, 1, 1, 1]
+
+
+def told(family: str, share: float, seed: int) -> dict[str, str]:
+    n, high = (100 if share == 0.25 else 400), 0.1 * seed + (share == 1.0) * 0.2
+    return {"family": family, "share": f"{share:g}", "seed": str(seed), "demonstrations": str(5 * n),
+            "block2block_demonstrations": str(n), "stage1_success": f"{0.3 + high}", "stage2_success": f"{0.5 + high}",
+            "stage1_mean_steps": "80", "stage2_mean_steps": "40"}  # fmt: skip
+
+
+def test_the_families_table_and_figure():
+    cfg = families.Config(seeds=2, shares=(0.25, 1.0))
+    made = [told(family, share, seed) for family in FAMILIES for share in cfg.shares for seed in (0, 1)]
+    lines = families.summary(made, cfg).splitlines()
+    assert len(lines) == 2 + 10
+    assert lines[2] == "| 500 | block2block | 0.35 (0.30-0.40) | 0.55 (0.50-0.60) | 80.0 (80.0-80.0) | 40.0 (40.0-40.0) |"
+    fig = families.draw(made, cfg)
+    ours, paper, every = fig.axes
+    means = [line.get_ydata().tolist() for line in ours.lines if line.get_label() in ("Stage 1", "Stage 1 + 2")]
+    assert means == [pytest.approx([0.35, 0.55]), pytest.approx([0.55, 0.75])]
+    assert [line.get_ydata()[-1] for line in paper.lines] == [0.585, 0.97]  # the paper's, at 80 %
+    assert len(every.patches) == 10
+    plt.close(fig)
+
+
+@pytest.mark.slow
+def test_the_families_pilot(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with tiny.tiny_presets():
+        families.main(families.Config(pilot=True))
+        folder = Path("runs/families-pilot")
+        before = (folder / "families.csv").read_bytes()
+        monkeypatch.setattr(Run, "start", None)  # what is there is not trained or measured again
+        monkeypatch.setattr(families, "measure", None)
+        families.main(families.Config(pilot=True))
+    assert (folder / "families.csv").read_bytes() == before and not Path("results").exists()
+    made = rows(folder / "families.csv")
+    assert [(r["share"], r["family"]) for r in made] == [(share, f) for share in ("0.5", "1") for f in FAMILIES]
+    with np.load("data/tabletop,family=mixed-state-40-s0-v2.npz") as data:
+        said = set(instructions(("block2block",), 4))
+        block2block = sum(text in said for text in data["instruction"].tolist())
+    assert made[-1]["demonstrations"] == "40" and made[-1]["block2block_demonstrations"] == str(block2block)
+    assert 0 < block2block < 40
+    practised = json.loads((folder / "1-stage2-s0/config.json").read_text())
+    assert practised["domain"] == "tabletop,family=block2block"
+    assert json.loads((folder / "1-stage1-s0/config.json").read_text())["domain"] == "tabletop,family=mixed"
+    assert "| 40 | separate blocks |" in capsys.readouterr().out
+
+
+def test_families_refuses_wrong_shares(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for shares, complaint in (((), "--shares: name"), ((2.0,), "--shares 2.0: must")):
+        with pytest.raises(UserError, match=complaint):
+            families.main(families.Config(shares=shares))
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Real2Sim ---------------------------------------------------------------------------------------------
+def test_what_stage0_has_seen():
+    """Both looks or real alone; always the words of every family, so that Stage 1 knows them."""
+    looks = {name: {make_vec(domain, 1, obs="images").real for domain in seen} for name, seen in real2sim.SEEN.items()}
+    assert looks == {"both": {0.0, 1.0}, "real": {1.0}}
+    for first, *_ in real2sim.SEEN.values():
+        assert make_vec(first, 1, obs="images").families == FAMILIES
+    assert [make_vec(f"tabletop,look={look:g}", 1).real for look in real2sim.LOOKS] == list(real2sim.LOOKS)
+
+
+def test_the_real2sim_table_and_figure():
+    columns = ("stage1_success", "stage2_success", "stage1_mean_steps", "stage2_mean_steps", "rank_correlation",
+               "precision", "recall")  # fmt: skip
+    made = [{"look": f"{look:.6g}", **dict.fromkeys(columns, f"{look / 2 + 0.1 * seed}")}
+            for look in real2sim.LOOKS for seed in (0, 1)]  # fmt: skip
+    lines = real2sim.summary(made).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| real", "| 0.75", "| 0.5", "| 0.25", "| sim"]
+    assert lines[2].startswith("| real | 0.55 (0.50-0.60) |")
+    fig = real2sim.draw(made, real2sim.Config())
+    success, order = fig.axes
+    (line,) = [line for line in success.lines if line.get_label() == "Stage 1"]
+    assert line.get_ydata().tolist() == pytest.approx([0.55, 0.425, 0.3, 0.175, 0.05])
+    assert [line.get_ydata()[0] for line in success.lines if line.get_marker() == "*"] == [0.225, 0.59]
+    assert len(order.lines) == 6
+    plt.close(fig)
+
+
+@pytest.mark.slow
+def test_the_real2sim_pilot(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with tiny.tiny_presets():
+        real2sim.main(real2sim.Config(pilot=True))
+        folder = Path("runs/real2sim-pilot")
+        before = (folder / "real2sim.csv").read_bytes()
+        monkeypatch.setattr(Run, "start", None)
+        monkeypatch.setattr(real2sim, "measure", None)
+        real2sim.main(real2sim.Config(pilot=True))
+    assert (folder / "real2sim.csv").read_bytes() == before and not Path("results").exists()
+    assert [float(r["look"]) for r in rows(folder / "real2sim.csv")] == list(real2sim.LOOKS)
+    domains = [json.loads((folder / f"both-{stage}-s0/config.json").read_text())["domain"] for stage in ("stage1", "stage2")]
+    assert domains == ["tabletop,look=real", "tabletop,look=sim"]
+    assert "| sim | " in capsys.readouterr().out
