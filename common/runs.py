@@ -141,7 +141,8 @@ def restore(thing: Any, state: Any) -> None:
 class Run:
     """A run's folder: config.json, metrics.csv, TensorBoard events, checkpoints, summary.json.
 
-    A folder that exists is never written to unless `cfg.resume` is set and the configuration is the same. Everything a
+    A folder that exists is never written to unless `cfg.resume` is set and the configuration is the same, but for more
+    iterations: nothing but the end hangs on them, so a finished run goes on as if it had been told so at first. All a
     run continues from is in one file, resume.pt, replaced atomically; metrics.csv is cut back to what that file knows.
     """
 
@@ -154,23 +155,29 @@ class Run:
         self.config = json.loads(json.dumps({k: v for k, v in told.items() if k not in ("resume", "out")}))
         if folder.exists() and not cfg.resume:
             raise UserError(f"{folder}: this run exists; continue it with --resume, or choose another --out")
+        longer = False
         if (folder / "config.json").exists():
-            self._compare(read_json(folder / "config.json"))
+            longer = self._compare(read_json(folder / "config.json"))
         if (folder / "resume.pt").exists():
             self.state = load_state(folder / "resume.pt")
-        self.done = (folder / "summary.json").exists()
+        self.done = (folder / "summary.json").exists() and not longer
         self.seconds_before = self.state["seconds"] if self.state else 0.0
         if self.done:
             print(f"{folder}: this run is finished; nothing to resume")
 
-    def _compare(self, before: dict) -> None:
+    def _compare(self, before: dict) -> bool:
+        """Whether all is the same but for more iterations; else UserError, or False if all is the same."""
+        longer = False
         for key in self.config | before:
             was, now = before.get(key), self.config.get(key)
-            if was != now:
+            if key == "iterations" and was and now and now > was:
+                longer = True
+            elif was != now:
                 raise UserError(
                     f"{self.folder}: was started with {flag(key)} {was}, this is {now}; resume with the same flags and "
                     "version, or choose another --out"
                 )
+        return longer
 
     @property
     def resumed(self) -> bool:
@@ -201,6 +208,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left_behind in self.folder.glob("*.*.tmp"):  # by a process that was killed while it wrote
                 left_behind.unlink()
+            (self.folder / "summary.json").unlink(missing_ok=True)  # of fewer iterations
             write_json(self.folder / "config.json", self.config)
             self.metrics = open(self.folder / "metrics.csv", "a+b")
             self.metrics.truncate(self.state["metrics_bytes"] if self.resumed else 0)

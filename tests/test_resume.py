@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import safetensors
 
+from common import UserError
 from common.runs import Run
-from tests.runs import train
+from tests.runs import train, tree
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -121,6 +122,33 @@ def test_resume_of_a_run_that_never_began(references, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # no demonstrations either
     train("stage1", tmp_path / "runs/stage1", resume=True)
     assert_same(Path("runs/stage1"), references / "runs/stage1")
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_finished_practice_goes_on_with_more_iterations(references, interrupted, tmp_path, monkeypatch):
+    """Five iterations and three more are eight, also if the three are interrupted."""
+    shutil.copytree(references / "runs/stage1", tmp_path / "runs/stage1")
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "runs/stage2"
+    train("stage2", out, iterations=5)
+    assert (out / "summary.json").exists() and len(metrics(out)) == 6
+    before = tree(out)
+    with pytest.raises(UserError, match="was started with --iterations 5, this is 4"):
+        train("stage2", out, iterations=4, resume=True)
+    with pytest.raises(UserError, match="this run exists"):
+        train("stage2", out)
+    assert tree(out) == before  # fewer ones, or no --resume, change nothing
+    if interrupted:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Run, "log", killed)
+            train("stage2", out, resume=True)
+        assert not (out / "summary.json").exists()  # it would be of five iterations
+    train("stage2", out, resume=True)
+    assert_same(out, references / "runs/stage2")
+
+
+def killed(*_: object, **__: object) -> None:
+    raise Killed
 
 
 # --- real processes, really killed --------------------------------------------------------------------
