@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from measuring import finish, once, put, spread, table  # noqa: E402
+from measuring import finish, once, put, table, with_interval  # noqa: E402
 
 import stage1  # noqa: E402 - the repository's root is not installed
 import stage2  # noqa: E402
@@ -97,9 +97,14 @@ def train(cfg: Config, runs: Path, share: float, seed: int) -> tuple[Path, Path]
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
+def chosen(rows: list[dict[str, str]], family: str, share: float) -> list[dict[str, str]]:
+    """The rows of every seed."""
+    return [row for row in rows if (row["family"], row["share"]) == (family, f"{share:.6g}")]
+
+
 def values(rows: list[dict[str, str]], family: str, share: float, column: str) -> list[float]:
     """Of every seed."""
-    return [float(r[column]) for r in rows if (r["family"], r["share"]) == (family, f"{share:.6g}")]
+    return [float(row[column]) for row in chosen(rows, family, share)]
 
 
 def draw(rows: list[dict[str, str]], cfg: Config) -> plt.Figure:
@@ -128,7 +133,7 @@ def draw(rows: list[dict[str, str]], cfg: Config) -> plt.Figure:
     seen = sorted({int(float(r[f"{PRACTISED}_demonstrations"])) for r in rows if r["family"] == PRACTISED})
     ours.set_xticks(seen[:: max(1, len(seen) // 3)], [f"{n:,}" for n in seen[:: max(1, len(seen) // 3)]])
     paper.set_xticks(list(PAPER["stage1"]), [str(n) for n in PAPER["stage1"]])
-    names = [family.replace("block2", "…2").replace("location", "") for family in FAMILIES]
+    names = [family.replace("location", "") for family in FAMILIES]
     families.set_yticks(range(len(FAMILIES)), [name.replace("_", " ") for name in names])
     families.invert_yaxis()
     families.set(xlim=(0, 1.02), title=f"each family, {max(cfg.shares):.0%} of them", xlabel="success")
@@ -143,9 +148,11 @@ def summary(rows: list[dict[str, str]], cfg: Config) -> str:
         for family in FAMILIES:
             demonstrated = np.mean(values(rows, family, share, "demonstrations"))
             line = [f"{demonstrated:,.0f}", family.replace("_", " ")]
+            of_line = chosen(rows, family, share)
             for column, digits in (("success", 2), ("mean_steps", 1)):
-                line.extend(spread(values(rows, family, share, f"{stage}_{column}"), digits)
-                            for stage in ("stage1", "stage2"))  # fmt: skip
+                line += [
+                    with_interval(of_line, f"{stage}_{column}", digits) for stage in ("stage1", "stage2")
+                ]
             lines.append(line)
     return table(["demonstrations", "family", "imitation", "after practice", "steps", "steps after"], lines)
 

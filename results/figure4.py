@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from measuring import finish, logged, once, predicted, put, rank_correlation, spread, table  # noqa: E402
+from measuring import finish, logged, once, predicted, put, rank_correlation, table, with_interval  # noqa: E402
 
 import stage0  # noqa: E402 - the repository's root is not installed
 import stage1  # noqa: E402
@@ -134,9 +134,14 @@ def train(cfg: Config, runs: Path, share: float, updates: int, seed: int) -> Fol
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
+def chosen(rows: list[dict[str, str]], start: str, share: float) -> list[dict[str, str]]:
+    """The rows of every seed."""
+    return [row for row in rows if (row["start"], row["share"]) == (start, f"{share:.6g}")]
+
+
 def values(rows: list[dict[str, str]], start: str, share: float, column: str) -> list[float]:
     """Of every seed that has one: a detector that never fires has no precision."""
-    told = [float(r[column]) for r in rows if (r["start"], r["share"]) == (start, f"{share:.6g}")]
+    told = [float(row[column]) for row in chosen(rows, start, share)]
     return [value for value in told if not math.isnan(value)]
 
 
@@ -193,8 +198,7 @@ def summary(rows: list[dict[str, str]], cfg: Config) -> str:
                 ("precision", 2),
                 ("recall", 2),
             ):
-                told = values(rows, start, share, column)
-                line.append(spread(told, digits) if told else "none")
+                line.append(with_interval(chosen(rows, start, share), column, digits))
             of_paper = PAPER.get(share, {})
             lines.append([*line, f"{of_paper[start]:.3g}" if of_paper else ""])
     head = ["data", "d from", "Stage 1", "Stage 2", "steps", "rank correlation", "precision", "recall"]

@@ -116,3 +116,18 @@ def spread(values: list[float], digits: int) -> str:
     """The mean, and the least and the greatest of several seeds."""
     mean, low, high = (f"{v:.{digits}f}" for v in (np.mean(values), min(values), max(values)))
     return f"{mean} ({low}-{high})" if len(values) > 1 else mean
+
+
+def with_interval(rows: list[dict[str, str]], column: str, digits: int) -> str:
+    """The mean, and the least and the greatest of several seeds; of one seed its 95 % interval, where it has one.
+
+    A row without a number, such as the precision of a detector that never fires, is left out.
+    """
+    with_number = [row for row in rows if not math.isnan(float(row[column]))]
+    if not with_number:
+        return "none"
+    if len(with_number) == 1 and f"{column}_low" in with_number[0]:
+        row = with_number[0]
+        mean, low, high = (f"{float(row[k]):.{digits}f}" for k in (column, f"{column}_low", f"{column}_high"))
+        return f"{mean} ({low}-{high})"
+    return spread([float(row[column]) for row in with_number], digits)

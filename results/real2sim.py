@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from measuring import finish, once, predicted, put, rank_correlation, spread, table  # noqa: E402
+from measuring import finish, once, predicted, put, rank_correlation, table, with_interval  # noqa: E402
 
 import stage0  # noqa: E402 - the repository's root is not installed
 import stage1  # noqa: E402
@@ -110,9 +110,9 @@ def train(cfg: Config, runs: Path, seed: int) -> tuple[Path, Path]:
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
-def values(rows: list[dict[str, str]], look: float, column: str) -> list[float]:
-    """Of every seed."""
-    return [float(r[column]) for r in rows if r["look"] == f"{look:.6g}"]
+def chosen(rows: list[dict[str, str]], look: float) -> list[dict[str, str]]:
+    """The rows of every seed."""
+    return [row for row in rows if row["look"] == f"{look:.6g}"]
 
 
 def draw(rows: list[dict[str, str]], cfg: Config) -> plt.Figure:
@@ -126,7 +126,7 @@ def draw(rows: list[dict[str, str]], cfg: Config) -> plt.Figure:
         *lines,
         (order, "rank_correlation", GREEN, "d and the steps truly left"),
     ]:
-        told = [values(rows, look, column) for look in LOOKS]
+        told = [[float(row[column]) for row in chosen(rows, look)] for look in LOOKS]
         ax.plot(range(len(LOOKS)), [np.mean(of_look) for of_look in told], "-", color=colour, label=label)
         for i, of_look in enumerate(told):
             ax.plot([i] * len(of_look), of_look, "o", color=colour, ms=4)
@@ -158,7 +158,7 @@ def summary(rows: list[dict[str, str]]) -> str:
             ("precision", 2),
             ("recall", 2),
         ):
-            line.append(spread(values(rows, look, column), digits))
+            line.append(with_interval(chosen(rows, look), column, digits))
         lines.append(line)
     head = [
         "look",
