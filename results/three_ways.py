@@ -200,6 +200,11 @@ def measurements(cfg: Config, runs: Path, seed: int) -> tuple[list[dict[str, str
     for method in cfg.methods:
         name, folder = METHODS[method], practise(cfg, start, runs / f"{method}-s{seed}", method, seed)
         folders[name] = folder
+        if method == "robofume":  # what it has learnt offline, behind the failures that it was shown
+            shown = [row for row in logged(folder) if row["env_steps"] == logged(folder)[0]["env_steps"]][-1]
+            steps = int(shown["env_steps"])
+            taken = cost(name, folder, steps) | {"seconds": shown["seconds"]}
+            places.append((name, steps, folder, "offline", taken))
         for steps in range(cfg.every, cfg.env_steps + 1, cfg.every):
             # iRe-VLA's last one lies behind the supervised stage, which takes no steps
             at_end = method == "irevla" and steps == cfg.env_steps

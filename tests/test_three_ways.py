@@ -99,7 +99,7 @@ def compared(workplace):
         three_ways.main(three_ways.Config(**robofume_alone, seed=0))
         assert not (folder / "three_ways.csv").exists()  # a part of it draws nothing
         three_ways.main(three_ways.Config(pilot=True))
-    assert measured.count("interrupted") == 1 and len(measured) == 1 + 2 + 4 * 5  # none twice, none lost
+    assert measured.count("interrupted") == 1 and len(measured) == 1 + 2 + 4 * 5 + 1  # none twice, none lost
     return folder
 
 
@@ -109,10 +109,15 @@ def test_the_pilot_measures_every_method_at_every_point(compared):
     assert {r["method"] for r in practised} == {"Stage 1", *three_ways.COLOURS}
     for method in three_ways.COLOURS:
         points = {(r["task"], int(r["steps"])) for r in practised if r["method"] == method}
+        if method == "RoboFuME":  # and behind the failures, before it practises
+            shown = int(float(rows(compared / "robofume-s0/metrics.csv")[0]["env_steps"]))
+            offline = {p for p in points if p[1] == shown}
+            assert 0 < shown < 60 and offline == {("forward", shown)}
+            points -= offline
         assert points == {("forward", steps) for steps in (60, 120, 180, 240)} | {("prior", 240)}, method
     start = [(r["task"], r["steps"]) for r in practised if r["method"] == "Stage 1"]
     assert sorted(start) == [("forward", "0"), ("prior", "0")]  # all start from the same policy
-    assert len(told) == 2 + 4 * 5 + 2
+    assert len(told) == 2 + 4 * 5 + 1 + 2
     assert (compared / "three_ways.png").stat().st_size > 10_000
 
 
