@@ -142,8 +142,12 @@ def main(cfg: Config) -> None:
         return each
 
     def mean_losses(parts: list[tuple]) -> dict[str, Tensor]:
-        each = [losses(*part) for part in parts]
-        return {name: sum(loss[name] for loss in each) / len(each) for name in each[0]}
+        """Each loss, averaged over the domains that have it."""
+        every = {}
+        for part in parts:
+            for name, loss in losses(*part).items():
+                every.setdefault(name, []).append(loss)
+        return {name: torch.stack(of_domains).mean() for name, of_domains in every.items()}
 
     held_out = batch(np.random.default_rng(10**6), 1024)
     run.start()

@@ -127,6 +127,8 @@ def measure(run: Path, valid: demos.Demonstrations, steps: StepsToGo, cfg: Confi
     _, _, reward_model = setup.load_run(run, 1)
     episodes = 20 if cfg.weights or cfg.vit else 300  # large models take their time
     s, precision, recall = calibrate(*demos.arrivals(reward_model, valid, steps, episodes))
+    if precision == 0:
+        print("no threshold of d is ever right on held-out demonstrations: practice cannot tell the goal")
     measured = {"success_threshold": s, "held_out_precision": precision, "held_out_recall": recall}
     return measured | evaluate(run, cfg.eval_episodes, cfg.seed, s)
 

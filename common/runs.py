@@ -160,7 +160,10 @@ class Run:
             longer = self._compare(read_json(folder / "config.json"))
         if (folder / "resume.pt").exists():
             self.state = load_state(folder / "resume.pt")
-        self.done = (folder / "summary.json").exists() and not longer
+        finished = (folder / "summary.json").exists()
+        if finished and longer and self.state is None:
+            raise UserError(f"{folder}/resume.pt: gone, so this run cannot go on; choose another --out")
+        self.done = finished and not longer
         self.seconds_before = self.state["seconds"] if self.state else 0.0
         if self.done:
             print(f"{folder}: this run is finished; nothing to resume")

@@ -157,8 +157,8 @@ def read_look(look: str | float) -> float:
     """The share of the way from look="sim", 0, to look="real", 1."""
     named = {"sim": 0.0, "real": 1.0}
     try:
-        share = named[look] if look in named else float(look)
-    except ValueError:
+        share = float(named.get(str(look), look))
+    except (TypeError, ValueError):
         share = -1.0
     if not 0 <= share <= 1:
         raise ValueError(f"look {look}: choose sim, real or a number between 0 and 1")

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from measuring import finish, once, put, table, with_interval  # noqa: E402
+from measuring import finish, once, put, seeds_told, table, with_interval  # noqa: E402
 
 import stage1  # noqa: E402 - the repository's root is not installed
 import stage2  # noqa: E402
@@ -130,13 +130,12 @@ def draw(rows: list[dict[str, str]], cfg: Config) -> plt.Figure:
     for ax in (ours, paper):
         ax.set(ylim=(0, 1.02), ylabel="success on Block2Block", xscale="log")
         ax.minorticks_off()
-    seen = sorted({int(float(r[f"{PRACTISED}_demonstrations"])) for r in rows if r["family"] == PRACTISED})
-    ours.set_xticks(seen[:: max(1, len(seen) // 3)], [f"{n:,}" for n in seen[:: max(1, len(seen) // 3)]])
+    ours.set_xticks(x, [f"{n:,.0f}" for n in x])
     paper.set_xticks(list(PAPER["stage1"]), [str(n) for n in PAPER["stage1"]])
     names = [family.replace("location", "") for family in FAMILIES]
     families.set_yticks(range(len(FAMILIES)), [name.replace("_", " ") for name in names])
     families.invert_yaxis()
-    families.set(xlim=(0, 1.02), title=f"each family, {max(cfg.shares):.0%} of them", xlabel="success")
+    families.set(xlim=(0, 1.02), title="each family, most demonstrations", xlabel="success")
     fig.legend(*ours.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return fig
 
@@ -164,7 +163,10 @@ def main(cfg: Config) -> None:
         runs = out = Path("runs/families-pilot")
         cfg.seeds, cfg.shares, cfg.episodes = 1, (0.5, 1.0), 40
         cfg.updates = cfg.iterations = cfg.eval_episodes = 2
-    must([(cfg.shares, "--shares: name at least one")])
+    must([
+        (cfg.shares, "--shares: name at least one"),
+        (len(set(cfg.shares)) == len(cfg.shares), "--shares: one comes twice"),
+    ])  # fmt: skip
     for share in cfg.shares:
         try:
             demos.split(cfg.episodes, share)
@@ -189,7 +191,7 @@ def main(cfg: Config) -> None:
     print(told)
     if not cfg.pilot:
         picture = "![Block2Block, and every family, before and after practice](../results/families.png)"
-        put(PAGE, "families", f"{told}\n\n{picture}")
+        put(PAGE, "families", f"{told}\n\n{seeds_told(cfg.seeds)}\n\n{picture}")
 
 
 if __name__ == "__main__":

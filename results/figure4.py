@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from measuring import finish, logged, once, predicted, put, rank_correlation, table, with_interval  # noqa: E402
+from measuring import finish, logged, once, predicted, put, rank_correlation, seeds_told, table, with_interval  # noqa: E402
 
 import stage0  # noqa: E402 - the repository's root is not installed
 import stage1  # noqa: E402
@@ -216,6 +216,7 @@ def main(cfg: Config) -> None:
     one_each = f"--updates: {len(cfg.updates)} numbers for {len(cfg.shares)} --shares; name one for each"
     must([
         (cfg.shares, "--shares: name at least one"),
+        (len(set(cfg.shares)) == len(cfg.shares), "--shares: one comes twice"),
         (len(cfg.updates) == len(cfg.shares), one_each),
         (min(cfg.updates, default=1) > 0, "--updates: must be at least 1"),
     ])  # fmt: skip
@@ -239,7 +240,8 @@ def main(cfg: Config) -> None:
     told = summary(rows, cfg)
     print(told)
     if not cfg.pilot:
-        put(PAGE, "figure 4", f"{told}\n\n![Success after practice by start](../results/figure4.png)")
+        picture = "![Success after practice by start](../results/figure4.png)"
+        put(PAGE, "figure 4", f"{told}\n\n{seeds_told(cfg.seeds)}\n\n{picture}")
 
 
 if __name__ == "__main__":

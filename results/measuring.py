@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from common import UserError
 from common.demos import Demonstrations
-from common.runs import write_atomically
+from common.runs import read_json, write_atomically
 from model import EFM
 from tokens import StepsToGo
 
@@ -64,6 +65,12 @@ def once(path: Path, key: dict[str, Any], measure: Callable[[], dict[str, Any]])
 def finish(main: Callable[[Any], None], cfg: Any) -> Path:
     """The folder of the run, trained to its end; where it is finished its flags are compared, and that is all."""
     folder = Path(cfg.out)
+    if hasattr(cfg, "iterations") and (folder / "config.json").exists():
+        before = read_json(folder / "config.json")["iterations"]
+        if before != cfg.iterations:  # Stage 2 would go on, and what was measured be gone
+            raise UserError(
+                f"{folder}: has --iterations {before}, this is {cfg.iterations}; move it away first"
+            )
     with alone(folder):
         cfg.resume = folder.exists()
         main(cfg)
@@ -131,3 +138,10 @@ def with_interval(rows: list[dict[str, str]], column: str, digits: int) -> str:
         mean, low, high = (f"{float(row[k]):.{digits}f}" for k in (column, f"{column}_low", f"{column}_high"))
         return f"{mean} ({low}-{high})"
     return spread([float(row[column]) for row in with_number], digits)
+
+
+def seeds_told(seeds: int) -> str:
+    """What the brackets of `with_interval` are."""
+    if seeds == 1:
+        return "Seed 0 alone; in brackets its 95 % interval."
+    return f"Seeds 0 to {seeds - 1}; in brackets the least and the greatest."

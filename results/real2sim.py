@@ -5,8 +5,8 @@
     python results/real2sim.py --pilot    # the same in tiny, to see that all of it works
 
 The tabletop from images. Stage 1 learns from demonstrations in look=real, which has other colours and light, an
-unsteady camera, other friction, and a slower tool. Then the policy practises in look=sim, and d, which has never seen
-it, says how it does. Stage 0 stands for the web: it has seen both looks, or real alone (`--stage0 real`).
+unsteady camera, other friction, and a slower tool. Then the policy practises in look=sim, and d, which has never
+counted steps there, says how it does. Stage 0 stands for the web: it has seen both looks, or real alone (`--stage0 real`).
 Between the two looks lies a line, look=0.75 and so on: success and d are measured along it.
 Whatever is interrupted goes on when the command is given again; a row of the CSV that is there is not measured again.
 
@@ -15,6 +15,7 @@ Writes results/real2sim.csv, real2sim.png, and a table of docs/pretraining.md.
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Literal
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from measuring import finish, once, predicted, put, rank_correlation, table, with_interval  # noqa: E402
+from measuring import finish, once, predicted, put, rank_correlation, seeds_told, table, with_interval  # noqa: E402
 
 import stage0  # noqa: E402 - the repository's root is not installed
 import stage1  # noqa: E402
@@ -85,7 +86,9 @@ def measure(taught: Path, practised: Path, look: float, cfg: Config, seed: int) 
     _, policy, reward_model = load_run(taught, 1)
     s = read_json(taught / "summary.json")["success_threshold"]
     counted = detector_confusion(policy, reward_model, env, cfg.eval_episodes, 8 * 10**8 + seed * 10**6, s)
-    told |= {k: counted[k] for k in ("precision", "recall")}
+    ended = counted["true_positives"] + counted["false_positives"]
+    told["precision"] = counted["precision"] if ended else math.nan
+    told["recall"] = counted["recall"] if counted["true_positives"] + counted["false_negatives"] else math.nan
     return told | {"practice_episodes": read_json(practised / "summary.json")["episodes"]}
 
 
@@ -180,6 +183,7 @@ def main(cfg: Config) -> None:
         runs = out = Path("runs/real2sim-pilot")
         cfg.seeds, cfg.episodes = 1, 20
         cfg.stage0_updates = cfg.updates = cfg.iterations = cfg.eval_episodes = 2
+    demos.split(cfg.episodes, 1.0)  # its complaints, before anything is trained
     runs.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in asdict(cfg).items() if name in SETTINGS}
     rows = []
@@ -196,7 +200,8 @@ def main(cfg: Config) -> None:
     told = summary(rows)
     print(told)
     if not cfg.pilot and cfg.stage0 == "both":
-        put(PAGE, "real2sim", f"{told}\n\n![Success and d from real to sim](../results/real2sim.png)")
+        picture = "![Success and d from real to sim](../results/real2sim.png)"
+        put(PAGE, "real2sim", f"{told}\n\n{seeds_told(cfg.seeds)}\n\n{picture}")
 
 
 if __name__ == "__main__":

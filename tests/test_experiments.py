@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+import stage2
 from common import UserError
 from common.runs import Run
 from envs import make_vec
@@ -18,11 +19,21 @@ from tests import tiny
 from tests.test_three_ways import script
 
 families, real2sim = script("families"), script("real2sim")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def rows(path: Path) -> list[dict]:
     with open(path, newline="") as f:
         return list(csv.DictReader(f))
+
+
+def test_a_measured_run_is_not_prolonged(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/measured").mkdir(parents=True)
+    Path("runs/measured/config.json").write_text('{"iterations": 200}')
+    cfg = stage2.Config(iterations=300, out="runs/measured")
+    with pytest.raises(UserError, match="runs/measured: has --iterations 200, this is 300"):
+        families.finish(stage2.main, cfg)
 
 
 # --- families ---------------------------------------------------------------------------------------------
@@ -85,7 +96,33 @@ def test_families_refuses_wrong_shares(tmp_path, monkeypatch):
     for shares, complaint in (((), "--shares: name"), ((2.0,), "--shares 2.0: must")):
         with pytest.raises(UserError, match=complaint):
             families.main(families.Config(shares=shares))
+    with pytest.raises(UserError, match="--shares: one comes twice"):
+        families.main(families.Config(shares=(1.0, 1)))
+    with pytest.raises(UserError, match="--data-fraction"):
+        real2sim.main(real2sim.Config(episodes=1))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "page", "mark"), [
+    ("families", "docs/results.md", "families"),
+    ("figure4", "docs/pretraining.md", "figure 4"),
+    ("real2sim", "docs/pretraining.md", "real2sim"),
+])  # fmt: skip
+def test_the_page_has_the_numbers_of_the_csv(name, page, mark):
+    """Of the seeds and shares that are there; without a CSV it says so."""
+    block = (ROOT / page).read_text().split(f"<!-- {mark} -->\n")[1].split("\n<!-- end -->")[0]
+    path = ROOT / f"results/{name}.csv"
+    if not path.exists():
+        assert block == "Not measured yet."
+        return
+    made, experiment = rows(path), script(name)
+    cfg = experiment.Config()
+    if name != "real2sim":
+        cfg.shares = tuple(dict.fromkeys(float(row["share"]) for row in made))
+    cfg.seeds = len({row["seed"] for row in made})
+    told = experiment.summary(made) if name == "real2sim" else experiment.summary(made, cfg)
+    assert block.startswith(told + "\n"), f"run python results/{name}.py"
+    assert f"Seed{'s' * (cfg.seeds > 1)} 0" in block and f"../results/{name}.png" in block
 
 
 # --- Real2Sim ---------------------------------------------------------------------------------------------
@@ -93,8 +130,9 @@ def test_what_stage0_has_seen():
     """Both looks or real alone; always the words of every family, so that Stage 1 knows them."""
     looks = {name: {make_vec(domain, 1, obs="images").real for domain in seen} for name, seen in real2sim.SEEN.items()}
     assert looks == {"both": {0.0, 1.0}, "real": {1.0}}
-    for first, *_ in real2sim.SEEN.values():
-        assert make_vec(first, 1, obs="images").families == FAMILIES
+    for domains in real2sim.SEEN.values():
+        words = [make_vec(domain, 1, obs="images").instructions() for domain in domains]
+        assert set().union(*words) >= set(instructions(FAMILIES, 4))
     assert [make_vec(f"tabletop,look={look:g}", 1).real for look in real2sim.LOOKS] == list(real2sim.LOOKS)
 
 
@@ -129,4 +167,7 @@ def test_the_real2sim_pilot(tmp_path, monkeypatch, capsys):
     assert [float(r["look"]) for r in rows(folder / "real2sim.csv")] == list(real2sim.LOOKS)
     domains = [json.loads((folder / f"both-{stage}-s0/config.json").read_text())["domain"] for stage in ("stage1", "stage2")]
     assert domains == ["tabletop,look=real", "tabletop,look=sim"]
+    seen = json.loads((folder / "both-stage0-s0/config.json").read_text())
+    assert (seen["domain"], *seen["also"]) == real2sim.SEEN["both"]
+    assert {(r["stage0"], r["updates"]) for r in rows(folder / "real2sim.csv")} == {("both", "2")}
     assert "| sim | " in capsys.readouterr().out

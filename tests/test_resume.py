@@ -137,7 +137,11 @@ def test_a_finished_practice_goes_on_with_more_iterations(references, interrupte
         train("stage2", out, iterations=4, resume=True)
     with pytest.raises(UserError, match="this run exists"):
         train("stage2", out)
-    assert tree(out) == before  # fewer ones, or no --resume, change nothing
+    (out / "resume.pt").rename(tmp_path / "resume.pt")
+    with pytest.raises(UserError, match="resume.pt: gone"):
+        train("stage2", out, resume=True)
+    (tmp_path / "resume.pt").rename(out / "resume.pt")
+    assert tree(out) == before  # fewer ones, no --resume, or no resume.pt: nothing is changed
     if interrupted:
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(Run, "log", killed)

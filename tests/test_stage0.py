@@ -228,6 +228,19 @@ def test_several_domains_share_a_batch_and_a_vocabulary(tmp_path, monkeypatch):
     stage0.main(config)
 
 
+def test_a_loss_counts_where_a_domain_has_it(tmp_path, monkeypatch):
+    """The pointmass tells no places, so only the tabletop points."""
+    monkeypatch.chdir(tmp_path)
+    cfg = EFMConfig(width=16, depth=1, heads=2, kv_heads=2, head_dim=8, mlp_dim=16,
+                    vit_width=8, vit_heads=2, vit_mlp_dim=16)  # fmt: skip
+    monkeypatch.setitem(PRESETS, "nano-vision", cfg)
+    for domain, also in (("pointmass", "tabletop,size=32"), ("tabletop,size=32", "pointmass")):
+        stage0.main(stage0.Config(domain=domain, also=(also,), batch=4, updates=1, out=domain))
+        with open(f"{domain}/metrics.csv") as f:
+            (row,) = csv.DictReader(f)
+        assert float(row["loss"]) > 0 and float(row["pointing"]) > 0
+
+
 def spied(scenes, asked: list):
     def told(self, rng, n):
         made = scenes(self, rng, n)

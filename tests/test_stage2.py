@@ -345,13 +345,13 @@ def test_practice_in_another_domain(tmp_path, monkeypatch):
     def watched(*args, **kwargs):
         env = make_vec(*args, **kwargs)
         env.horizon = 8
-        looks.append((env.name, env.look, len(env.things)))
+        looks.append((env.name, env.real, len(env.things)))
         return env
 
     monkeypatch.setattr(envs, "make_vec", watched)
     stage2.main(stage2.Config(domain="tabletop,look=real", **few))
-    assert looks.count(("tabletop,look=real", "real", 4)) >= 2  # practice, evaluation
-    assert len(looks) - looks.count(("tabletop,look=real", "real", 4)) == looks.count(("tabletop", "sim", 4)) == 1  # compared
+    assert looks.count(("tabletop,look=real", 1.0, 4)) >= 2  # practice, evaluation
+    assert len(looks) - looks.count(("tabletop,look=real", 1.0, 4)) == looks.count(("tabletop", 0.0, 4)) == 1  # compared
     summary = json.loads(Path("runs/tabletop,look=real-stage2-s0/summary.json").read_text())
     assert summary["domain"] == "tabletop,look=real"
 
