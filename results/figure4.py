@@ -55,7 +55,7 @@ class Config:
     episodes: Count = 6000  # demonstrations recorded for a seed
     stage0_updates: Count = 6000
     updates: tuple[int, ...] = (3000, 9000)  # of Stage 1, a number for each share
-    iterations: Count = 150  # of Stage 2, at most
+    iterations: Count = 300  # of Stage 2, at most; less without a gain
     eval_episodes: Count = 500  # fresh ones of a measurement
     symmetries: bool = False  # of the demonstrations; they, too, stand in for the web
     stage0_per_seed: bool = False  # a Stage 0 for each seed; else all start from those of seed 0

@@ -236,5 +236,5 @@ def test_the_page_has_the_defaults():
     page = (Path(stage0.__file__).parent / "docs/pretraining.md").read_text()
     defaults = figure4.Config()
     assert defaults.updates == (3000, 9000) and "| `--updates` | 3,000 9,000 |" in page
-    for flag, default in (("seeds", 3), ("episodes", 6000), ("iterations", 150)):
+    for flag, default in (("seeds", 3), ("episodes", 6000), ("iterations", 300)):
         assert getattr(defaults, flag) == default and f"| `--{flag}` | {default:,} |" in page
