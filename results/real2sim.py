@@ -130,7 +130,10 @@ def draw(rows: list[dict[str, str]], cfg: Config) -> plt.Figure:
         (order, "rank_correlation", GREEN, "d and the steps truly left"),
     ]:
         told = [[float(row[column]) for row in chosen(rows, look)] for look in LOOKS]
-        ax.plot(range(len(LOOKS)), [np.mean(of_look) for of_look in told], "-", color=colour, label=label)
+        style = (
+            "--" if column == "stage2_success" else "-"
+        )  # on top of Stage 1's where practice found nothing
+        ax.plot(range(len(LOOKS)), [np.mean(of_look) for of_look in told], style, color=colour, label=label)
         for i, of_look in enumerate(told):
             ax.plot([i] * len(of_look), of_look, "o", color=colour, ms=4)
     for name, colour in (("stage1", BLUE), ("stage2", ORANGE)):
