@@ -112,9 +112,7 @@ def main(cfg: Config) -> None:
     rng = np.random.default_rng(cfg.seed)
     now = Progress()
     run.track(optimizer=optimizer, rng=rng, progress=now, head=head)
-    every_text = []
-    for domain in domains:
-        every_text += [*domain.instructions(), *domain.questions()]
+    every_text = setup.all_texts(domains)
 
     def batch(rng: np.random.Generator, n: int) -> list[tuple]:
         """As many scenes of each domain; where pictures and words do not meet, also as many texts."""

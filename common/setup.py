@@ -107,6 +107,14 @@ def measured_threshold(folder: Path, env: VectorEnv) -> float:
 
 
 # --- Stage 0 ------------------------------------------------------------------------------------------------
+def all_texts(domains: list[VectorEnv]) -> list[str]:
+    """Every instruction and every question of the domains."""
+    texts = []
+    for domain in domains:
+        texts += [*domain.instructions(), *domain.questions()]
+    return texts
+
+
 def stage0(cfg: Any) -> tuple[list[VectorEnv], Run, EFM | None]:
     """The domains, the run, and a model from scratch for a Stage 0 configuration; no model if the run is done."""
     options.check(cfg)
@@ -134,9 +142,7 @@ def stage0(cfg: Any) -> tuple[list[VectorEnv], Run, EFM | None]:
     if run.done:
         return domains, run, None
     torch.manual_seed(cfg.seed)
-    texts = []
-    for domain in domains:
-        texts += [*domain.instructions(), *domain.questions()]
+    texts = all_texts(domains)
     if any(domain.predicts_instruction for domain in domains):
         texts.append(QUESTION_INSTRUCTION)
     model = EFM(replace(PRESETS[cfg.model], image_size=env.size), Tokenizer.train(texts)).to(ranks.device())

@@ -21,19 +21,27 @@ from types import SimpleNamespace
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from measuring import finish, once, put, seeds_told, table, with_interval  # noqa: E402
+from measuring import (  # noqa: E402
+    TINY_PRACTICE,
+    before_and_after,
+    chosen,
+    finish,
+    once,
+    publish,
+    require_shares,
+    table,
+    with_interval,
+)
 
 import stage1  # noqa: E402 - the repository's root is not installed
 import stage2  # noqa: E402
-from common import UserError, demos  # noqa: E402
+from common import demos  # noqa: E402
 from common.cli import cli  # noqa: E402
-from common.options import Count, Whole, check, must  # noqa: E402
+from common.options import Count, Whole, check  # noqa: E402
 from common.pictures import BLUE, ORANGE, WIDTH, plt  # noqa: E402
 from common.runs import read_json  # noqa: E402
-from common.setup import load_run  # noqa: E402
 from envs import make_vec  # noqa: E402
 from envs.tabletop_language import FAMILIES, instructions  # noqa: E402
-from rollout import true_success  # noqa: E402
 
 SETTINGS = ("episodes", "updates", "iterations", "eval_episodes")
 PRACTISED = "block2block"
@@ -71,12 +79,7 @@ def demonstrations(run: Path) -> dict[str, int]:
 def measure(imitated: Path, practised: Path, family: str, episodes: int, seed: int) -> dict[str, float]:
     """A row: both policies' true success on one family's instructions, the same scenes for both."""
     env = make_vec(f"tabletop,family={family}", 1, obs="state")
-    told = {}
-    for name, run in (("stage1", imitated), ("stage2", practised)):
-        _, policy, _ = load_run(run, 1)
-        counted = true_success(policy, env, episodes, 7 * 10**8 + seed * 10**6)
-        told |= {f"{name}_{k}": v for k, v in counted.items() if k != "eval_episodes"}
-    return told | {"practice_episodes": read_json(practised / "summary.json")["episodes"]}
+    return before_and_after(imitated, practised, env, episodes, seed)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -85,7 +88,7 @@ def train(cfg: Config, runs: Path, share: float, seed: int) -> tuple[Path, Path]
     tiny1, tiny2 = {}, {}
     if cfg.pilot:
         tiny1 = {"batch": 9, "eval_every": cfg.updates}
-        tiny2 = {"updates": 1, "batch": 8, "num_envs": 2, "first_look": 2}
+        tiny2 = TINY_PRACTICE
     of_stage1 = {"domain": "tabletop,family=mixed", "obs": "state", "data_fraction": share, "seed": seed}
     of_stage1 |= {name: getattr(cfg, name) for name in ("episodes", "updates", "eval_episodes")}
     out = f"{runs}/{share:g}-stage1-s{seed}"
@@ -97,14 +100,9 @@ def train(cfg: Config, runs: Path, share: float, seed: int) -> tuple[Path, Path]
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
-def chosen(rows: list[dict[str, str]], family: str, share: float) -> list[dict[str, str]]:
-    """The rows of every seed."""
-    return [row for row in rows if (row["family"], row["share"]) == (family, f"{share:.6g}")]
-
-
 def values(rows: list[dict[str, str]], family: str, share: float, column: str) -> list[float]:
     """Of every seed."""
-    return [float(row[column]) for row in chosen(rows, family, share)]
+    return [float(row[column]) for row in chosen(rows, family=family, share=float(share))]
 
 
 def draw(rows: list[dict[str, str]], cfg: Config) -> plt.Figure:
@@ -147,7 +145,7 @@ def summary(rows: list[dict[str, str]], cfg: Config) -> str:
         for family in FAMILIES:
             demonstrated = np.mean(values(rows, family, share, "demonstrations"))
             line = [f"{demonstrated:,.0f}", family.replace("_", " ")]
-            of_line = chosen(rows, family, share)
+            of_line = chosen(rows, family=family, share=float(share))
             for column, digits in (("success", 2), ("mean_steps", 1)):
                 line += [
                     with_interval(of_line, f"{stage}_{column}", digits) for stage in ("stage1", "stage2")
@@ -163,15 +161,7 @@ def main(cfg: Config) -> None:
         runs = out = Path("runs/families-pilot")
         cfg.seeds, cfg.shares, cfg.episodes = 1, (0.5, 1.0), 40
         cfg.updates = cfg.iterations = cfg.eval_episodes = 2
-    must([
-        (cfg.shares, "--shares: name at least one"),
-        (len(set(cfg.shares)) == len(cfg.shares), "--shares: one comes twice"),
-    ])  # fmt: skip
-    for share in cfg.shares:
-        try:
-            demos.split(cfg.episodes, share)
-        except UserError as e:
-            raise UserError(str(e).replace("--data-fraction", "--shares")) from None
+    require_shares(cfg.shares, cfg.episodes)
     runs.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in asdict(cfg).items() if name in SETTINGS}
     rows = []
@@ -191,7 +181,7 @@ def main(cfg: Config) -> None:
     print(told)
     if not cfg.pilot:
         picture = "![Block2Block, and every family, before and after practice](../results/families.png)"
-        put(PAGE, "families", f"{told}\n\n{seeds_told(cfg.seeds)}\n\n{picture}")
+        publish(PAGE, "families", told, cfg.seeds, picture)
 
 
 if __name__ == "__main__":

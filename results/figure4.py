@@ -23,12 +23,24 @@ from types import SimpleNamespace
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from measuring import finish, logged, once, predicted, put, rank_correlation, seeds_told, table, with_interval  # noqa: E402
+from measuring import (  # noqa: E402
+    TINY_PRACTICE,
+    chosen,
+    finish,
+    logged,
+    once,
+    predicted,
+    publish,
+    rank_correlation,
+    require_shares,
+    table,
+    with_interval,
+)
 
 import stage0  # noqa: E402 - the repository's root is not installed
 import stage1  # noqa: E402
 import stage2  # noqa: E402
-from common import UserError, demos  # noqa: E402
+from common import demos  # noqa: E402
 from common.cli import cli  # noqa: E402
 from common.options import Count, Whole, check, must  # noqa: E402
 from common.pictures import BLUE, GREEN, ORANGE, WIDTH, plt  # noqa: E402
@@ -110,7 +122,7 @@ def train(cfg: Config, runs: Path, share: float, updates: int, seed: int) -> Fol
     if cfg.pilot:
         tiny0 = {"batch": 8, "eval_every": cfg.stage0_updates}
         tiny1 = {"batch": 8, "eval_every": updates}
-        tiny2 = {"updates": 1, "batch": 8, "num_envs": 2, "first_look": 2}
+        tiny2 = TINY_PRACTICE
     first = seed if cfg.stage0_per_seed else 0
     init = {"scratch": "none"}
     for start in ("whole", "unimodal"):
@@ -134,14 +146,9 @@ def train(cfg: Config, runs: Path, share: float, updates: int, seed: int) -> Fol
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
-def chosen(rows: list[dict[str, str]], start: str, share: float) -> list[dict[str, str]]:
-    """The rows of every seed."""
-    return [row for row in rows if (row["start"], row["share"]) == (start, f"{share:.6g}")]
-
-
 def values(rows: list[dict[str, str]], start: str, share: float, column: str) -> list[float]:
     """Of every seed that has one: a detector that never fires has no precision."""
-    told = [float(row[column]) for row in chosen(rows, start, share)]
+    told = [float(row[column]) for row in chosen(rows, start=start, share=float(share))]
     return [value for value in told if not math.isnan(value)]
 
 
@@ -198,7 +205,7 @@ def summary(rows: list[dict[str, str]], cfg: Config) -> str:
                 ("precision", 2),
                 ("recall", 2),
             ):
-                line.append(with_interval(chosen(rows, start, share), column, digits))
+                line.append(with_interval(chosen(rows, start=start, share=float(share)), column, digits))
             of_paper = PAPER.get(share, {})
             lines.append([*line, f"{of_paper[start]:.3g}" if of_paper else ""])
     head = ["data", "d from", "Stage 1", "Stage 2", "steps", "rank correlation", "precision", "recall"]
@@ -213,18 +220,12 @@ def main(cfg: Config) -> None:
         cfg.seeds, cfg.shares, cfg.episodes = 1, (0.5,), 20
         cfg.stage0_updates = cfg.iterations = cfg.eval_episodes = 2
         cfg.updates = (2,)
+    require_shares(cfg.shares, cfg.episodes)
     one_each = f"--updates: {len(cfg.updates)} numbers for {len(cfg.shares)} --shares; name one for each"
     must([
-        (cfg.shares, "--shares: name at least one"),
-        (len(set(cfg.shares)) == len(cfg.shares), "--shares: one comes twice"),
         (len(cfg.updates) == len(cfg.shares), one_each),
         (min(cfg.updates, default=1) > 0, "--updates: must be at least 1"),
     ])  # fmt: skip
-    for share in cfg.shares:
-        try:
-            demos.split(cfg.episodes, share)
-        except UserError as e:
-            raise UserError(str(e).replace("--data-fraction", "--shares")) from None
     runs.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in asdict(cfg).items() if name in SETTINGS}
     rows = []
@@ -241,7 +242,7 @@ def main(cfg: Config) -> None:
     print(told)
     if not cfg.pilot:
         picture = "![Success after practice by start](../results/figure4.png)"
-        put(PAGE, "figure 4", f"{told}\n\n{seeds_told(cfg.seeds)}\n\n{picture}")
+        publish(PAGE, "figure 4", told, cfg.seeds, picture)
 
 
 if __name__ == "__main__":

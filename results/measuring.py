@@ -14,9 +14,13 @@ import numpy as np
 import torch
 
 from common import UserError
-from common.demos import Demonstrations
+from common.demos import Demonstrations, split
+from common.options import must
 from common.runs import read_json, write_atomically
+from common.setup import load_run
+from envs import Domain
 from model import EFM
+from rollout import true_success
 from tokens import StepsToGo
 
 
@@ -145,3 +149,42 @@ def seeds_told(seeds: int) -> str:
     if seeds == 1:
         return "Seed 0 alone; in brackets its 95 % interval."
     return f"Seeds 0 to {seeds - 1}; in brackets the least and the greatest."
+
+
+# --- what families.py, figure4.py and real2sim.py share ---------------------------------------------------------------
+TINY_PRACTICE = {"updates": 1, "batch": 8, "num_envs": 2, "first_look": 2}  # of Stage 2 in a pilot
+
+
+def require_shares(shares: tuple[float, ...], episodes: int) -> None:
+    """Raise UserError, before anything is trained, if --shares are none, twice the same, or leave too little."""
+    must([
+        (shares, "--shares: name at least one"),
+        (len(set(shares)) == len(shares), "--shares: one comes twice"),
+    ])  # fmt: skip
+    for share in shares:
+        try:
+            split(episodes, share)
+        except UserError as e:
+            raise UserError(str(e).replace("--data-fraction", "--shares")) from None
+
+
+def chosen(rows: list[dict[str, str]], **key: Any) -> list[dict[str, str]]:
+    """The rows with this key, of every seed."""
+    return [row for row in rows if as_text(key).items() <= row.items()]
+
+
+def before_and_after(
+    imitated: Path, practised: Path, env: Domain, episodes: int, seed: int
+) -> dict[str, float]:
+    """True success and steps of both policies in a domain, the same scenes for both; how long practice took."""
+    told = {}
+    for name, run in (("stage1", imitated), ("stage2", practised)):
+        _, policy, _ = load_run(run, 1)
+        counted = true_success(policy, env, episodes, 7 * 10**8 + seed * 10**6)
+        told |= {f"{name}_{k}": v for k, v in counted.items() if k != "eval_episodes"}
+    return told | {"practice_episodes": read_json(practised / "summary.json")["episodes"]}
+
+
+def publish(page: Path, name: str, told: str, seeds: int, picture: str) -> None:
+    """A table, what its brackets are, and a picture, between the marks of a page."""
+    put(page, name, f"{told}\n\n{seeds_told(seeds)}\n\n{picture}")

@@ -24,7 +24,18 @@ from typing import Literal
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from measuring import finish, once, predicted, put, rank_correlation, seeds_told, table, with_interval  # noqa: E402
+from measuring import (  # noqa: E402
+    TINY_PRACTICE,
+    before_and_after,
+    chosen,
+    finish,
+    once,
+    predicted,
+    publish,
+    rank_correlation,
+    table,
+    with_interval,
+)
 
 import stage0  # noqa: E402 - the repository's root is not installed
 import stage1  # noqa: E402
@@ -36,7 +47,7 @@ from common.pictures import BLUE, GREEN, ORANGE, WIDTH, plt  # noqa: E402
 from common.runs import read_json  # noqa: E402
 from common.setup import load_run  # noqa: E402
 from envs import make_vec  # noqa: E402
-from rollout import detector_confusion, true_success  # noqa: E402
+from rollout import detector_confusion  # noqa: E402
 from tokens import StepsToGo  # noqa: E402
 
 SEEN = {  # by Stage 0: its domains; a banana's table is there for the other experiment of the same page
@@ -76,12 +87,9 @@ def how_d_does(run: Path, domain: str, episodes: int, seed: int) -> float:
 
 def measure(taught: Path, practised: Path, look: float, cfg: Config, seed: int) -> dict[str, float]:
     """A row: both policies' true success in a look; d's rank correlation there; the detector in Stage 1's episodes."""
-    domain, told = f"tabletop,look={look:g}", {}
+    domain = f"tabletop,look={look:g}"
     env = make_vec(domain, 1, obs="images")
-    for name, run in (("stage1", taught), ("stage2", practised)):
-        _, policy, _ = load_run(run, 1)
-        counted = true_success(policy, env, cfg.eval_episodes, 7 * 10**8 + seed * 10**6)
-        told |= {f"{name}_{k}": v for k, v in counted.items() if k != "eval_episodes"}
+    told = before_and_after(taught, practised, env, cfg.eval_episodes, seed)
     told["rank_correlation"] = how_d_does(taught, domain, 4 if cfg.pilot else 50, seed)
     _, policy, reward_model = load_run(taught, 1)
     s = read_json(taught / "summary.json")["success_threshold"]
@@ -89,7 +97,7 @@ def measure(taught: Path, practised: Path, look: float, cfg: Config, seed: int) 
     ended = counted["true_positives"] + counted["false_positives"]
     told["precision"] = counted["precision"] if ended else math.nan
     told["recall"] = counted["recall"] if counted["true_positives"] + counted["false_negatives"] else math.nan
-    return told | {"practice_episodes": read_json(practised / "summary.json")["episodes"]}
+    return told
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -99,7 +107,7 @@ def train(cfg: Config, runs: Path, seed: int) -> tuple[Path, Path]:
     if cfg.pilot:
         tiny0 = {"batch": 6, "eval_every": cfg.stage0_updates}
         tiny1 = {"batch": 9, "eval_every": cfg.updates}
-        tiny2 = {"updates": 1, "batch": 8, "num_envs": 2, "first_look": 2}
+        tiny2 = TINY_PRACTICE
     name = f"{runs}/{cfg.stage0}"
     domain, *also = SEEN[cfg.stage0]
     of_stage0 = {"domain": domain, "also": tuple(also), "updates": cfg.stage0_updates, "seed": seed}
@@ -113,26 +121,16 @@ def train(cfg: Config, runs: Path, seed: int) -> tuple[Path, Path]:
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
-def chosen(rows: list[dict[str, str]], look: float) -> list[dict[str, str]]:
-    """The rows of every seed."""
-    return [row for row in rows if row["look"] == f"{look:.6g}"]
-
-
 def draw(rows: list[dict[str, str]], cfg: Config) -> plt.Figure:
     """Success before and after practice, and d's rank correlation, along the way from real to sim."""
     fig, (success, order) = plt.subplots(1, 2, figsize=(WIDTH, 3.0), layout="constrained")
-    lines = [
-        (success, "stage1_success", BLUE, "Stage 1"),
-        (success, "stage2_success", ORANGE, "practice in sim"),
+    lines = [  # dashed, on top of Stage 1's where practice found nothing
+        (success, "stage1_success", "-", BLUE, "Stage 1"),
+        (success, "stage2_success", "--", ORANGE, "practice in sim"),
+        (order, "rank_correlation", "-", GREEN, "d and the steps truly left"),
     ]
-    for ax, column, colour, label in [
-        *lines,
-        (order, "rank_correlation", GREEN, "d and the steps truly left"),
-    ]:
-        told = [[float(row[column]) for row in chosen(rows, look)] for look in LOOKS]
-        style = (
-            "--" if column == "stage2_success" else "-"
-        )  # on top of Stage 1's where practice found nothing
+    for ax, column, style, colour, label in lines:
+        told = [[float(row[column]) for row in chosen(rows, look=look)] for look in LOOKS]
         ax.plot(range(len(LOOKS)), [np.mean(of_look) for of_look in told], style, color=colour, label=label)
         for i, of_look in enumerate(told):
             ax.plot([i] * len(of_look), of_look, "o", color=colour, ms=4)
@@ -164,7 +162,7 @@ def summary(rows: list[dict[str, str]]) -> str:
             ("precision", 2),
             ("recall", 2),
         ):
-            line.append(with_interval(chosen(rows, look), column, digits))
+            line.append(with_interval(chosen(rows, look=look), column, digits))
         lines.append(line)
     head = [
         "look",
@@ -204,7 +202,7 @@ def main(cfg: Config) -> None:
     print(told)
     if not cfg.pilot and cfg.stage0 == "both":
         picture = "![Success and d from real to sim](../results/real2sim.png)"
-        put(PAGE, "real2sim", f"{told}\n\n{seeds_told(cfg.seeds)}\n\n{picture}")
+        publish(PAGE, "real2sim", told, cfg.seeds, picture)
 
 
 if __name__ == "__main__":

@@ -201,8 +201,9 @@ def measurements(cfg: Config, runs: Path, seed: int) -> tuple[list[dict[str, str
         name, folder = METHODS[method], practise(cfg, start, runs / f"{method}-s{seed}", method, seed)
         folders[name] = folder
         if method == "robofume":  # what it has learnt offline, behind the failures that it was shown
-            shown = [row for row in logged(folder) if row["env_steps"] == logged(folder)[0]["env_steps"]][-1]
-            steps = int(shown["env_steps"])
+            told = logged(folder)
+            steps = int(told[0]["env_steps"])
+            shown = [row for row in told if row["env_steps"] == steps][-1]
             taken = cost(name, folder, steps) | {"seconds": shown["seconds"]}
             places.append((name, steps, folder, "offline", taken))
         for steps in range(cfg.every, cfg.env_steps + 1, cfg.every):

@@ -12,7 +12,6 @@ import pytest
 
 import stage2
 from common import UserError
-from common.runs import Run
 from envs import make_vec
 from envs.tabletop_language import FAMILIES, instructions
 from tests import tiny
@@ -70,14 +69,7 @@ def test_the_families_table_and_figure():
 @pytest.mark.slow
 def test_the_families_pilot(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with tiny.tiny_presets():
-        families.main(families.Config(pilot=True))
-        folder = Path("runs/families-pilot")
-        before = (folder / "families.csv").read_bytes()
-        monkeypatch.setattr(Run, "start", None)  # what is there is not trained or measured again
-        monkeypatch.setattr(families, "measure", None)
-        families.main(families.Config(pilot=True))
-    assert (folder / "families.csv").read_bytes() == before and not Path("results").exists()
+    folder = tiny.pilot_twice(families, "families", monkeypatch)
     made = rows(folder / "families.csv")
     assert [(r["share"], r["family"]) for r in made] == [(share, f) for share in ("0.5", "1") for f in FAMILIES]
     with np.load("data/tabletop,family=mixed-state-40-s0-v2.npz") as data:
@@ -156,14 +148,7 @@ def test_the_real2sim_table_and_figure():
 @pytest.mark.slow
 def test_the_real2sim_pilot(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with tiny.tiny_presets():
-        real2sim.main(real2sim.Config(pilot=True))
-        folder = Path("runs/real2sim-pilot")
-        before = (folder / "real2sim.csv").read_bytes()
-        monkeypatch.setattr(Run, "start", None)
-        monkeypatch.setattr(real2sim, "measure", None)
-        real2sim.main(real2sim.Config(pilot=True))
-    assert (folder / "real2sim.csv").read_bytes() == before and not Path("results").exists()
+    folder = tiny.pilot_twice(real2sim, "real2sim", monkeypatch)
     assert [float(r["look"]) for r in rows(folder / "real2sim.csv")] == list(real2sim.LOOKS)
     domains = [json.loads((folder / f"both-{stage}-s0/config.json").read_text())["domain"] for stage in ("stage1", "stage2")]
     assert domains == ["tabletop,look=real", "tabletop,look=sim"]

@@ -7,10 +7,13 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 import torch
 
 import envs
+from common.runs import Run
 from common.weights import save_model
 from model import EFM, PRESETS, EFMConfig
 from tokens import Tokenizer
@@ -31,6 +34,19 @@ def tiny_presets() -> Iterator[None]:
         yield
     finally:
         PRESETS.update(before)
+
+
+def pilot_twice(experiment: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A script's pilot, and once more: what is there is not trained or measured again. The pilot's folder."""
+    folder = Path(f"runs/{name}-pilot")
+    with tiny_presets():
+        experiment.main(experiment.Config(pilot=True))
+        before = (folder / f"{name}.csv").read_bytes()
+        monkeypatch.setattr(Run, "start", None)
+        monkeypatch.setattr(experiment, "measure", None)
+        experiment.main(experiment.Config(pilot=True))
+    assert (folder / f"{name}.csv").read_bytes() == before and not Path("results").exists()
+    return folder
 
 
 def small(obs: str, seed: int, domain: str = "pointmass") -> EFM:
