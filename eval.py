@@ -20,12 +20,13 @@ from torch import Tensor
 
 from common import UserError, options, pictures
 from common.cli import cli
+from common.counting import evaluate
 from common.options import Count, Positive, Size, Whole
 from common.pictures import Film
 from common.runs import describe, newest_run, write_json
 from common.setup import load_run, measured_threshold, run_settings
 from model import EFM
-from rollout import evaluate, rollout
+from rollout import rollout
 
 SHOWN = 8  # episodes in the pictures
 

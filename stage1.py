@@ -34,9 +34,9 @@ from torch import Tensor
 from common import UserError, demos, ranks, setup
 from common.average import Average
 from common.cli import cli
+from common.counting import evaluate
 from common.options import Count, Positive, ScaleFlags, Share, Whole
 from model import EFM
-from rollout import evaluate
 from tokens import QUESTION_ACTION, QUESTION_INSTRUCTION, QUESTION_STEPS, StepsToGo, action_tokenizer
 
 

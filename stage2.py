@@ -35,9 +35,10 @@ from tqdm import tqdm
 
 from common import UserError, ranks, setup
 from common.cli import cli
+from common.counting import evaluate, first_look, metrics, pooled_mean
 from common.options import Count, Positive, ScaleFlags, Share, Size, Whole
 from model import EFM
-from rollout import Buffer, Episodes, evaluate, first_look, metrics, pooled_mean, rollout
+from rollout import Buffer, Episodes, rollout
 from tokens import action_tokenizer
 
 

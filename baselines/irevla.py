@@ -31,10 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from baselines import plumbing  # noqa: E402
 from common import ranks, setup  # noqa: E402
 from common.cli import cli  # noqa: E402
+from common.counting import metrics  # noqa: E402
 from common.demos import Demonstrations  # noqa: E402
 from common.options import Count, Positive, ScaleFlags, Share, Whole, fill  # noqa: E402
 from model import EFM  # noqa: E402
-from rollout import Episodes, metrics  # noqa: E402
+from rollout import Episodes  # noqa: E402
 from stage1 import bc_loss  # noqa: E402
 from tokens import QUESTION_ACTION, action_tokenizer  # noqa: E402
 

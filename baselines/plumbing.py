@@ -14,12 +14,13 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
 from common import UserError, setup
+from common.counting import confusion, evaluate
 from common.demos import Demonstrations
 from common.options import ScaleFlags
 from common.runs import Run
 from envs.tabletop_language import Meaning, texts
 from model import EFM
-from rollout import Episodes, confusion, evaluate, rollout
+from rollout import Episodes, rollout
 
 EPISODE_COLUMNS = ("true_at_end", "detected", "false_positives", "mean_steps", "return_mean", "return_std",
                    "return_negative", "entropy")  # fmt: skip

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baselines import plumbing  # noqa: E402
 from baselines.plumbing import Batch, Counts, Store, act, join, step  # noqa: E402
-from common import UserError, ranks, setup  # noqa: E402
+from common import UserError, counting, ranks, setup  # noqa: E402
 from common.cli import cli  # noqa: E402
 from common.demos import Demonstrations  # noqa: E402
 from common.options import Count, Positive, ScaleFlags, Share, Size, Whole  # noqa: E402
@@ -44,7 +44,7 @@ from common.weights import load_model  # noqa: E402
 from envs.operator import Operator  # noqa: E402
 from envs.tabletop import PAIRS, TabletopVectorEnv  # noqa: E402
 from model import EFM  # noqa: E402
-from rollout import Episodes, metrics  # noqa: E402
+from rollout import Episodes  # noqa: E402
 from tokens import QUESTION_ACTION, Tokenizer, action_tokenizer  # noqa: E402
 
 QUESTION_SUCCESS = "Is it done: {}"
@@ -338,7 +338,7 @@ def main(cfg: Config) -> None:
             batch = join(demonstrations(cloned), replay.batch(cfg.batch - cloned, rng))
             row = learner.update(batch, cloned, i + 1 == updates)
             now.updates += 1
-        row |= metrics([r], new["v_mu"], s) | plumbing.per_state(r, s)
+        row |= counting.metrics([r], new["v_mu"], s) | plumbing.per_state(r, s)
         row |= plumbing.per_task(r, env.pairs, ("forward", "backward"))
         log(row | {"interventions": stations.interventions}, tell=now.row % 10 == 0)
 

@@ -122,19 +122,24 @@ def stage0(cfg: Any) -> tuple[list[VectorEnv], Run, EFM | None]:
     if cfg.model not in PRESETS:
         raise UserError(f"--model {cfg.model}: unknown; choose one of {', '.join(PRESETS)}")
     env = make_env(cfg.domain, 1, obs="images")
-    domains = [env]
-    for other in cfg.also or ():
-        try:
-            domains.append(make_env(other, 1, obs="images"))
-        except UserError as e:
-            raise UserError(str(e).replace("--domain", "--also", 1)) from None
-    for flag, domain in zip(["--domain", *["--also"] * (len(domains) - 1)], domains, strict=True):
-        must([
-            (hasattr(domain, "scenes"),
-             f"{flag} {domain.name}: has no questions for Stage 0; choose pointmass or tabletop"),
-            ((domain.size, domain.simultaneous) == (env.size, env.simultaneous),
-             f"{flag} {domain.name}: its pictures are not like those of {env.name}; choose the same size and history"),
-        ])  # fmt: skip
+    domains = {"--domain": [env], "--also": [], "--words": []}
+    for flag, named in (("--also", cfg.also), ("--words", cfg.words)):
+        for other in named or ():
+            try:
+                domains[flag].append(make_env(other, 1, obs="images"))
+            except UserError as e:
+                raise UserError(str(e).replace("--domain", flag, 1)) from None
+    for flag, of_flag in domains.items():
+        for domain in of_flag:
+            must([
+                (hasattr(domain, "scenes"),
+                 f"{flag} {domain.name}: has no questions for Stage 0; choose pointmass or tabletop"),
+                ((domain.size, domain.simultaneous) == (env.size, env.simultaneous),
+                 f"{flag} {domain.name}: its pictures are not like those of {env.name}; "
+                 "choose the same size and history"),
+            ])  # fmt: skip
+    read_only = domains.pop("--words")
+    domains = sum(domains.values(), [])
     must([(cfg.batch >= len(domains), f"--batch {cfg.batch}: must be at least {len(domains)}, a scene of each domain")])
     ranks.choose_threads(cfg, 0 if is_nano(cfg.model) else ranks.SMALL)
     # a name that Stage 1 does not take for the newest Stage 0 run
@@ -142,7 +147,7 @@ def stage0(cfg: Any) -> tuple[list[VectorEnv], Run, EFM | None]:
     if run.done:
         return domains, run, None
     torch.manual_seed(cfg.seed)
-    texts = all_texts(domains)
+    texts = all_texts(domains + read_only)
     if any(domain.predicts_instruction for domain in domains):
         texts.append(QUESTION_INSTRUCTION)
     model = EFM(replace(PRESETS[cfg.model], image_size=env.size), Tokenizer.train(texts)).to(ranks.device())
@@ -364,7 +369,9 @@ def baseline(cfg: Any, domains: tuple[str, ...], name: str) -> tuple[list, Run, 
 
 def require_alike(env: VectorEnv, taught: VectorEnv, complaint: str = "") -> None:
     """Raise UserError unless a model taught in one domain can practise in the other: same observations, same tokens."""
-    alike = ("state_names", "state_dim", "action_tokens", "steps_cap", "steps_bins", "simultaneous")
+    alike = ["action_tokens", "steps_cap", "steps_bins", "simultaneous"]
+    if env.obs == "state":  # frames of other things are frames
+        alike += ["state_names", "state_dim"]
     if any(getattr(env, k) != getattr(taught, k) for k in alike):
         of_domain = f"--domain {env.name}: its actions or observations are not those of {taught.name}; leave it out"
         raise UserError(complaint or of_domain)

@@ -18,9 +18,9 @@ from torch import Tensor
 import envs
 import model
 import pointmass
-import rollout
 import stage2
 import tokens
+from common import counting
 from exercises import ex09_algorithm1 as bandit
 from exercises import practice
 
@@ -218,8 +218,8 @@ def ex08_detector(m) -> None:
     d = 10 * torch.rand(200, 15, generator=seeded())
     truth = torch.rand(200, 15, generator=seeded(1)) < 0.1
     for s in (0.5, 1.0, 3.0):
-        own = rollout.confirmed_detections(d.numpy(), truth.numpy(), s)
-        assert m.confirmed_within(d, truth, s) == own, f"rollout.confirmed_detections differs at s = {s}"
+        own = counting.confirmed_detections(d.numpy(), truth.numpy(), s)
+        assert m.confirmed_within(d, truth, s) == own, f"counting.confirmed_detections differs at s = {s}"
 
 
 def ex09_algorithm1(m) -> None:

@@ -20,7 +20,7 @@ TESTS = {  # for example "tests/test_stage2.py::test_rewards"
     "tokens.StepsToGo.encode": "",
     "model.prefix_mask": "",
     "model.EFM.log_prob": "",
-    "rollout.confirmed_detections": "",
+    "common.counting.confirmed_detections": "",
 }
 
 

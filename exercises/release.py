@@ -16,7 +16,7 @@ FUNCTIONS = {
     "tokens.py": ("SignMagnitude.encode", "SignMagnitude.decode", "StepsToGo.encode"),
     "model.py": ("prefix_mask", "EFM.steps_to_go"),
     "stage2.py": ("rewards", "monte_carlo_returns", "reinforce_loss", "detect_success"),
-    "rollout.py": ("confusion", "confirmed_detections"),
+    "common/counting.py": ("confusion", "confirmed_detections"),
     "pointmass.py": ("rewards", "monte_carlo_returns", "reinforce_loss"),
 }
 

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import UserError
+from common import UserError, demos
+from common.counting import detector_confusion, true_success
 from common.demos import Demonstrations, split
 from common.options import must
 from common.runs import read_json, write_atomically
 from common.setup import load_run
 from envs import Domain
 from model import EFM
-from rollout import true_success
 from tokens import StepsToGo
 
 
@@ -151,7 +151,7 @@ def seeds_told(seeds: int) -> str:
     return f"Seeds 0 to {seeds - 1}; in brackets the least and the greatest."
 
 
-# --- what families.py, figure4.py and real2sim.py share ---------------------------------------------------------------
+# --- what banana.py, families.py, figure4.py and real2sim.py share ----------------------------------------------------
 TINY_PRACTICE = {"updates": 1, "batch": 8, "num_envs": 2, "first_look": 2}  # of Stage 2 in a pilot
 
 
@@ -183,6 +183,25 @@ def before_and_after(
         counted = true_success(policy, env, episodes, 7 * 10**8 + seed * 10**6)
         told |= {f"{name}_{k}": v for k, v in counted.items() if k != "eval_episodes"}
     return told | {"practice_episodes": read_json(practised / "summary.json")["episodes"]}
+
+
+def judged(taught: Path, env: Domain, episodes: int, demonstrations: int, seed: int) -> dict[str, float]:
+    """How a Stage 1 run's d and detector do in a domain, which need not be its own.
+
+    rank_correlation: of d with the steps truly left, on fresh demonstrations; precision, recall: of the detector, in
+    episodes of its own policy, NaN where it never fires or nothing is ever reached.
+    """
+    _, policy, reward_model = load_run(taught, 1)
+    recorded = demos.record(env.name, env.obs, demonstrations, 10**3 + seed)  # not those of Stage 1
+    fresh = demos.Demonstrations(recorded, np.arange(demonstrations), env.state_dim)
+    d = predicted(reward_model, fresh, np.arange(len(fresh.index)), StepsToGo(env.steps_cap, env.steps_bins))
+    told = {"rank_correlation": rank_correlation(d, fresh.steps.numpy().astype(float))}
+    s = read_json(taught / "summary.json")["success_threshold"]
+    counted = detector_confusion(policy, reward_model, env, episodes, 8 * 10**8 + seed * 10**6, s)
+    ended = counted["true_positives"] + counted["false_positives"]
+    reached = counted["true_positives"] + counted["false_negatives"]
+    told["precision"] = counted["precision"] if ended else math.nan
+    return told | {"recall": counted["recall"] if reached else math.nan}
 
 
 def publish(page: Path, name: str, told: str, seeds: int, picture: str) -> None:

@@ -15,7 +15,6 @@ Writes results/real2sim.csv, real2sim.png, and a table of docs/pretraining.md.
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,10 +28,9 @@ from measuring import (  # noqa: E402
     before_and_after,
     chosen,
     finish,
+    judged,
     once,
-    predicted,
     publish,
-    rank_correlation,
     table,
     with_interval,
 )
@@ -44,11 +42,7 @@ from common import demos  # noqa: E402
 from common.cli import cli  # noqa: E402
 from common.options import Count, Whole, check  # noqa: E402
 from common.pictures import BLUE, GREEN, ORANGE, WIDTH, plt  # noqa: E402
-from common.runs import read_json  # noqa: E402
-from common.setup import load_run  # noqa: E402
 from envs import make_vec  # noqa: E402
-from rollout import detector_confusion  # noqa: E402
-from tokens import StepsToGo  # noqa: E402
 
 SEEN = {  # by Stage 0: its domains; a banana's table is there for the other experiment of the same page
     "both": ("tabletop,family=mixed,look=real", "tabletop,family=mixed", "bananatable"),
@@ -74,30 +68,11 @@ class Config:
 
 
 # --- measurements -----------------------------------------------------------------------------------------------------
-def how_d_does(run: Path, domain: str, episodes: int, seed: int) -> float:
-    """Rank correlation of a run's d with the steps truly left, on fresh demonstrations in a domain."""
-    env = make_vec(domain, 1, obs="images")
-    _, _, reward_model = load_run(run, 1)
-    recorded = demos.record(domain, "images", episodes, 10**3 + seed)  # not those of Stage 1
-    fresh = demos.Demonstrations(recorded, np.arange(episodes), env.state_dim)
-    rows = np.arange(len(fresh.index))
-    d = predicted(reward_model, fresh, rows, StepsToGo(env.steps_cap, env.steps_bins))
-    return rank_correlation(d, fresh.steps.numpy().astype(float))
-
-
 def measure(taught: Path, practised: Path, look: float, cfg: Config, seed: int) -> dict[str, float]:
     """A row: both policies' true success in a look; d's rank correlation there; the detector in Stage 1's episodes."""
-    domain = f"tabletop,look={look:g}"
-    env = make_vec(domain, 1, obs="images")
+    env = make_vec(f"tabletop,look={look:g}", 1, obs="images")
     told = before_and_after(taught, practised, env, cfg.eval_episodes, seed)
-    told["rank_correlation"] = how_d_does(taught, domain, 4 if cfg.pilot else 50, seed)
-    _, policy, reward_model = load_run(taught, 1)
-    s = read_json(taught / "summary.json")["success_threshold"]
-    counted = detector_confusion(policy, reward_model, env, cfg.eval_episodes, 8 * 10**8 + seed * 10**6, s)
-    ended = counted["true_positives"] + counted["false_positives"]
-    told["precision"] = counted["precision"] if ended else math.nan
-    told["recall"] = counted["recall"] if counted["true_positives"] + counted["false_negatives"] else math.nan
-    return told
+    return told | judged(taught, env, cfg.eval_episodes, 4 if cfg.pilot else 50, seed)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

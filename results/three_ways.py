@@ -37,11 +37,11 @@ import stage2  # noqa: E402
 from baselines import irevla, robofume  # noqa: E402
 from common import UserError  # noqa: E402
 from common.cli import cli  # noqa: E402
+from common.counting import true_success  # noqa: E402
 from common.options import Count, Positive, Whole, check  # noqa: E402
 from common.pictures import BLUE, GREEN, ORANGE, WIDTH, plt  # noqa: E402
 from common.runs import Run, read_json, wilson, write_atomically  # noqa: E402
 from common.setup import load_checkpoint, make_env  # noqa: E402
-from rollout import true_success  # noqa: E402
 
 METHODS = {
     "resets": "nanoEFM, resets",

@@ -14,9 +14,9 @@ from PIL import Image
 import envs.pointmass
 import eval as evaluation
 import stage2
+from common.counting import evaluate
 from common.runs import describe, write_json
 from common.weights import save_model
-from rollout import evaluate
 from tests.tiny import small, stage1_run
 
 PICTURES = ("trajectories.png", "steps_to_go.png", "episodes.gif")

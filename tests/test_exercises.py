@@ -17,10 +17,9 @@ import torch
 
 import model
 import pointmass
-import rollout
 import stage2
 import tokens
-from common import UserError
+from common import UserError, counting
 from envs import SingleView
 from exercises import checks, ex16_flipped_sign, ex19_domain, practice, release
 from exercises import ex09_algorithm1 as bandit
@@ -51,12 +50,12 @@ def missing(value, gamma):
 
 
 def counts(detected, truth):
-    table = rollout.confusion(detected.numpy(), truth.numpy())
+    table = counting.confusion(detected.numpy(), truth.numpy())
     return {k: v for k, v in table.items() if k not in ("precision", "recall")}
 
 
 def confirmed(d, truth, s):
-    return rollout.confirmed_detections(d.numpy(), truth.numpy(), s)
+    return counting.confirmed_detections(d.numpy(), truth.numpy(), s)
 
 
 def algorithm1(policy, optimizer, rng, *, forget=True, shuffle=True, clear=True, replace=False, sign=1, kept=None):
@@ -129,7 +128,7 @@ TESTS = {
     "tokens.StepsToGo.encode": "tests/test_tokens.py::test_steps_to_go_labels",
     "model.prefix_mask": "tests/test_model.py::test_prefix_mask_is_the_one_drawn_in_the_docstring",
     "model.EFM.log_prob": "tests/test_model.py::test_log_prob_sums_to_one_over_all_answers",
-    "rollout.confirmed_detections": "tests/test_rollout.py::test_success_before_the_detection_alone_does_not_count",
+    "common.counting.confirmed_detections": "tests/test_rollout.py::test_success_before_the_detection_alone_does_not_count",
 }
 SOLUTIONS |= {
     "ex18_bug_hunt": {"TESTS": TESTS},

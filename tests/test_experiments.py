@@ -1,4 +1,4 @@
-"""results/families.py and results/real2sim.py: what they count, draw and tabulate; the pilots."""
+"""results/families.py, real2sim.py and banana.py: what they count, draw and tabulate; the pilots."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 
 import stage2
 from common import UserError
-from envs import make_vec
+from envs import make_vec, tabletop
 from envs.tabletop_language import FAMILIES, instructions
 from tests import tiny
 from tests.test_three_ways import script
 
-families, real2sim = script("families"), script("real2sim")
+banana, families, real2sim = script("banana"), script("families"), script("real2sim")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -99,6 +99,7 @@ def test_families_refuses_wrong_shares(tmp_path, monkeypatch):
     ("families", "docs/results.md", "families"),
     ("figure4", "docs/pretraining.md", "figure 4"),
     ("real2sim", "docs/pretraining.md", "real2sim"),
+    ("banana", "docs/pretraining.md", "banana"),
 ])  # fmt: skip
 def test_the_page_has_the_numbers_of_the_csv(name, page, mark):
     """Of the seeds and shares that are there; without a CSV it says so."""
@@ -109,7 +110,9 @@ def test_the_page_has_the_numbers_of_the_csv(name, page, mark):
         return
     made, experiment = rows(path), script(name)
     cfg = experiment.Config()
-    if name != "real2sim":
+    if name == "banana":
+        cfg.stage0 = tuple(dict.fromkeys(row["stage0"] for row in made))
+    elif name != "real2sim":
         cfg.shares = tuple(dict.fromkeys(float(row["share"]) for row in made))
     cfg.seeds = len({row["seed"] for row in made})
     told = experiment.summary(made) if name == "real2sim" else experiment.summary(made, cfg)
@@ -156,3 +159,77 @@ def test_the_real2sim_pilot(tmp_path, monkeypatch, capsys):
     assert (seen["domain"], *seen["also"]) == real2sim.SEEN["both"]
     assert {(r["stage0"], r["updates"]) for r in rows(folder / "real2sim.csv")} == {("both", "2")}
     assert "| sim | " in capsys.readouterr().out
+
+
+# --- BananaTable ------------------------------------------------------------------------------------------
+def test_who_has_seen_a_banana():
+    """The control reads the same words, and sees the same scenes but for the banana's, as often."""
+    (seen, no_words, whole), (unseen, words, share) = banana.SEEN["with"], banana.SEEN["without"]
+    assert set(seen) - set(unseen) == {"bananatable"} == set(words) and no_words == ()
+    assert whole * 126 / len(seen) == pytest.approx(share * 126 / len(unseen))  # scenes of each domain
+    said = make_vec("bananatable", 1, obs="images").instructions()
+    assert not set(said) & set(make_vec(banana.BLOCKS, 1, obs="images").instructions())
+
+
+def test_how_a_banana_is_pushed():
+    """Two bananas of which the first goes 2 cm and 1 cm to the right, while it turns a quarter; the second stays."""
+    pos = np.zeros((4, 2, 2))
+    pos[1:, 0, 1], pos[3, 0, 1] = 0.02, 0.03
+    yaw = np.zeros((4, 2))
+    yaw[3, 0] = np.pi / 2
+    tool = np.zeros((4, 2, 2))
+    tool[:, 0] = [[0.1, 0.1], [0.0, -0.03], [0.1, 0.1], [0.05, 0.03]]  # moved at the second and the last
+    # its length is y, then, after the quarter, -x: |-0.03 - 0.02| and |0.05| from the middle
+    assert banana.pushes(pos, yaw, tool) == pytest.approx({"turned": 90 / 3, "off_middle": 5.0, "moved": 1.5})
+    still = banana.pushes(np.zeros((3, 1, 2)), np.zeros((3, 1)), np.zeros((3, 1, 2)))
+    assert np.isnan(still["turned"]) and np.isnan(still["off_middle"]) and still["moved"] == 0
+
+
+def test_a_banana_is_as_long_as_its_own_y_axis():
+    """What `pushes` takes for its length."""
+    ends = tabletop.BANANA[[0, -1]]
+    assert abs(ends[0, 1] - ends[1, 1]) > 0.13 and abs(ends[0, 0] - ends[1, 0]) < 1e-9
+
+
+def test_the_banana_table_and_figure(tmp_path):
+    columns = ("rank_correlation", "precision", "recall", "stage1_mean_steps", "stage2_mean_steps", "stage1_turned",
+               "stage2_turned", "stage1_off_middle", "stage2_off_middle", "stage1_moved", "stage2_moved")  # fmt: skip
+    made = []
+    for seen, more in (("with", 0.2), ("without", 0.0)):
+        for domain in (banana.BANANA, banana.BLOCKS):
+            for seed in (0, 1):
+                row = {"stage0": seen, "domain": domain, "seed": str(seed)} | dict.fromkeys(columns, "2")
+                made.append(row | {"stage1_success": f"{0.1 + more}", "stage2_success": f"{0.3 + more + 0.1 * seed}"})
+    cfg = banana.Config()
+    lines = banana.summary(made, cfg).splitlines()
+    assert lines[2].startswith("| with a banana | the banana | 0.30 (0.30-0.30) | 0.55 (0.50-0.60) |")
+    assert [line.split(" | ")[:2] for line in lines[9:]] == [
+        ["| with a banana", "Stage 1"],
+        ["| with a banana", "after practice"],
+        ["| without a banana", "Stage 1"],
+        ["| without a banana", "after practice"],
+    ]
+    (tmp_path / "metrics.csv").write_text("episodes,mean_steps\n8,90\n16,70\n")
+    fig = banana.draw(made, {"with": [tmp_path], "without": [tmp_path]}, cfg)
+    success, steps = fig.axes
+    heights = [bar.get_height() for bar in success.patches]
+    assert heights == pytest.approx([0.3, 0.55, 0.1, 0.35, 0.63, 0.85])  # the last two are the paper's
+    assert [line.get_ydata().tolist() for line in steps.lines] == [[90, 80], [90, 80]]
+    assert len(steps.get_legend().get_texts()) == 2
+    plt.close(fig)
+
+
+@pytest.mark.slow
+def test_the_banana_pilot(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tiny.pilot_twice(banana, "banana", monkeypatch)
+    made = rows(folder / "banana.csv")
+    assert [(r["stage0"], r["domain"]) for r in made] == [
+        (seen, domain) for seen in ("with", "without") for domain in (banana.BANANA, banana.BLOCKS)
+    ]
+    for seen in ("with", "without"):
+        told = [json.loads((folder / f"{seen}-stage{k}-s0/config.json").read_text()) for k in (0, 1, 2)]
+        assert ("bananatable" in told[0]["also"]) == (seen == "with")
+        assert [each["domain"] for each in told[1:]] == [banana.BLOCKS, banana.BANANA]
+    assert (folder / "banana.gif").stat().st_size > 1000 and (folder / "banana.png").exists()
+    assert "| without a banana | blocks |" in capsys.readouterr().out

@@ -17,7 +17,7 @@ LINES = {
     "stage0.py": 195,
     "stage1.py": 220,
     "stage2.py": 220,
-    "rollout.py": 300,
+    "rollout.py": 170,
     "eval.py": 160,
 }
 MAIN, COLUMNS = 80, 110
@@ -31,6 +31,7 @@ LAYERS = [
     {"common.demos"},
     {"common.setup"},
     {"rollout"},
+    {"common.counting"},
     {"stage0", "stage1", "stage2"},
     {"eval"},
     {"baselines", "exercises", "results"},

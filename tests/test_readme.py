@@ -190,14 +190,14 @@ def test_links_lead_somewhere():
 
 
 def logged() -> set[str]:
-    """The keys of the dicts that become a row of Stage 2's metrics.csv: in its `main` and in `rollout.metrics`."""
+    """The keys of the dicts that become a row of Stage 2's metrics.csv: in its `main` and in `counting.metrics`."""
     keys = []
     (main,) = function(ROOT / "stage2.py", "main")
     for node in ast.walk(ast.parse(main)):
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if getattr(target, "id", "") == "row" and isinstance(node.value, ast.Dict):
             keys += [key.value for key in node.value.keys]
-    (metrics,) = function(ROOT / "rollout.py", "metrics")
+    (metrics,) = function(ROOT / "common/counting.py", "metrics")
     returned = [n.value for n in ast.walk(ast.parse(metrics)) if isinstance(n, ast.Return) and isinstance(n.value, ast.Dict)]
     assert keys and returned
     return {*keys, *(key.value for value in returned for key in value.keys)}

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import envs.pointmass
-import rollout as rollouts
+from common import counting
+from common.counting import confirmed_detections, confusion, evaluate, metrics
 from common.runs import wilson
-from rollout import Episodes, confirmed_detections, confusion, encode_observation, evaluate, metrics, rollout
+from rollout import Episodes, encode_observation, rollout
 from tests.tiny import small, stage1_run
 from tokens import QUESTION_ACTION, StepsToGo, action_tokenizer
 
@@ -265,7 +266,7 @@ def watched(monkeypatch) -> list[Episodes]:
         seen.append(rollout(*args, **kwargs))
         return seen[-1]
 
-    monkeypatch.setattr(rollouts, "rollout", watch)
+    monkeypatch.setattr(counting, "rollout", watch)
     return seen
 
 
@@ -303,7 +304,7 @@ def test_next_to_no_temperature_is_greedy(run, watched, short):
 def test_the_first_hundred_episodes_do_not_depend_on_how_many_there_are(run, watched, monkeypatch):
     """And nothing but a chunk of them is in memory, without observations."""
     monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "horizon", 3)
-    assert rollouts.CHUNK == 100
+    assert counting.CHUNK == 100
     results = {n: evaluate(run, n, 0, 69.0) for n in (100, 250)}
     assert [len(r.length) for r in watched] == [100, 100] + 2 * [100, 100, 50]  # success, then the detector
     assert all(r.obs == {} for r in watched)

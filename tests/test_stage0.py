@@ -228,6 +228,22 @@ def test_several_domains_share_a_batch_and_a_vocabulary(tmp_path, monkeypatch):
     stage0.main(config)
 
 
+def test_words_of_a_domain_that_is_never_seen(tmp_path, monkeypatch):
+    """A model that can read of a banana, and has never seen one."""
+    monkeypatch.chdir(tmp_path)
+    cfg = EFMConfig(width=16, depth=1, heads=2, kv_heads=2, head_dim=8, mlp_dim=16,
+                    vit_width=8, vit_heads=2, vit_mlp_dim=16)  # fmt: skip
+    monkeypatch.setitem(PRESETS, "nano-vision", cfg)
+    asked = []
+    monkeypatch.setattr(TabletopVectorEnv, "scenes", spied(TabletopVectorEnv.scenes, asked))
+    stage0.main(stage0.Config(domain="tabletop", words=("bananatable",), batch=4, updates=1, out="web"))
+    assert {env.name for env, _ in asked} == {"tabletop"}
+    words = load_model(Path("web/policy.safetensors")).tokenizer.tokenizer.get_vocab()
+    assert {"banana", "moon", "table"} <= words.keys()
+    with pytest.raises(UserError, match="--words nope: unknown"):
+        stage0.main(stage0.Config(words=("nope",), out="other"))
+
+
 def test_a_loss_counts_where_a_domain_has_it(tmp_path, monkeypatch):
     """The pointmass tells no places, so only the tabletop points."""
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,256 @@
+"""BananaTable (the paper's Section 5.3.2): practise a skill that no demonstration showed.
+
+    python results/banana.py            # hours: trains what is not in runs/ yet, measures, films, draws
+    python results/banana.py --seed 1   # a seed alone, in a process of its own
+    python results/banana.py --pilot    # the same in tiny, to see that all of it works
+
+From images. Stage 0 sees tables with blocks and tables with a banana; its control, `--stage0 without`, reads the same
+words and has never seen a banana. Stage 1 learns from blocks that are pushed to places of the table. Then the policy
+practises with the banana alone, which turns where it is pushed beside its middle.
+Whatever is interrupted goes on when the command is given again; a row of the CSV that is there is not measured again.
+
+Writes results/banana.csv, banana.png, banana.gif, and two tables of docs/pretraining.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from measuring import (  # noqa: E402
+    TINY_PRACTICE,
+    before_and_after,
+    chosen,
+    finish,
+    judged,
+    logged,
+    once,
+    publish,
+    table,
+    with_interval,
+)
+
+import stage0  # noqa: E402 - the repository's root is not installed
+import stage1  # noqa: E402
+import stage2  # noqa: E402
+from common import demos  # noqa: E402
+from common.cli import cli  # noqa: E402
+from common.counting import chunks  # noqa: E402
+from common.options import Count, Whole, check  # noqa: E402
+from common.pictures import BLUE, GREEN, ORANGE, WIDTH, plt, save_gif  # noqa: E402
+from common.setup import load_run  # noqa: E402
+from envs import Domain, make_vec  # noqa: E402
+from eval import film  # noqa: E402
+from model import EFM  # noqa: E402
+from rollout import rollout  # noqa: E402
+
+BLOCKS, BANANA = "tabletop,family=block2absolutelocation", "bananatable"
+SEEN = {  # by Stage 0: its domains, the domains whose words alone it reads, updates for as many scenes of each
+    "with": (("tabletop,family=mixed,look=real", "tabletop,family=mixed", "bananatable"), (), 1),
+    "without": (("tabletop,family=mixed,look=real", "tabletop,family=mixed"), ("bananatable",), 2 / 3),
+}
+SETTINGS = ("episodes", "stage0_updates", "updates", "iterations", "eval_episodes")
+PAPER = {"stage1": 0.63, "stage2": 0.85}  # success with a real banana, before practice and after it
+PAGE = Path("docs/pretraining.md")
+
+
+@dataclass
+class Config:
+    seeds: Count = 2  # seeds 0, 1, ...
+    seed: Whole | None = None  # this one alone; nothing is drawn
+    stage0: tuple[Literal["with", "without"], ...] = ("with", "without")  # whether Stage 0 has seen a banana
+    episodes: Count = 8000  # demonstrations
+    stage0_updates: Count = 5000
+    updates: Count = 10_000  # of Stage 1
+    iterations: Count = 150  # of Stage 2, at most
+    eval_episodes: Count = 300  # fresh ones of a measurement
+    pilot: bool = False  # everything tiny, in runs/banana-pilot/
+
+
+# --- measurements -----------------------------------------------------------------------------------------------------
+def pushes(pos: np.ndarray, yaw: np.ndarray, tool: np.ndarray) -> dict[str, float]:
+    """How a banana is pushed: where it was, float (T + 1, N, 2) [m], its yaw (T + 1, N) [rad], the tool (T + 1, N, 2) [m].
+
+    turned: degrees for each cm that it moves; off_middle: how far along its length the tool is from its middle when
+    it moves it, mean [cm]; both NaN if it never moves. moved: mean way of an episode [cm].
+    """
+    way = np.linalg.norm(np.diff(pos, axis=0), axis=2)  # (T, N)
+    pushed = way > 0.001  # [m]
+    turned = np.abs(np.diff(yaw, axis=0))[pushed].sum()
+    lengthwise = np.stack([-np.sin(yaw), np.cos(yaw)], 2)  # its length is its own y axis
+    along = np.abs(((tool - pos) * lengthwise).sum(2))[1:]
+    total = float(way[pushed].sum())
+    return {
+        "turned": float(np.degrees(turned)) / (100 * total) if total else np.nan,
+        "off_middle": 100 * float(along[pushed].mean()) if total else np.nan,
+        "moved": 100 * total / pos.shape[1],
+    }
+
+
+def how_it_pushes(policy: EFM, env: Domain, episodes: int, seed: int) -> dict[str, float]:
+    """`pushes` over fresh episodes, which end in true success or at the horizon."""
+    seen = []
+    for part, first, generator in chunks(env, episodes, seed):
+        steps = []
+
+        def watch(part: Domain = part, steps: list = steps) -> None:
+            steps.append((part.pos[:, 0].copy(), part.yaw[:, 0].copy(), part.tool.copy()))
+
+        rollout(policy, None, part, first, generator, lambda d, truth: truth, keep=False, watch=watch)
+        steps += steps[-1:] * (env.horizon + 1 - len(steps))  # all episodes have ended
+        seen.append([np.stack(each) for each in zip(*steps, strict=True)])
+    return pushes(*(np.concatenate(each, 1) for each in zip(*seen, strict=True)))
+
+
+def measure(taught: Path, practised: Path, domain: str, cfg: Config, seed: int) -> dict[str, float]:
+    """A row: both policies' true success in a domain; Stage 1's d and detector there; on bananas also how both push."""
+    env = make_vec(domain, 1, obs="images")
+    told = before_and_after(taught, practised, env, cfg.eval_episodes, seed)
+    told |= judged(taught, env, cfg.eval_episodes, 4 if cfg.pilot else 50, seed)
+    for name, run in (("stage1", taught), ("stage2", practised)):
+        pushing = dict.fromkeys(("turned", "off_middle", "moved"), np.nan)
+        if domain == BANANA:
+            _, policy, _ = load_run(run, 1)
+            pushing = how_it_pushes(policy, env, min(100, cfg.eval_episodes), 9 * 10**8 + seed * 10**6)
+        told |= {f"{name}_{k}": v for k, v in pushing.items()}
+    return told
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+def train(cfg: Config, runs: Path, seen: str, seed: int) -> tuple[Path, Path]:
+    """The Stage 1 run with blocks and the Stage 2 run with the banana, trained if they are not there."""
+    tiny0, tiny1, tiny2 = {}, {}, {}
+    if cfg.pilot:
+        tiny0 = {"batch": 6, "eval_every": cfg.stage0_updates}
+        tiny1 = {"batch": 9, "eval_every": cfg.updates}
+        tiny2 = TINY_PRACTICE
+    name = f"{runs}/{seen}"
+    (domain, *also), words, share = SEEN[seen]
+    of_stage0 = {"domain": domain, "also": tuple(also), "words": words or None, "seed": seed}
+    of_stage0["updates"] = round(share * cfg.stage0_updates)
+    init = finish(stage0.main, stage0.Config(**of_stage0 | tiny0, out=f"{name}-stage0-s{seed}"))
+    of_stage1 = {"domain": BLOCKS, "obs": "images", "init": str(init), "seed": seed}
+    of_stage1 |= {k: getattr(cfg, k) for k in ("episodes", "updates", "eval_episodes")}
+    taught = finish(stage1.main, stage1.Config(**of_stage1 | tiny1, out=f"{name}-stage1-s{seed}"))
+    of_stage2 = {"stage1": str(taught), "domain": BANANA, "iterations": cfg.iterations}
+    of_stage2 |= {"eval_episodes": cfg.eval_episodes}
+    return taught, finish(stage2.main, stage2.Config(**of_stage2 | tiny2, out=f"{name}-stage2-s{seed}"))
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+def draw(rows: list[dict[str, str]], practised: dict[str, list[Path]], cfg: Config) -> plt.Figure:
+    """Success with the banana before and after practice beside the paper's; steps of a practice episode."""
+    fig, (success, steps) = plt.subplots(1, 2, figsize=(WIDTH, 3.0), layout="constrained")
+    for i, seen in enumerate(cfg.stage0):
+        for k, (stage, colour) in enumerate((("stage1", BLUE), ("stage2", ORANGE))):
+            told = [float(row[f"{stage}_success"]) for row in chosen(rows, stage0=seen, domain=BANANA)]
+            success.bar(i + 0.4 * k - 0.2, np.mean(told), 0.38, color=colour)
+            success.plot([i + 0.4 * k - 0.2] * len(told), told, "o", color="black", ms=2.5)
+        colour = {"with": GREEN, "without": ORANGE}[seen]
+        for run in practised[seen]:
+            column = [row["mean_steps"] for row in logged(run)]
+            fives = [np.mean(column[max(0, t - 4) : t + 1]) for t in range(len(column))]
+            episodes = [row["episodes"] for row in logged(run)]
+            steps.plot(episodes, fives, color=colour, label=f"Stage 0 {seen} a banana")
+    last = len(cfg.stage0)
+    for k, (stage, colour) in enumerate((("stage1", BLUE), ("stage2", ORANGE))):
+        label = {"stage1": "Stage 1", "stage2": "after practice"}[stage]
+        success.bar(last + 0.4 * k - 0.2, PAPER[stage], 0.38, color=colour, label=label)
+    names = [f"Stage 0 {seen}\na banana" for seen in cfg.stage0]
+    success.set_xticks(range(last + 1), [*names, "the paper"])
+    success.set(ylim=(0, 1), ylabel="success with the banana")
+    success.legend(loc="upper left")
+    steps.set(xlabel="practice episodes", ylabel="steps of one", ylim=(0, None))
+    handles = dict(zip(*steps.get_legend_handles_labels()[::-1], strict=True))  # a line a seed
+    steps.legend(handles.values(), handles.keys(), loc="lower left")
+    return fig
+
+
+def summary(rows: list[dict[str, str]], cfg: Config) -> str:
+    """Two tables, the mean and, of several seeds, the least and the greatest: how often it succeeds, how it pushes."""
+    succeeds, pushing = [], []
+    for seen in cfg.stage0:
+        for domain, task in ((BANANA, "the banana"), (BLOCKS, "blocks")):
+            of_line = chosen(rows, stage0=seen, domain=domain)
+            line = [f"{seen} a banana", task]
+            for column, digits in (
+                ("stage1_success", 2),
+                ("stage2_success", 2),
+                ("stage1_mean_steps", 1),
+                ("stage2_mean_steps", 1),
+                ("rank_correlation", 2),
+                ("precision", 2),
+                ("recall", 2),
+            ):
+                line.append(with_interval(of_line, column, digits))
+            succeeds.append(line)
+        of_banana = chosen(rows, stage0=seen, domain=BANANA)
+        for stage, policy in (("stage1", "Stage 1"), ("stage2", "after practice")):
+            line = [f"{seen} a banana", policy]
+            for column, digits in (("moved", 0), ("turned", 1), ("off_middle", 1)):
+                line.append(with_interval(of_banana, f"{stage}_{column}", digits))
+            pushing.append(line)
+    head = [
+        "Stage 0",
+        "task",
+        "Stage 1",
+        "practice",
+        "steps",
+        "steps after",
+        "rank correlation",
+        "precision",
+        "recall",
+    ]
+    how = ["Stage 0", "policy", "way [cm]", "turn [degrees/cm]", "off the middle [cm]"]
+    return f"{table(head, succeeds)}\n\n{table(how, pushing)}"
+
+
+def before_and_after_film(taught: Path, practised: Path, path: Path) -> None:
+    """The same three scenes with Stage 1's policy, above, and after practice, below."""
+    env, films = make_vec(BANANA, 3, obs="images"), []
+    for run in (taught, practised):
+        _, policy, reward_model = load_run(run, 1)
+        films.append(film(policy, reward_model, env, 0, env.temperature, greedy=False))
+    save_gif(films, path, env.metadata["render_fps"])
+
+
+def main(cfg: Config) -> None:
+    check(cfg)
+    runs, out = Path("runs/banana"), Path("results")
+    if cfg.pilot:
+        runs = out = Path("runs/banana-pilot")
+        cfg.seeds, cfg.episodes = 1, 20
+        cfg.stage0_updates, cfg.updates, cfg.iterations, cfg.eval_episodes = 3, 2, 2, 2
+    demos.split(cfg.episodes, 1.0)  # its complaints, before anything is trained
+    runs.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in asdict(cfg).items() if name in SETTINGS}
+    rows, every = [], {seen: [] for seen in cfg.stage0}
+    for seed in range(cfg.seeds) if cfg.seed is None else [cfg.seed]:
+        for seen in cfg.stage0:
+            taught, practised = train(cfg, runs, seen, seed)
+            every[seen].append(practised)
+            for domain in (BANANA, BLOCKS):
+                key = {"stage0": seen, "domain": domain, "seed": seed} | settings
+                of_row = (taught, practised, domain, cfg, seed)
+                rows.append(once(out / "banana.csv", key, lambda of_row=of_row: measure(*of_row)))
+    if cfg.seed is not None:
+        return
+    draw(rows, every, cfg).savefig(out / "banana.png")
+    plt.close("all")
+    first = cfg.stage0[0]
+    before_and_after_film(runs / f"{first}-stage1-s0", runs / f"{first}-stage2-s0", out / "banana.gif")
+    told = summary(rows, cfg)
+    print(told)
+    if not cfg.pilot:
+        picture = "![Success with the banana, and steps](../results/banana.png)\n\n"
+        picture += "![Three scenes before practice, above, and after it](../results/banana.gif)"
+        publish(PAGE, "banana", told, cfg.seeds, picture)
+
+
+if __name__ == "__main__":
+    cli(Config, main)
