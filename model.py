@@ -10,8 +10,8 @@ The attention mask lets the prefix (P) see itself, and an answer token (A) the p
 
          P P P A A      Symbols in the shape comments: B batch, T tokens, D width, C head width, H query
        P 1 1 1 0 0      and G key/value heads, P prefix tokens, L answer tokens, K number tokens allowed at a
-       P 1 1 1 0 0      position, N patches of an image, S quantities of a state.
-       P 1 1 1 0 0
+       P 1 1 1 0 0      position, N patches of an image, Dv their width, S quantities of a state, d numbers of
+       P 1 1 1 0 0      a quantity, F moments, J joints.
        A 1 1 1 1 0
        A 1 1 1 1 1
 
@@ -62,7 +62,7 @@ class EFMConfig:
     # state: the names of its quantities, one token each, and the numbers in each quantity; (): no state
     state_names: tuple[str, ...] = ()
     state_dim: int = 0
-    state_sinusoids: int = 0  # a quantity's first two also enter as waves, so many: of length 16, 8, ...
+    state_sinusoids: int = 0  # a quantity's first two also enter as waves, so many: of length 16, 8, 4, ...
     state_mlp: int = 0  # width of an MLP that reads the whole state, standardised, ...
     state_bias_tokens: int = 0  # ... and adds to where so many of an answer's first tokens are predicted
 
@@ -94,7 +94,7 @@ def join_heads(x: Tensor) -> Tensor:
 
 
 def no_autocast(x: Tensor) -> torch.autocast:
-    """Where bfloat16, with 8 bits for a number, would blur what is measured: states, scores and d(o, g)."""
+    """Where bfloat16, with 8 bits of precision, would blur what is measured: states, scores and d(o, g)."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -302,7 +302,7 @@ class EFM(nn.Module):
             self.action_head = nn.Sequential(first, nn.GELU(), last)
 
     def initialise(self) -> None:
-        """Random weights: all but norms, biases and, with `sinusoidal_numbers`, the number tokens."""
+        """Random weights, but for norms and biases; with `sinusoidal_numbers` partly number tokens."""
         self.apply(self.initialise_module)
         if self.cfg.sinusoidal_numbers:
             loc, share = self.tokenizer.loc, self.cfg.sinusoidal_numbers
@@ -519,14 +519,14 @@ class EFM(nn.Module):
                 state = self.standardise(state.flatten(2)).view_as(state)
             if self.cfg.state_sinusoids:  # a sum of cosines is nearly a distance: a goal's radius
                 octaves = 2 ** torch.arange(self.cfg.state_sinusoids, device=state.device)
-                # places alone: in waves, how far the tool lags would tell the last action, to be copied
+                # of positions alone: waves of the tool's lag tell the last action, and it would be copied
                 angle = (state[..., :2, None] * (2 * math.pi / 16) * octaves).flatten(-2)
                 state = torch.cat([state, angle.sin(), angle.cos()], -1)
             state = torch.einsum("bfsd,sdw->bfsw", state, self.state_weight) + names
         return state.flatten(1, 2)
 
     def state_bias(self, obs: Obs) -> Tensor | None:
-        """What the MLP adds to where an answer's first M tokens are predicted, float (B, M, D), or None."""
+        """What the MLP adds where an answer's first tokens are predicted: float (B, so many, D), or None."""
         if not self.cfg.state_mlp or "state" not in obs:
             return None
         now = obs["state"].flatten(1)[:, -len(self.state_mean) :]  # (B, S d), of the last moment

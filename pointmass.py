@@ -203,7 +203,7 @@ def stage2(agent: Agent, optimizer: torch.optim.Optimizer, s: float, cfg: Config
     reward_model = copy.deepcopy(agent).requires_grad_(False)
     optimizer = optimizer if cfg.keep_optimizer else torch.optim.Adam(agent.parameters(), fused=True)
     optimizer.param_groups[0]["lr"] = 4e-4
-    agent.floor = 0.2  # practice explores; with Stage 1's log p gets so steep that a few tuples blow it up
+    agent.floor = 0.2  # from here on: with Stage 1's 0.01 log p is so steep that a few tuples blow it up
     ends = (lambda d, truth: d <= s) if cfg.success == "detector" else (lambda d, truth: truth)
     rows, env_steps, episodes, mean_steps, best = [], 0, 0, 64.0, (1e9, copy.deepcopy(agent.state_dict()))
     while env_steps + 2 * 2048 <= cfg.stage2_steps:  # room for an iteration  [Alg. 1, line 1]
@@ -228,7 +228,7 @@ def stage2(agent: Agent, optimizer: torch.optim.Optimizer, s: float, cfg: Config
             rows[-1][key] = x.float().mean().item()
         print("stage 2", *(f" {key} {x:.2f}" for key, x in rows[-1].items()))
         score = sum(row["mean_steps"] for row in rows[-3:]) / 3
-        if len(rows) >= 3 and score < best[0]:  # later policies can be worse: the paper stops at the peak
+        if len(rows) >= 3 and score < best[0]:  # later policies can be worse
             best = score, copy.deepcopy(agent.state_dict())
     agent.load_state_dict(best[1])
     return rows

@@ -42,8 +42,8 @@ def encode_observation(
 ) -> dict[str, Tensor]:
     """The model's input for the simulations `rows` of a domain's observation, images encoded.
 
-    Each frame passes through the ViT once: the previous frame's features come from `before`, the last step's
-    input, or None where there is none, at first and in a domain with two views of the same moment.
+    before: the input of the last step, whose current frame is now the previous one, so its features are used
+    again. None: both images are encoded, at the first step and of two views of one moment.
     """
     device = model.language_model.embed_tokens.weight.device
     if "state" in obs:

@@ -11,7 +11,7 @@ where the domain asks for it (the paper: LanguageTable) one more, about an episo
 
 and two checkpoints are kept: the best at cloning on held-out episodes becomes Stage 2's policy, the best at
 steps to go its reward model and success detector. They need not be the same moment of training. On Aloha the
-last one, over-fitted, is the policy, and the best at cloning is kept beside it.
+last one is the policy, as in the paper, where it is over-fitted; the best at cloning is kept beside it.
 
     python stage1.py                          # pointmass from states, 5 minutes of one CPU core
     python stage1.py --obs images --seed 1    # the same from 32 x 32 frames
@@ -171,7 +171,8 @@ def main(cfg: Config) -> None:
     # the same tuples at every look; of a pre-trained model no more than fit where a batch does
     n, fixed = 2 * cfg.batch if cfg.weights or cfg.vit else 2048, np.random.default_rng(0)
     held_out = [fixed.choice(valid.acted, n), fixed.integers(len(valid.index), size=n)]
-    held_out.append(np.arange(len(valid.ends))[: n * env.predicts_instruction])
+    asked = n if env.predicts_instruction else 0
+    held_out.append(np.arange(len(valid.ends))[:asked])
     for update in run.steps(now.update, cfg.updates, "stage 1"):
         third = cfg.batch // 3 if now.instruction_on else 0  # split evenly over the objectives
         half = (cfg.batch - third) // 2
@@ -188,23 +189,25 @@ def main(cfg: Config) -> None:
         average.update()
         if (update + 1) % cfg.eval_every and update + 1 < cfg.updates:
             continue
-        average.exchange()  # it is the average that is looked at and kept
-        with torch.no_grad(), ranks.autocast(cfg.bf16):
-            held = ranks.mean(wrapped(losses, valid, *held_out))
-        row = {"update": update + 1} | dict.fromkeys(held, math.nan) | ranks.mean(loss)
-        row |= {f"valid_{name}": value for name, value in held.items()} | {"seconds": run.seconds()}
-        run.log(update + 1, row)
-        if not all(map(math.isfinite, held.values())):
-            raise UserError(f"--lr {cfg.lr}: the held-out losses are no numbers any more; take a smaller one")
-        now.update = update + 1
-        better = now.better(held)
-        if "bc" in better:
-            run.keep(**{"policy" if cfg.policy == "best" else "early_policy": model})
-        if "steps_to_go" in better:
-            run.keep(reward=model)
-        if cfg.policy == "last":  # the paper's Aloha: an over-fitted policy is the better one; both are kept
-            run.keep(policy=model)
-        average.exchange()  # training goes on from the weights themselves
+        with average.applied():  # the average is looked at and kept; training goes on from the weights
+            with torch.no_grad(), ranks.autocast(cfg.bf16):
+                held = ranks.mean(wrapped(losses, valid, *held_out))
+            # a column for each objective; NaN where one is no longer trained
+            row = {"update": update + 1} | dict.fromkeys(held, math.nan) | ranks.mean(loss)
+            row |= {f"valid_{name}": value for name, value in held.items()} | {"seconds": run.seconds()}
+            run.log(update + 1, row)
+            if not all(map(math.isfinite, held.values())):
+                raise UserError(
+                    f"--lr {cfg.lr}: the held-out losses are no numbers any more; take a smaller one"
+                )
+            now.update = update + 1
+            better = now.better(held)
+            if "bc" in better:
+                run.keep(**{"policy" if cfg.policy == "best" else "early_policy": model})
+            if "steps_to_go" in better:
+                run.keep(reward=model)
+            if cfg.policy == "last":  # the paper's Aloha: an over-fitted policy is the better one
+                run.keep(policy=model)
         run.checkpoint()
 
     told = {"stage": "stage1", "domain": cfg.domain, "obs": cfg.obs, "seed": cfg.seed}

@@ -18,7 +18,7 @@ The paper leaves out the middle term of R_t: 0 where an episode ends in its goal
     python stage2.py                                    # from the newest Stage 1 run, 4 minutes of one core
     python stage2.py --stage1 runs/pointmass-stage1-s1  # a given one
     python stage2.py --success ground-truth --gamma 0   # an ablation
-    python stage2.py --domain tabletop,look=real        # practice where the demonstrations were not: Real2Sim
+    python stage2.py --domain tabletop,look=real        # practice where the demonstrations were not
     torchrun --nproc_per_node 2 stage2.py               # two processes, half of the simulations each
 """
 
@@ -52,7 +52,7 @@ class Config(ScaleFlags):
     seed: Whole | None = None  # rollouts and batches; None: Stage 1's
     gamma: Share | None = None  # discount of the Monte Carlo returns; 0.9
     c: Positive = 0.05  # scale of the REINFORCE loss
-    success_threshold: Size | None = None  # s: the detector fires when d(o, g) <= s
+    success_threshold: Size | None = None  # s: the detector fires when d(o, g) <= s; as Stage 1 measured
     success: Literal["detector", "ground-truth"] = "detector"  # what ends a practice episode
     temperature: Positive | None = None  # the practising policy is softmax(scores / temperature); 1
     clip_reward: Size | None = None  # rewards are cut off at -this and +this; 0: nowhere
@@ -60,7 +60,9 @@ class Config(ScaleFlags):
     updates: Count = 16  # N, optimiser steps per iteration
     batch: Count | None = None  # B, tuples per optimiser step; 64
     lr: Positive | None = None  # AdamW; 1e-4
-    learns: Literal["all", "blocks"] | None = None  # all weights, or the transformer's blocks alone; all
+    learns: Literal["all", "blocks"] | None = (
+        None  # all weights but the vision tower's, or the blocks alone; all
+    )
     keep_optimizer: bool = False  # go on with Stage 1's last AdamW moments, as the authors' notebook does
     num_envs: Count | None = None  # simulations at once, at most; 128, of an operator's stations 16
     first_look: Count = 200  # practice episodes of Stage 1's own policy, to be beaten beyond noise
@@ -89,7 +91,9 @@ def practice_returns(episodes: Episodes, cfg: Config) -> Tensor:
     if cfg.clip_reward:  # a leap of d is its error more often than the policy's merit
         reward = reward.clamp(-cfg.clip_reward, cfg.clip_reward)
     last = episodes.length - 1
-    reward[range(len(last)), last] += cfg.success_bonus * episodes.truth[:, -1]  # where d cannot see it
+    reward[range(len(last)), last] += (
+        cfg.success_bonus * episodes.truth[:, -1]
+    )  # paid on the last step of a true success
     return monte_carlo_returns(reward, cfg.gamma)
 
 
@@ -106,7 +110,7 @@ def detect_success(d: Tensor, s: float) -> Tensor:
 # --- Algorithm 1 --------------------------------------------------------------------------------------------
 @dataclass
 class Progress:
-    """What a run continues from, beside the weights. Steps: how soon the model believes to be there."""
+    """What a run continues from, beside the weights. Steps: the length of an episode, which d <= s ends."""
 
     iteration: int = 0
     env_steps: int = 0
@@ -125,7 +129,7 @@ class Progress:
         return self.first[0] if self.first else horizon
 
     def better(self, length: np.ndarray) -> bool:
-        """Whether practice is faster than ever, and than Stage 1's policy by three standard errors."""
+        """Are the last five iterations 1 % faster than ever, and 3 standard errors than Stage 1's policy?"""
         self.recent = [*self.recent, [len(length), float(length.mean()), float(length.var())]][-5:]
         mean, error = pooled_mean(self.recent)
         beyond_noise = self.first[0] - mean > 3 * math.hypot(error, self.first[1])

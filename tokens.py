@@ -1,4 +1,4 @@
-"""Numbers and words as tokens: actions, steps to go, prompts (Sections 3.1, Appendix A)."""
+"""Numbers and words as tokens: actions, steps to go, prompts (Section 3.1, Appendix A)."""
 
 from __future__ import annotations
 

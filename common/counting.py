@@ -63,7 +63,11 @@ def first_look(looks: list[Episodes], threshold: float) -> list[float]:
 
 # --- of fresh episodes ------------------------------------------------------------------------------------------------
 def confusion(detected: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Counts, precision, recall; bool (n,) each: did the detector end it, was the goal truly reached then?"""
+    """Counts, precision, recall; bool (n,) each: did the detector end it, was the goal truly reached then?
+
+    recall: of the episodes that are in the goal when they end, the share that the detector ended. An arrival that no
+    alarm ended, and that was left again, is not counted.
+    """
     table = {
         "true_positives": int((detected & truth).sum()),
         "false_positives": int((detected & ~truth).sum()),
