@@ -9,7 +9,7 @@ words and has never seen a banana. Stage 1 learns from blocks that are pushed to
 practises with the banana alone, which turns where it is pushed beside its middle.
 Whatever is interrupted goes on when the command is given again; a row of the CSV that is there is not measured again.
 
-Writes results/banana.csv, banana.png, banana.gif, and two tables of docs/pretraining.md.
+Writes results/banana.csv, banana.png, two tables of docs/pretraining.md, and a film, runs/banana/banana.gif.
 """
 
 from __future__ import annotations
@@ -243,12 +243,11 @@ def main(cfg: Config) -> None:
     draw(rows, every, cfg).savefig(out / "banana.png")
     plt.close("all")
     first = cfg.stage0[0]
-    before_and_after_film(runs / f"{first}-stage1-s0", runs / f"{first}-stage2-s0", out / "banana.gif")
+    before_and_after_film(runs / f"{first}-stage1-s0", runs / f"{first}-stage2-s0", runs / "banana.gif")
     told = summary(rows, cfg)
     print(told)
     if not cfg.pilot:
-        picture = "![Success with the banana, and steps](../results/banana.png)\n\n"
-        picture += "![Three scenes before practice, above, and after it](../results/banana.gif)"
+        picture = "![Success with the banana, and steps](../results/banana.png)"
         publish(PAGE, "banana", told, cfg.seeds, picture)
 
 
