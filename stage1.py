@@ -83,7 +83,7 @@ def instruction_loss(model: EFM, obs: dict, goals: list[str]) -> Tensor:
 
 # --- the detector of Section 3.2 ----------------------------------------------------------------------------
 def calibrate(
-    before: Tensor, final: Tensor, precision: float = 0.9, recall: float = 0.5
+    before: Tensor, final: Tensor, precision: float = 0.9, recall: float = 0.2
 ) -> tuple[float, ...]:
     """The largest s whose detections on held-out demonstrations are mostly right, and not too few.
 
