@@ -50,7 +50,7 @@ from tokens import UniformBins
 class Config(DeviceFlags):
     domain: str = "pointmass"  # one of envs.DOMAINS, with arguments of its own: tabletop,blocks=8
     also: tuple[str, ...] | None = None  # further domains, whose scenes and words it sees as often
-    words: tuple[str, ...] | None = None  # domains whose words it can read, and whose scenes it never sees
+    words: tuple[str, ...] | None = None  # domains whose words are in its vocabulary, and no more
     model: str = "nano-vision"  # a preset of model.PRESETS
     seed: Whole = 0  # weights and scenes
     updates: Count = 6000  # optimiser steps

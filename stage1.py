@@ -59,6 +59,7 @@ class Config(ScaleFlags):
     lr: Positive | None = None  # AdamW: a warm-up of 100 updates, then a cosine down to a tenth
     policy: Literal["best", "last"] | None = None  # the policy: the best at cloning, or the last
     symmetries: bool | None = None  # turn tuples by the domain's symmetries; None: if not pre-trained
+    turns: bool | None = None  # tabletop from states: by any angle, too; None: 1,000 demonstrations or less
     average: Share | None = None  # decay of the weights' exponential average, which is kept; 0: none
     eval_every: Count = 500  # updates between two looks at the held-out episodes
 

@@ -204,7 +204,8 @@ def load(cfg: Any, env: VectorEnv) -> tuple[Demonstrations, Demonstrations]:
     held_out, used = split(len(data["length"]), cfg.data_fraction)
     train = Demonstrations(data, np.flatnonzero(~held_out & used), env.state_dim)
     if cfg.symmetries:
-        train.symmetries = env.symmetries
+        # a run of an earlier version does not say whether it was turned
+        train.symmetries = env.symmetries.turned() if getattr(cfg, "turns", None) else env.symmetries
     return train, Demonstrations(data, np.flatnonzero(held_out & used), env.state_dim)
 
 

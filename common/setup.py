@@ -131,10 +131,11 @@ def stage0(cfg: Any) -> tuple[list[VectorEnv], Run, EFM | None]:
                 raise UserError(str(e).replace("--domain", flag, 1)) from None
     for flag, of_flag in domains.items():
         for domain in of_flag:
+            seen_alike = (domain.size, domain.simultaneous) == (env.size, env.simultaneous)
             must([
                 (hasattr(domain, "scenes"),
                  f"{flag} {domain.name}: has no questions for Stage 0; choose pointmass or tabletop"),
-                ((domain.size, domain.simultaneous) == (env.size, env.simultaneous),
+                (seen_alike or flag == "--words",
                  f"{flag} {domain.name}: its pictures are not like those of {env.name}; "
                  "choose the same size and history"),
             ])  # fmt: skip
@@ -156,6 +157,10 @@ def stage0(cfg: Any) -> tuple[list[VectorEnv], Run, EFM | None]:
 
 
 # --- Stage 1 ------------------------------------------------------------------------------------------------
+# demonstrations: so few are turned by any angle, too; of more, nano models learn less in the same updates
+FEW = 1000
+
+
 def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     """The domain, the run, and the model that a Stage 1 configuration starts from; no model if the run is done.
 
@@ -174,6 +179,9 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     uses_domains_model = (cfg.model or defaults["model"]) == defaults["model"]
     # a domain's batch and learning rate are for its model
     options.fill(cfg, usual | defaults if uses_domains_model else defaults | usual)
+    can_turn = cfg.symmetries and env.symmetries.turned() is not env.symmetries
+    if can_turn and not cfg.dataset and cfg.episodes * cfg.data_fraction <= FEW:
+        options.fill(cfg, {"turns": True})
     named = cfg.init not in (None, "none")
     least = 2 + env.predicts_instruction
     models = (*PRESETS, "paligemma")
@@ -183,6 +191,8 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
          "--model paligemma and --weights FOLDER_OR_HUB_ID go together: give both or neither"),
         (not (pretrained and cfg.obs == "state"), "--obs state: a pre-trained model reads images; leave it out"),
         (not (pretrained and named), f"--init {cfg.init}: the model starts from --weights or --vit; leave one out"),
+        (can_turn or not cfg.turns,
+         f"--turns True: for tabletop from states with --symmetries; {cfg.domain} cannot be turned, leave it out"),
         (cfg.batch >= least, f"--batch {cfg.batch}: must be at least {least}"),
         (cfg.episodes >= 2, f"--episodes {cfg.episodes}: must be at least 2"),
     ])  # fmt: skip
@@ -368,9 +378,10 @@ def baseline(cfg: Any, domains: tuple[str, ...], name: str) -> tuple[list, Run, 
 
 
 def require_alike(env: VectorEnv, taught: VectorEnv, complaint: str = "") -> None:
-    """Raise UserError unless a model taught in one domain can practise in the other: same observations, same tokens."""
-    alike = ["action_tokens", "steps_cap", "steps_bins", "simultaneous"]
-    if env.obs == "state":  # frames of other things are frames
+    """Raise UserError unless a model taught in one domain can practise in the other: same tokens, same
+    horizon, and from states the same observations; frames of other things are frames."""
+    alike = ["action_tokens", "steps_cap", "steps_bins", "simultaneous", "horizon"]
+    if env.obs == "state":
         alike += ["state_names", "state_dim"]
     if any(getattr(env, k) != getattr(taught, k) for k in alike):
         of_domain = f"--domain {env.name}: its actions or observations are not those of {taught.name}; leave it out"

@@ -11,7 +11,7 @@ anew each time that the tuple is in a batch:
 
     class                domain, obs                    elements
     PointmassSymmetries  pointmass, states and images   8 of the square x 6 permutations of the colours
-    TabletopSymmetries   tabletop and banana, states    the mirror x B! permutations of the B blocks x 36 turns
+    TabletopSymmetries   tabletop and banana, states    the mirror x B! permutations of the B blocks [x 36 turns]
                          images, look=sim               the mirror
     AlohaSymmetries      aloha, states                  the mirror
     Symmetries           all others                     1
@@ -44,9 +44,13 @@ class Symmetries:
         """
         if not g.any():
             return obs, action, goals
-        turned = {key: getattr(self, key)(g, value) for key, value in obs.items()}
+        changed = {key: getattr(self, key)(g, value) for key, value in obs.items()}
         goals = [self.words(k, text) for k, text in zip(g.tolist(), goals, strict=True)]
-        return turned, action if action is None else self.action(g, action), goals
+        return changed, action if action is None else self.action(g, action), goals
+
+    def turned(self) -> Symmetries:
+        """These and turns by any angle, where the domain has them: `stage1.py --turns True`."""
+        return self
 
 
 class PointmassSymmetries(Symmetries):
@@ -98,6 +102,7 @@ class PointmassSymmetries(Symmetries):
         return " ".join(becomes.get(word, word) for word in text.split(" "))
 
 
+TURNS = 36  # angles, ten degrees apart
 # a sentence with one of these is about the table or the camera, and is not true of a scene that has been turned
 DIRECTED = re.compile(
     r"\b(left|right|up|upwards|down|downwards|above|below|top|bottom|upper|lower|middle|center|base)\b"
@@ -109,16 +114,19 @@ class TabletopSymmetries(Symmetries):
 
     names: of each block, all that it may be called, equally many. Exchanging them is exact but for the shapes: a moon
     pushed where a cube was does not turn as the cube did.
-    turns: how many angles the scene may be turned by, about the workspace's middle. It is exact for quarters; between
-    them friction, which is per axis, is a little less. A tuple is not turned where its sentence names a direction or a
-    place, or where anything would leave `within`, float (2, 2): the least and the greatest x, y [dm from the middle].
+    within: float (2, 2), the least and the greatest x, y [dm from the workspace's middle] of a turned scene; None: it
+    must not be turned.
+    turns: the angles that it may be turned by, about the middle. Quarters are exact. Between them a pushed block goes a
+    little another way, as its friction is per axis; and of 200 actions one is cut off where action tokens end. A tuple
+    is not turned where its sentence names a direction or a place, or where anything would leave `within`.
     An element is g = permutation + P * (mirrored + 2 * turn).
     """
 
     def __init__(
-        self, names: list[list[str]], permute: bool, turns: int = 1, within: np.ndarray | None = None
+        self, names: list[list[str]], permute: bool, within: np.ndarray | None = None, turns: int = 1
     ):
-        self.names, self.count, self.turns, self.within = names, len(names), turns, within
+        self.names, self.count, self.permute = names, len(names), permute
+        self.within, self.turns = within, turns
         self.every = (
             list(itertools.permutations(range(self.count))) if permute else [tuple(range(self.count))]
         )
@@ -129,6 +137,11 @@ class TabletopSymmetries(Symmetries):
         )  # "red moon" before "moon"
         self.any_name = re.compile(r"\b(" + "|".join(known) + r")\b")
         self.place = {name: (b, i) for b, block in enumerate(names) for i, name in enumerate(block)}
+
+    def turned(self) -> Symmetries:
+        return (
+            self if self.within is None else TabletopSymmetries(self.names, self.permute, self.within, TURNS)
+        )
 
     def __call__(
         self, g: np.ndarray, obs: dict[str, Tensor], action: Tensor | None, goals: list[str]
@@ -153,7 +166,7 @@ class TabletopSymmetries(Symmetries):
         mirrored = g // len(self.every) % 2 == 1
         return torch.from_numpy(mirrored).view(-1, *[1] * (like.ndim - 1)).to(like.device)
 
-    def turned(self, g: np.ndarray, vectors: Tensor) -> Tensor:
+    def turn(self, g: np.ndarray, vectors: Tensor) -> Tensor:
         """Vectors float (B, ..., 2) of the plane, each turned by its element's angle."""
         angle = torch.from_numpy(g // (2 * len(self.every)) * (2 * np.pi / self.turns)).float()
         angle = angle.view(-1, *[1] * (vectors.ndim - 2)).to(vectors.device)
@@ -170,7 +183,7 @@ class TabletopSymmetries(Symmetries):
         state = torch.where(self.mirrored(g, state), state * signs, state)
         if self.turns == 1:
             return state
-        return self.turned(g, state.unflatten(-1, (2, 2))).flatten(-2)
+        return self.turn(g, state.unflatten(-1, (2, 2))).flatten(-2)
 
     def images(self, g: np.ndarray, images: Tensor) -> Tensor:
         """(B, 2, H, W, 3): y points right."""
@@ -178,7 +191,7 @@ class TabletopSymmetries(Symmetries):
 
     def action(self, g: np.ndarray, action: Tensor) -> Tensor:
         action = torch.where(self.mirrored(g, action), action * torch.tensor([1.0, -1.0]), action)
-        return action if self.turns == 1 else self.turned(g, action)
+        return action if self.turns == 1 else self.turn(g, action)
 
     def words(self, k: int, text: str) -> str:
         mirrored, permutation = divmod(k % (2 * len(self.every)), len(self.every))

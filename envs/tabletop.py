@@ -62,7 +62,6 @@ from envs.tabletop_language import Meaning
 LOW, HIGH = np.array([0.15, -0.3048]), np.array([0.60, 0.3048])  # the tool's workspace [m]  (constants.py)
 CENTRE, INSET = (LOW + HIGH) / 2, 0.08  # where things start, less INSET a side
 BOARD_CENTRE, BOARD_HALF = np.array([0.35, 0.0]), np.array([0.2286, 0.3048])
-TURNS = 36  # angles that Stage 1 may turn a scene by
 ACTION_LIMIT, STRIDE = (
     0.1,
     0.03,
@@ -426,10 +425,10 @@ class TabletopVectorEnv(MujocoDomain):
         # frames tie names to colours and shapes; where some pairs are left out, others would tell of them
         permute = obs == "state" and not any(getattr(self, "pairs", ()))
         on_board = BOARD_CENTRE - BOARD_HALF, BOARD_CENTRE + BOARD_HALF
-        within = np.stack([np.maximum(LOW, on_board[0]), np.minimum(HIGH, on_board[1])]) - CENTRE
-        turns = TURNS if obs == "state" and {"block2block", "separate_blocks"} & {*self.families} else 1
+        within = 10 * (np.stack([np.maximum(LOW, on_board[0]), np.minimum(HIGH, on_board[1])]) - CENTRE)
         names = [self._names(k) for k in range(B)]
-        self.symmetries = TabletopSymmetries(names, permute, turns, 10 * within)
+        turnable = obs == "state" and {"block2block", "separate_blocks"} & {*self.families}  # name no side
+        self.symmetries = TabletopSymmetries(names, permute, within if turnable else None)
         if obs == "images" and self.real:  # its light is from one side
             self.symmetries = Symmetries()
         self.target = np.zeros((n, 2))

@@ -4,9 +4,9 @@
     python results/banana.py --seed 1   # a seed alone, in a process of its own
     python results/banana.py --pilot    # the same in tiny, to see that all of it works
 
-From images. Stage 0 sees tables with blocks and tables with a banana; its control, `--stage0 without`, reads the same
-words and has never seen a banana. Stage 1 learns from blocks that are pushed to places of the table. Then the policy
-practises with the banana alone, which turns where it is pushed beside its middle.
+From images. Stage 0 sees tables with blocks and tables with a banana; its control, `--stage0 without`, has the same
+words in its vocabulary and has never seen a banana or read of one. Stage 1 learns from blocks that are pushed to places
+of the table. Then the policy practises with the banana alone, which turns where it is pushed beside its middle.
 Whatever is interrupted goes on when the command is given again; a row of the CSV that is there is not measured again.
 
 Writes results/banana.csv, banana.png, two tables of docs/pretraining.md, and a film, runs/banana/banana.gif.
@@ -50,12 +50,13 @@ from model import EFM  # noqa: E402
 from rollout import rollout  # noqa: E402
 
 BLOCKS, BANANA = "tabletop,family=block2absolutelocation", "bananatable"
-SEEN = {  # by Stage 0: its domains, the domains whose words alone it reads, updates for as many scenes of each
+SEEN = {  # by Stage 0: its domains, those whose words it has in its vocabulary alone, updates for as many scenes of each
     "with": (("tabletop,family=mixed,look=real", "tabletop,family=mixed", "bananatable"), (), 1),
     "without": (("tabletop,family=mixed,look=real", "tabletop,family=mixed"), ("bananatable",), 2 / 3),
 }
 SETTINGS = ("episodes", "stage0_updates", "updates", "iterations", "eval_episodes")
 PAPER = {"stage1": 0.63, "stage2": 0.85}  # success with a real banana, before practice and after it
+HOW = {"moved": 0, "turned": 1, "beside": 1, "fallen": 2}  # of `pushes`: digits
 PAGE = Path("docs/pretraining.md")
 
 
@@ -73,23 +74,35 @@ class Config:
 
 
 # --- measurements -----------------------------------------------------------------------------------------------------
-def pushes(pos: np.ndarray, yaw: np.ndarray, tool: np.ndarray) -> dict[str, float]:
-    """How a banana is pushed: where it was, float (T + 1, N, 2) [m], its yaw (T + 1, N) [rad], the tool (T + 1, N, 2) [m].
+def pushes(pos: np.ndarray, yaw: np.ndarray, tool: np.ndarray, fallen: np.ndarray) -> dict[str, float]:
+    """How a banana is pushed: where it was, float (T + 1, N, 2) [m], its yaw (T + 1, N) [rad], the tool (T + 1, N, 2) [m],
+    whether it had fallen off the board (T + 1, N).
 
-    turned: degrees for each cm that it moves; off_middle: how far along its length the tool is from its middle when
-    it moves it, mean [cm]; both NaN if it never moves. moved: mean way of an episode [cm].
+    moved: mean way of an episode [cm], until a fall; turned: degrees for each cm of it; beside: how far the tool's way
+    passes by the banana's middle while it moves it, mean [cm]; both NaN if it never moves. fallen: share of episodes.
     """
-    way = np.linalg.norm(np.diff(pos, axis=0), axis=2)  # (T, N)
+    way = np.where(fallen[1:], 0.0, np.linalg.norm(np.diff(pos, axis=0), axis=2))  # (T, N)
     pushed = way > 0.001  # [m]
-    turned = np.abs(np.diff(yaw, axis=0))[pushed].sum()
-    lengthwise = np.stack([-np.sin(yaw), np.cos(yaw)], 2)  # its length is its own y axis
-    along = np.abs(((tool - pos) * lengthwise).sum(2))[1:]
     total = float(way[pushed].sum())
-    return {
-        "turned": float(np.degrees(turned)) / (100 * total) if total else np.nan,
-        "off_middle": 100 * float(along[pushed].mean()) if total else np.nan,
+    told = {
         "moved": 100 * total / pos.shape[1],
+        "turned": np.nan,
+        "beside": np.nan,
+        "fallen": float(fallen[-1].mean()),
     }
+    if total:
+        told["turned"] = float(np.degrees(np.abs(np.diff(yaw, axis=0))[pushed].sum())) / (100 * total)
+        stroke, to_middle = np.diff(tool, axis=0)[pushed], (pos - tool)[:-1][pushed]  # (pushes, 2)
+        cross = stroke[:, 0] * to_middle[:, 1] - stroke[:, 1] * to_middle[:, 0]
+        told["beside"] = 100 * float(
+            (np.abs(cross) / np.maximum(np.linalg.norm(stroke, axis=1), 1e-9)).mean()
+        )
+    return told
+
+
+def scene(env: Domain) -> tuple[np.ndarray, ...]:
+    """What `pushes` wants of a moment."""
+    return env.pos[:, 0].copy(), env.yaw[:, 0].copy(), env.tool.copy(), env.fallen[:, 0].copy()
 
 
 def how_it_pushes(policy: EFM, env: Domain, episodes: int, seed: int) -> dict[str, float]:
@@ -99,12 +112,24 @@ def how_it_pushes(policy: EFM, env: Domain, episodes: int, seed: int) -> dict[st
         steps = []
 
         def watch(part: Domain = part, steps: list = steps) -> None:
-            steps.append((part.pos[:, 0].copy(), part.yaw[:, 0].copy(), part.tool.copy()))
+            steps.append(scene(part))
 
         rollout(policy, None, part, first, generator, lambda d, truth: truth, keep=False, watch=watch)
         steps += steps[-1:] * (env.horizon + 1 - len(steps))  # all episodes have ended
         seen.append([np.stack(each) for each in zip(*steps, strict=True)])
     return pushes(*(np.concatenate(each, 1) for each in zip(*seen, strict=True)))
+
+
+def how_people_push(episodes: int, seed: int) -> dict[str, float]:
+    """`pushes` of the script that demonstrates."""
+    env = make_vec(BANANA, episodes, obs="state")
+    _, info = env.reset(seed=seed)
+    steps, done = [scene(env)], info["is_success"]
+    for _ in range(env.horizon):
+        _, _, _, _, info = env.step(np.where(done[:, None], 0.0, env.demonstrate()).astype(np.float32))
+        done = done | info["is_success"]
+        steps.append(scene(env))
+    return pushes(*(np.stack(each) for each in zip(*steps, strict=True)))
 
 
 def measure(taught: Path, practised: Path, domain: str, cfg: Config, seed: int) -> dict[str, float]:
@@ -113,12 +138,15 @@ def measure(taught: Path, practised: Path, domain: str, cfg: Config, seed: int) 
     told = before_and_after(taught, practised, env, cfg.eval_episodes, seed)
     told |= judged(taught, env, cfg.eval_episodes, 4 if cfg.pilot else 50, seed)
     for name, run in (("stage1", taught), ("stage2", practised)):
-        pushing = dict.fromkeys(("turned", "off_middle", "moved"), np.nan)
+        pushing = dict.fromkeys(HOW, np.nan)
         if domain == BANANA:
             _, policy, _ = load_run(run, 1)
             pushing = how_it_pushes(policy, env, min(100, cfg.eval_episodes), 9 * 10**8 + seed * 10**6)
         told |= {f"{name}_{k}": v for k, v in pushing.items()}
-    return told
+    people = dict.fromkeys(HOW, np.nan)
+    if domain == BANANA:
+        people = how_people_push(min(100, cfg.eval_episodes), 9 * 10**8 + seed * 10**6)
+    return told | {f"script_{k}": v for k, v in people.items()}
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -190,9 +218,13 @@ def summary(rows: list[dict[str, str]], cfg: Config) -> str:
                 line.append(with_interval(of_line, column, digits))
             succeeds.append(line)
         of_banana = chosen(rows, stage0=seen, domain=BANANA)
-        for stage, policy in (("stage1", "Stage 1"), ("stage2", "after practice")):
-            line = [f"{seen} a banana", policy]
-            for column, digits in (("moved", 0), ("turned", 1), ("off_middle", 1)):
+        for stage, who in (
+            ("stage1", "Stage 1"),
+            ("stage2", "after practice"),
+            ("script", "the demonstrator"),
+        ):
+            line = [f"{seen} a banana", who]
+            for column, digits in HOW.items():
                 line.append(with_interval(of_banana, f"{stage}_{column}", digits))
             pushing.append(line)
     head = [
@@ -206,7 +238,7 @@ def summary(rows: list[dict[str, str]], cfg: Config) -> str:
         "precision",
         "recall",
     ]
-    how = ["Stage 0", "policy", "way [cm]", "turn [degrees/cm]", "off the middle [cm]"]
+    how = ["Stage 0", "who", "way [cm]", "turn [degrees/cm]", "beside the middle [cm]", "fallen"]
     return f"{table(head, succeeds)}\n\n{table(how, pushing)}"
 
 

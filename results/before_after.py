@@ -1,6 +1,6 @@
 """The README's film: the same scenes before practice (above) and after it (below).
 
-    python results/before_after.py --before runs/tabletop-d4000-stage1-s0 --after runs/tabletop-d4000-stage2-s0
+    python results/before_after.py --before runs/tabletop-turned4000-stage1-s0 --after runs/tabletop-turned4000-stage2-s0
 
 Writes results/before_after.gif. Some twenty seconds.
 """
@@ -19,8 +19,8 @@ from eval import film  # noqa: E402
 
 @dataclass
 class Config:
-    before: str = "runs/tabletop-d4000-stage1-s0"  # folder of a run
-    after: str = "runs/tabletop-d4000-stage2-s0"  # folder of another one in the same domain
+    before: str = "runs/tabletop-turned4000-stage1-s0"  # folder of a run
+    after: str = "runs/tabletop-turned4000-stage2-s0"  # folder of another one in the same domain
     seed: int = 0  # of the scenes and the sampled actions
     episodes: int = 3  # side by side
     out: str = str(Path(__file__).with_name("before_after.gif"))

@@ -29,7 +29,7 @@ GROUPS = {  # title: the Stage 2 runs but for their seed, their scripted expert'
     TOY: ("pointmass-toy", "pointmass.py", ""),
     "pointmass, states": ("pointmass-stage2", "pointmass", ""),
     "pointmass, images": ("pointmass-images-stage2", "pointmass", EARLIER),
-    "tabletop, states": ("tabletop-d4000-stage2", "tabletop family=block2block blocks=4", ""),
+    "tabletop, states": ("tabletop-turned4000-stage2", "tabletop family=block2block blocks=4", ""),
     "tabletop, images": ("tabletop-images-stage2", "tabletop family=block2block blocks=4", EARLIER),
     "aloha": ("aloha-stage2", "aloha", EARLIER),
 }
@@ -42,8 +42,8 @@ MORE = {  # further screens of docs/results.md, not in the README's table
     "aloha, timed": ("aloha-timed-stage2", "", ""),
 }
 FIGURE3 = {  # a panel: the runs but for stage and seed
-    "today": ("tabletop-d250", "tabletop-d500", "tabletop-d1000", "tabletop-d4000"),
-    "not turned (old)": ("tabletop-turned1000", "tabletop-turned4000"),
+    "turned": ("tabletop-d250", "tabletop-d350", "tabletop-d500", "tabletop-d1000", "tabletop-d4000"),
+    "not turned": ("tabletop-turned1000", "tabletop-turned4000"),
     "nano-wide (old)": ("tabletop-10percent", "tabletop-20percent", "tabletop-80percent"),
     "nano-deep (old)": ("tabletop-p10", "tabletop-p40", "tabletop"),
 }
@@ -65,11 +65,11 @@ PICTURES = {
         "Eight episodes after practice",
     ),
     "tabletop_trajectories.png": (
-        "tabletop-d4000-stage2-s0/trajectories.png",
+        "tabletop-turned4000-stage2-s0/trajectories.png",
         "Eight episodes after practice",
     ),
     "tabletop_steps_to_go.png": (
-        "tabletop-d4000-stage2-s0/steps_to_go.png",
+        "tabletop-turned4000-stage2-s0/steps_to_go.png",
         "d over an episode after practice",
     ),
     "tabletop_images_trajectories.png": (

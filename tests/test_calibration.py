@@ -42,6 +42,14 @@ def test_a_precise_threshold_that_misses_nearly_all_is_not_taken():
     assert calibrate(before, final, 0.9, 0.2) == pytest.approx((2.0, 0.8, 1.0))
 
 
+def test_by_default_nine_in_ten_are_right_and_a_fifth_is_caught():
+    """Ten arrivals: k of them at a small d; the rest only at one where two alarms are early."""
+    for k, s in ((1, 2.0), (3, 0.1)):
+        final = torch.tensor([*[0.1] * k, *[2.0] * (10 - k)])
+        before = torch.tensor([*[5.0] * 8, 1.0, 1.0])
+        assert calibrate(before, final)[0] == pytest.approx(s)
+
+
 def test_average_is_the_exponential_average_and_resumes_exactly():
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)

@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from common.demos import (
     Frames,
     deflate_row,
     from_minari,
+    load,
     load_demonstrations,
     pack,
     record,
@@ -384,3 +386,14 @@ def test_data_fractions_are_nested_and_not_the_short_episodes():
     held, used = parts[0]
     assert held.sum() == n // 10 and 3 <= (held & used).sum() <= 20  # a tenth of each part is held out
     assert 350 < np.flatnonzero(used).mean() < 650  # `record` keeps the short episodes first
+
+
+def test_turns_are_of_the_run_that_asks_for_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    env = envs.make_vec("tabletop", 1, obs="state")
+    settings = {"domain": "tabletop", "obs": "state", "episodes": 4, "seed": 0, "data_fraction": 1.0, "dataset": None}
+    for symmetries, turns, order in ((True, True, 48 * 36), (True, None, 48), (False, None, 1)):
+        train, valid = load(SimpleNamespace(**settings, symmetries=symmetries, turns=turns), env)
+        assert train.symmetries.order == order and valid.symmetries.order == 1
+    earlier, _ = load(SimpleNamespace(**settings, symmetries=True), env)  # before there were turns
+    assert earlier.symmetries.order == 48

@@ -12,7 +12,7 @@ import pytest
 
 import stage2
 from common import UserError
-from envs import make_vec, tabletop
+from envs import make_vec
 from envs.tabletop_language import FAMILIES, instructions
 from tests import tiny
 from tests.test_three_ways import script
@@ -163,7 +163,7 @@ def test_the_real2sim_pilot(tmp_path, monkeypatch, capsys):
 
 # --- BananaTable ------------------------------------------------------------------------------------------
 def test_who_has_seen_a_banana():
-    """The control reads the same words, and sees the same scenes but for the banana's, as often."""
+    """The control has the same words in its vocabulary, and sees the same scenes but for the banana's, as often."""
     (seen, no_words, whole), (unseen, words, share) = banana.SEEN["with"], banana.SEEN["without"]
     assert set(seen) - set(unseen) == {"bananatable"} == set(words) and no_words == ()
     assert whole * 126 / len(seen) == pytest.approx(share * 126 / len(unseen))  # scenes of each domain
@@ -172,28 +172,29 @@ def test_who_has_seen_a_banana():
 
 
 def test_how_a_banana_is_pushed():
-    """Two bananas of which the first goes 2 cm and 1 cm to the right, while it turns a quarter; the second stays."""
-    pos = np.zeros((4, 2, 2))
-    pos[1:, 0, 1], pos[3, 0, 1] = 0.02, 0.03
-    yaw = np.zeros((4, 2))
+    """Of three bananas one goes 2 cm and 1 cm to the right and turns a quarter; one stays; one falls, far off."""
+    pos = np.zeros((4, 3, 2))
+    pos[1:, 0, 1], pos[3, 0, 1], pos[2:, 2, 0] = 0.02, 0.03, -0.8
+    yaw = np.zeros((4, 3))
     yaw[3, 0] = np.pi / 2
-    tool = np.zeros((4, 2, 2))
-    tool[:, 0] = [[0.1, 0.1], [0.0, -0.03], [0.1, 0.1], [0.05, 0.03]]  # moved at the second and the last
-    # its length is y, then, after the quarter, -x: |-0.03 - 0.02| and |0.05| from the middle
-    assert banana.pushes(pos, yaw, tool) == pytest.approx({"turned": 90 / 3, "off_middle": 5.0, "moved": 1.5})
-    still = banana.pushes(np.zeros((3, 1, 2)), np.zeros((3, 1)), np.zeros((3, 1, 2)))
-    assert np.isnan(still["turned"]) and np.isnan(still["off_middle"]) and still["moved"] == 0
+    tool = np.zeros((4, 3, 2))
+    tool[:, 0] = [[0.04, -0.05], [0.04, -0.02], [0.02, 0.0], [0.02, 0.01]]  # it passes by at 4 cm, then at 2 cm
+    fallen = np.zeros((4, 3), bool)
+    fallen[2:, 2] = True
+    told = banana.pushes(pos, yaw, tool, fallen)
+    assert told == pytest.approx({"moved": 1.0, "turned": 90 / 3, "beside": 3.0, "fallen": 1 / 3})
+    still = banana.pushes(np.zeros((3, 1, 2)), np.zeros((3, 1)), np.zeros((3, 1, 2)), np.zeros((3, 1), bool))
+    assert np.isnan(still["turned"]) and np.isnan(still["beside"]) and still["moved"] == still["fallen"] == 0
 
 
-def test_a_banana_is_as_long_as_its_own_y_axis():
-    """What `pushes` takes for its length."""
-    ends = tabletop.BANANA[[0, -1]]
-    assert abs(ends[0, 1] - ends[1, 1]) > 0.13 and abs(ends[0, 0] - ends[1, 0]) < 1e-9
+def test_the_demonstrator_pushes_bananas():
+    told = banana.how_people_push(4, 0)
+    assert told["moved"] > 5 and told["turned"] > 0.1 and 0 < told["beside"] < 7 and 0 <= told["fallen"] <= 1
 
 
 def test_the_banana_table_and_figure(tmp_path):
-    columns = ("rank_correlation", "precision", "recall", "stage1_mean_steps", "stage2_mean_steps", "stage1_turned",
-               "stage2_turned", "stage1_off_middle", "stage2_off_middle", "stage1_moved", "stage2_moved")  # fmt: skip
+    columns = ["rank_correlation", "precision", "recall", "stage1_mean_steps", "stage2_mean_steps"]
+    columns += [f"{who}_{how}" for who in ("stage1", "stage2", "script") for how in banana.HOW]
     made = []
     for seen, more in (("with", 0.2), ("without", 0.0)):
         for domain in (banana.BANANA, banana.BLOCKS):
@@ -206,8 +207,10 @@ def test_the_banana_table_and_figure(tmp_path):
     assert [line.split(" | ")[:2] for line in lines[9:]] == [
         ["| with a banana", "Stage 1"],
         ["| with a banana", "after practice"],
+        ["| with a banana", "the demonstrator"],
         ["| without a banana", "Stage 1"],
         ["| without a banana", "after practice"],
+        ["| without a banana", "the demonstrator"],
     ]
     (tmp_path / "metrics.csv").write_text("episodes,mean_steps\n8,90\n16,70\n")
     fig = banana.draw(made, {"with": [tmp_path], "without": [tmp_path]}, cfg)

@@ -84,3 +84,39 @@ def test_a_model_of_states_can_start_where_only_the_images_differ():
         else:
             with pytest.raises(UserError, match=f"--init {folder}: its second image"):
                 setup.starting_run(cfg, env)
+
+
+# --- whose scenes are like whose ----------------------------------------------------------------------
+@pytest.mark.parametrize(("domain", "taught", "obs", "complaint"), [
+    ("bananatable", "tabletop", "images", None),  # frames of other things are frames
+    ("bananatable", "tabletop", "state", "--domain bananatable: its actions or observations"),
+    ("tabletop,blocks=8", "tabletop", "images", "--domain tabletop,blocks=8: its"),  # twice the horizon
+    ("pointmass", "tabletop", "images", "--domain pointmass: its"),
+])  # fmt: skip
+def test_who_may_practise_where(domain, taught, obs, complaint):
+    pair = [envs.make_vec(name, 1, obs=obs) for name in (domain, taught)]
+    if complaint is None:
+        setup.require_alike(*pair)
+        return
+    with pytest.raises(UserError, match=complaint):
+        setup.require_alike(*pair)
+
+
+# --- turns --------------------------------------------------------------------------------------------
+def test_few_demonstrations_of_the_tabletop_are_turned():
+    for flags, turns in (
+        ({"episodes": 1000}, True),
+        ({"episodes": 1001}, None),
+        ({"episodes": 4000, "data_fraction": 0.25}, True),
+        ({"episodes": 1000, "turns": False}, False),
+        ({"episodes": 4000, "turns": True}, True),
+        ({"episodes": 500, "symmetries": False}, None),
+        ({"episodes": 500, "family": "block2absolutelocation"}, None),  # every sentence names a side
+    ):
+        family = flags.pop("family", "block2block")
+        cfg = stage1.Config(domain=f"tabletop,family={family}", out="run", **flags)
+        setup.stage1(cfg)
+        assert cfg.turns is turns
+    for more in ({"domain": "pointmass"}, {"domain": "tabletop", "symmetries": False}):
+        with pytest.raises(UserError, match="--turns True: for tabletop from states"):
+            setup.stage1(stage1.Config(turns=True, out="run", **more))
