@@ -43,7 +43,7 @@ MORE = {  # further screens of docs/results.md, not in the README's table
 }
 FIGURE3 = {  # a panel: the runs but for stage and seed
     "turned": ("tabletop-d250", "tabletop-d350", "tabletop-d500", "tabletop-d1000", "tabletop-d4000"),
-    "not turned": ("tabletop-turned1000", "tabletop-turned4000"),
+    "not turned": ("tabletop-turned500", "tabletop-turned1000", "tabletop-turned4000"),
     "nano-wide (old)": ("tabletop-10percent", "tabletop-20percent", "tabletop-80percent"),
     "nano-deep (old)": ("tabletop-p10", "tabletop-p40", "tabletop"),
 }
@@ -376,7 +376,8 @@ def against_imitation(
             ax.set_xscale("log")
             ax.grid(alpha=0.3)
         counts = ", ".join(f"{len(rows)} at {n:,}" for n, rows in by_size.items())
-        column[0].set_title(f"{title}\nseeds: {counts}", fontsize=8)
+        told = f"seeds: {counts}" if len(panels) == 1 else f"{len(firsts)} policies"
+        column[0].set_title(f"{title}\n{told}", fontsize=8)
         column[0].set_ylim(0, 1.03)
         column[1].set_ylim(0, 1.03 * cap)
         for ax in column[-1:] if len(panels) > 1 else column:
@@ -390,12 +391,12 @@ def against_imitation(
             va="bottom",
             fontsize=8,
         )
-        ticks = sorted(by_size)
+        ticks = sorted(by_size) if len(panels) == 1 else [250, 1000, 4000, 20_000]
         column[1].set_xticks(ticks, [f"{n:,}" for n in ticks])
         column[1].minorticks_off()
     axes[0, 0].set_ylabel("true success")
     axes[1, 0].set_ylabel(steps)
-    axes[0, 0].legend(loc="lower right")
+    axes[0, min(1, len(panels) - 1)].legend(loc="lower right")
     return fig
 
 
