@@ -172,8 +172,8 @@ def main(cfg: Config) -> None:
     # the same tuples at every look; of a pre-trained model no more than fit where a batch does
     n, fixed = 2 * cfg.batch if cfg.weights or cfg.vit else 2048, np.random.default_rng(0)
     held_out = [fixed.choice(valid.acted, n), fixed.integers(len(valid.index), size=n)]
-    asked = n if env.predicts_instruction else 0
-    held_out.append(np.arange(len(valid.ends))[:asked])
+    most = n if env.predicts_instruction else 0  # episodes
+    held_out.append(np.arange(len(valid.ends))[:most])
     for update in run.steps(now.update, cfg.updates, "stage 1"):
         third = cfg.batch // 3 if now.instruction_on else 0  # split evenly over the objectives
         half = (cfg.batch - third) // 2
