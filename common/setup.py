@@ -115,32 +115,31 @@ def all_texts(domains: list[VectorEnv]) -> list[str]:
     return texts
 
 
+def with_questions(flag: str, name: str) -> VectorEnv:
+    """The domain, from images, that a flag of Stage 0 names; one that has no questions is a UserError."""
+    try:
+        domain = make_env(name, 1, obs="images")
+    except UserError as e:
+        raise UserError(str(e).replace("--domain", flag, 1)) from None
+    has_questions = hasattr(domain, "scenes")
+    must([(has_questions, f"{flag} {domain.name}: has no questions for Stage 0; choose pointmass or tabletop")])
+    return domain
+
+
 def stage0(cfg: Any) -> tuple[list[VectorEnv], Run, EFM | None]:
     """The domains, the run, and a model from scratch for a Stage 0 configuration; no model if the run is done."""
     options.check(cfg)
     ranks.choose_device(cfg.device)
     if cfg.model not in PRESETS:
         raise UserError(f"--model {cfg.model}: unknown; choose one of {', '.join(PRESETS)}")
-    env = make_env(cfg.domain, 1, obs="images")
-    domains = {"--domain": [env], "--also": [], "--words": []}
-    for flag, named in (("--also", cfg.also), ("--words", cfg.words)):
-        for other in named or ():
-            try:
-                domains[flag].append(make_env(other, 1, obs="images"))
-            except UserError as e:
-                raise UserError(str(e).replace("--domain", flag, 1)) from None
-    for flag, of_flag in domains.items():
-        for domain in of_flag:
-            seen_alike = (domain.size, domain.simultaneous) == (env.size, env.simultaneous)
-            must([
-                (hasattr(domain, "scenes"),
-                 f"{flag} {domain.name}: has no questions for Stage 0; choose pointmass or tabletop"),
-                (seen_alike or flag == "--words",
-                 f"{flag} {domain.name}: its pictures are not like those of {env.name}; "
-                 "choose the same size and history"),
-            ])  # fmt: skip
-    read_only = domains.pop("--words")
-    domains = sum(domains.values(), [])
+    env = with_questions("--domain", cfg.domain)
+    also = [with_questions("--also", name) for name in cfg.also or ()]
+    read_only = [with_questions("--words", name) for name in cfg.words or ()]
+    for domain in also:
+        must([((domain.size, domain.simultaneous) == (env.size, env.simultaneous),
+               f"--also {domain.name}: its pictures are not like those of {env.name}; choose the same size and history"),
+        ])  # fmt: skip
+    domains = [env, *also]
     must([(cfg.batch >= len(domains), f"--batch {cfg.batch}: must be at least {len(domains)}, a scene of each domain")])
     ranks.choose_threads(cfg, 0 if is_nano(cfg.model) else ranks.SMALL)
     # a name that Stage 1 does not take for the newest Stage 0 run

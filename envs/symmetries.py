@@ -139,9 +139,9 @@ class TabletopSymmetries(Symmetries):
         self.place = {name: (b, i) for b, block in enumerate(names) for i, name in enumerate(block)}
 
     def turned(self) -> Symmetries:
-        return (
-            self if self.within is None else TabletopSymmetries(self.names, self.permute, self.within, TURNS)
-        )
+        if self.within is None:
+            return self
+        return TabletopSymmetries(self.names, self.permute, self.within, TURNS)
 
     def __call__(
         self, g: np.ndarray, obs: dict[str, Tensor], action: Tensor | None, goals: list[str]
@@ -168,6 +168,8 @@ class TabletopSymmetries(Symmetries):
 
     def turn(self, g: np.ndarray, vectors: Tensor) -> Tensor:
         """Vectors float (B, ..., 2) of the plane, each turned by its element's angle."""
+        if self.turns == 1:
+            return vectors
         angle = torch.from_numpy(g // (2 * len(self.every)) * (2 * np.pi / self.turns)).float()
         angle = angle.view(-1, *[1] * (vectors.ndim - 2)).to(vectors.device)
         x, y = vectors.unbind(-1)
@@ -181,8 +183,6 @@ class TabletopSymmetries(Symmetries):
         state = torch.take_along_dim(state, rows, -2)
         signs = torch.tensor([1.0, -1.0, 1.0, -1.0], device=state.device)
         state = torch.where(self.mirrored(g, state), state * signs, state)
-        if self.turns == 1:
-            return state
         return self.turn(g, state.unflatten(-1, (2, 2))).flatten(-2)
 
     def images(self, g: np.ndarray, images: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class TabletopSymmetries(Symmetries):
 
     def action(self, g: np.ndarray, action: Tensor) -> Tensor:
         action = torch.where(self.mirrored(g, action), action * torch.tensor([1.0, -1.0]), action)
-        return action if self.turns == 1 else self.turn(g, action)
+        return self.turn(g, action)
 
     def words(self, k: int, text: str) -> str:
         mirrored, permutation = divmod(k % (2 * len(self.every)), len(self.every))

@@ -23,21 +23,19 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from measuring import (  # noqa: E402
-    TINY_PRACTICE,
+    JUDGED,
+    JUDGED_HEAD,
     before_and_after,
+    cells,
     chosen,
-    finish,
     judged,
     logged,
     once,
     publish,
     table,
-    with_interval,
+    taught_and_practised,
 )
 
-import stage0  # noqa: E402 - the repository's root is not installed
-import stage1  # noqa: E402
-import stage2  # noqa: E402
 from common import demos  # noqa: E402
 from common.cli import cli  # noqa: E402
 from common.counting import chunks  # noqa: E402
@@ -152,27 +150,15 @@ def measure(taught: Path, practised: Path, domain: str, cfg: Config, seed: int) 
 # --- training ---------------------------------------------------------------------------------------------------------
 def train(cfg: Config, runs: Path, seen: str, seed: int) -> tuple[Path, Path]:
     """The Stage 1 run with blocks and the Stage 2 run with the banana, trained if they are not there."""
-    tiny0, tiny1, tiny2 = {}, {}, {}
-    if cfg.pilot:
-        tiny0 = {"batch": 6, "eval_every": cfg.stage0_updates}
-        tiny1 = {"batch": 9, "eval_every": cfg.updates}
-        tiny2 = TINY_PRACTICE
-    name = f"{runs}/{seen}"
     (domain, *also), words, share = SEEN[seen]
-    of_stage0 = {"domain": domain, "also": tuple(also), "words": words or None, "seed": seed}
+    of_stage0 = {"domain": domain, "also": tuple(also), "words": words or None}
     of_stage0["updates"] = round(share * cfg.stage0_updates)
-    init = finish(stage0.main, stage0.Config(**of_stage0 | tiny0, out=f"{name}-stage0-s{seed}"))
-    of_stage1 = {"domain": BLOCKS, "obs": "images", "init": str(init), "seed": seed}
-    of_stage1 |= {k: getattr(cfg, k) for k in ("episodes", "updates", "eval_episodes")}
-    taught = finish(stage1.main, stage1.Config(**of_stage1 | tiny1, out=f"{name}-stage1-s{seed}"))
-    of_stage2 = {"stage1": str(taught), "domain": BANANA, "iterations": cfg.iterations}
-    of_stage2 |= {"eval_episodes": cfg.eval_episodes}
-    return taught, finish(stage2.main, stage2.Config(**of_stage2 | tiny2, out=f"{name}-stage2-s{seed}"))
+    return taught_and_practised(cfg, f"{runs}/{seen}", seed, of_stage0, BLOCKS, BANANA)
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
-def draw(rows: list[dict[str, str]], practised: dict[str, list[Path]], cfg: Config) -> plt.Figure:
-    """Success with the banana before and after practice beside the paper's; steps of a practice episode."""
+def draw(rows: list[dict[str, str]], runs: Path, cfg: Config) -> plt.Figure:
+    """Success with the banana before and after practice beside the paper's; steps of a practice episode, from `runs`."""
     fig, (success, steps) = plt.subplots(1, 2, figsize=(WIDTH, 3.0), layout="constrained")
     for i, seen in enumerate(cfg.stage0):
         for k, (stage, colour) in enumerate((("stage1", BLUE), ("stage2", ORANGE))):
@@ -180,10 +166,11 @@ def draw(rows: list[dict[str, str]], practised: dict[str, list[Path]], cfg: Conf
             success.bar(i + 0.4 * k - 0.2, np.mean(told), 0.38, color=colour)
             success.plot([i + 0.4 * k - 0.2] * len(told), told, "o", color="black", ms=2.5)
         colour = {"with": GREEN, "without": ORANGE}[seen]
-        for run in practised[seen]:
-            column = [row["mean_steps"] for row in logged(run)]
+        for seed in range(cfg.seeds):
+            practice = logged(runs / f"{seen}-stage2-s{seed}")
+            column = [row["mean_steps"] for row in practice]
             fives = [np.mean(column[max(0, t - 4) : t + 1]) for t in range(len(column))]
-            episodes = [row["episodes"] for row in logged(run)]
+            episodes = [row["episodes"] for row in practice]
             steps.plot(episodes, fives, color=colour, label=f"Stage 0 {seen} a banana")
     last = len(cfg.stage0)
     for k, (stage, colour) in enumerate((("stage1", BLUE), ("stage2", ORANGE))):
@@ -205,39 +192,13 @@ def summary(rows: list[dict[str, str]], cfg: Config) -> str:
     for seen in cfg.stage0:
         for domain, task in ((BANANA, "the banana"), (BLOCKS, "blocks")):
             of_line = chosen(rows, stage0=seen, domain=domain)
-            line = [f"{seen} a banana", task]
-            for column, digits in (
-                ("stage1_success", 2),
-                ("stage2_success", 2),
-                ("stage1_mean_steps", 1),
-                ("stage2_mean_steps", 1),
-                ("rank_correlation", 2),
-                ("precision", 2),
-                ("recall", 2),
-            ):
-                line.append(with_interval(of_line, column, digits))
-            succeeds.append(line)
+            succeeds.append([f"{seen} a banana", task, *cells(of_line, JUDGED)])
         of_banana = chosen(rows, stage0=seen, domain=BANANA)
-        for stage, who in (
-            ("stage1", "Stage 1"),
-            ("stage2", "after practice"),
-            ("script", "the demonstrator"),
-        ):
-            line = [f"{seen} a banana", who]
-            for column, digits in HOW.items():
-                line.append(with_interval(of_banana, f"{stage}_{column}", digits))
-            pushing.append(line)
-    head = [
-        "Stage 0",
-        "task",
-        "Stage 1",
-        "practice",
-        "steps",
-        "steps after",
-        "rank correlation",
-        "precision",
-        "recall",
-    ]
+        who = {"stage1": "Stage 1", "stage2": "after practice", "script": "the demonstrator"}
+        for key, name in who.items():
+            columns = {f"{key}_{column}": digits for column, digits in HOW.items()}
+            pushing.append([f"{seen} a banana", name, *cells(of_banana, columns)])
+    head = ["Stage 0", "task", *JUDGED_HEAD]
     how = ["Stage 0", "who", "way [cm]", "turn [degrees/cm]", "beside the middle [cm]", "fallen"]
     return f"{table(head, succeeds)}\n\n{table(how, pushing)}"
 
@@ -261,18 +222,17 @@ def main(cfg: Config) -> None:
     demos.split(cfg.episodes, 1.0)  # its complaints, before anything is trained
     runs.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in asdict(cfg).items() if name in SETTINGS}
-    rows, every = [], {seen: [] for seen in cfg.stage0}
+    rows = []
     for seed in range(cfg.seeds) if cfg.seed is None else [cfg.seed]:
         for seen in cfg.stage0:
             taught, practised = train(cfg, runs, seen, seed)
-            every[seen].append(practised)
             for domain in (BANANA, BLOCKS):
                 key = {"stage0": seen, "domain": domain, "seed": seed} | settings
                 of_row = (taught, practised, domain, cfg, seed)
                 rows.append(once(out / "banana.csv", key, lambda of_row=of_row: measure(*of_row)))
     if cfg.seed is not None:
         return
-    draw(rows, every, cfg).savefig(out / "banana.png")
+    draw(rows, runs, cfg).savefig(out / "banana.png")
     plt.close("all")
     first = cfg.stage0[0]
     before_and_after_film(runs / f"{first}-stage1-s0", runs / f"{first}-stage2-s0", runs / "banana.gif")

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+import stage0
+import stage1
+import stage2
 from common import UserError, demos
 from common.counting import detector_confusion, true_success
 from common.demos import Demonstrations, split
@@ -202,6 +205,45 @@ def judged(taught: Path, env: Domain, episodes: int, demonstrations: int, seed: 
     reached = counted["true_positives"] + counted["false_negatives"]
     told["precision"] = counted["precision"] if ended else math.nan
     return told | {"recall": counted["recall"] if reached else math.nan}
+
+
+# what a table says of both policies, and of Stage 1's d and detector: digits
+JUDGED = {
+    "stage1_success": 2,
+    "stage2_success": 2,
+    "stage1_mean_steps": 1,
+    "stage2_mean_steps": 1,
+    "rank_correlation": 2,
+    "precision": 2,
+    "recall": 2,
+}
+JUDGED_HEAD = ["Stage 1", "practice", "steps", "steps after", "rank correlation", "precision", "recall"]
+
+
+def cells(rows: list[dict[str, str]], columns: dict[str, int]) -> list[str]:
+    """Of one line of a table: `with_interval` of columns, each with its digits."""
+    return [with_interval(rows, column, digits) for column, digits in columns.items()]
+
+
+def taught_and_practised(
+    cfg: Any, name: str, seed: int, seen: dict[str, Any], taught_in: str, practised_in: str
+) -> tuple[Path, Path]:
+    """From images: the Stage 1 run in a domain and the Stage 2 run in another, trained if they are not there.
+
+    name: of the three runs, before their stage and seed; seen: flags of Stage 0, which they start from.
+    """
+    tiny0, tiny1, tiny2 = {}, {}, {}
+    if cfg.pilot:
+        tiny0 = {"batch": 6, "eval_every": seen["updates"]}
+        tiny1 = {"batch": 9, "eval_every": cfg.updates}
+        tiny2 = TINY_PRACTICE
+    init = finish(stage0.main, stage0.Config(**seen | tiny0, seed=seed, out=f"{name}-stage0-s{seed}"))
+    of_stage1 = {"domain": taught_in, "obs": "images", "init": str(init), "seed": seed}
+    of_stage1 |= {k: getattr(cfg, k) for k in ("episodes", "updates", "eval_episodes")}
+    taught = finish(stage1.main, stage1.Config(**of_stage1 | tiny1, out=f"{name}-stage1-s{seed}"))
+    of_stage2 = {"stage1": str(taught), "domain": practised_in}
+    of_stage2 |= {k: getattr(cfg, k) for k in ("iterations", "eval_episodes")}
+    return taught, finish(stage2.main, stage2.Config(**of_stage2 | tiny2, out=f"{name}-stage2-s{seed}"))
 
 
 def publish(page: Path, name: str, told: str, seeds: int, picture: str) -> None:

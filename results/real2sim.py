@@ -24,20 +24,18 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from measuring import (  # noqa: E402
-    TINY_PRACTICE,
+    JUDGED,
+    JUDGED_HEAD,
     before_and_after,
+    cells,
     chosen,
-    finish,
     judged,
     once,
     publish,
     table,
-    with_interval,
+    taught_and_practised,
 )
 
-import stage0  # noqa: E402 - the repository's root is not installed
-import stage1  # noqa: E402
-import stage2  # noqa: E402
 from common import demos  # noqa: E402
 from common.cli import cli  # noqa: E402
 from common.options import Count, Whole, check  # noqa: E402
@@ -78,21 +76,10 @@ def measure(taught: Path, practised: Path, look: float, cfg: Config, seed: int) 
 # --- training ---------------------------------------------------------------------------------------------------------
 def train(cfg: Config, runs: Path, seed: int) -> tuple[Path, Path]:
     """The Stage 1 run in look=real and the Stage 2 run in look=sim, trained if they are not there."""
-    tiny0, tiny1, tiny2 = {}, {}, {}
-    if cfg.pilot:
-        tiny0 = {"batch": 6, "eval_every": cfg.stage0_updates}
-        tiny1 = {"batch": 9, "eval_every": cfg.updates}
-        tiny2 = TINY_PRACTICE
-    name = f"{runs}/{cfg.stage0}"
     domain, *also = SEEN[cfg.stage0]
-    of_stage0 = {"domain": domain, "also": tuple(also), "updates": cfg.stage0_updates, "seed": seed}
-    init = finish(stage0.main, stage0.Config(**of_stage0 | tiny0, out=f"{name}-stage0-s{seed}"))
-    of_stage1 = {"domain": "tabletop,look=real", "obs": "images", "init": str(init), "seed": seed}
-    of_stage1 |= {k: getattr(cfg, k) for k in ("episodes", "updates", "eval_episodes")}
-    taught = finish(stage1.main, stage1.Config(**of_stage1 | tiny1, out=f"{name}-stage1-s{seed}"))
-    of_stage2 = {"stage1": str(taught), "domain": "tabletop,look=sim", "iterations": cfg.iterations}
-    of_stage2 |= {"eval_episodes": cfg.eval_episodes}
-    return taught, finish(stage2.main, stage2.Config(**of_stage2 | tiny2, out=f"{name}-stage2-s{seed}"))
+    seen = {"domain": domain, "also": tuple(also), "updates": cfg.stage0_updates}
+    name = f"{runs}/{cfg.stage0}"
+    return taught_and_practised(cfg, name, seed, seen, "tabletop,look=real", "tabletop,look=sim")
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
@@ -127,28 +114,9 @@ def summary(rows: list[dict[str, str]]) -> str:
     """One line a look: the mean and, of several seeds, the least and the greatest."""
     lines = []
     for look in LOOKS:
-        line = [{1.0: "real", 0.0: "sim"}.get(look, f"{look:g}")]
-        for column, digits in (
-            ("stage1_success", 2),
-            ("stage2_success", 2),
-            ("stage1_mean_steps", 1),
-            ("stage2_mean_steps", 1),
-            ("rank_correlation", 2),
-            ("precision", 2),
-            ("recall", 2),
-        ):
-            line.append(with_interval(chosen(rows, look=look), column, digits))
-        lines.append(line)
-    head = [
-        "look",
-        "Stage 1",
-        "practice in sim",
-        "steps",
-        "steps after",
-        "rank correlation",
-        "precision",
-        "recall",
-    ]
+        name = {1.0: "real", 0.0: "sim"}.get(look, f"{look:g}")
+        lines.append([name, *cells(chosen(rows, look=look), JUDGED)])
+    head = ["look", "Stage 1", "practice in sim", *JUDGED_HEAD[2:]]
     return table(head, lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -212,12 +213,14 @@ def test_the_banana_table_and_figure(tmp_path):
         ["| without a banana", "after practice"],
         ["| without a banana", "the demonstrator"],
     ]
-    (tmp_path / "metrics.csv").write_text("episodes,mean_steps\n8,90\n16,70\n")
-    fig = banana.draw(made, {"with": [tmp_path], "without": [tmp_path]}, cfg)
+    for seen, seed in itertools.product(cfg.stage0, (0, 1)):
+        (tmp_path / f"{seen}-stage2-s{seed}").mkdir()
+        (tmp_path / f"{seen}-stage2-s{seed}/metrics.csv").write_text("episodes,mean_steps\n8,90\n16,70\n")
+    fig = banana.draw(made, tmp_path, cfg)
     success, steps = fig.axes
     heights = [bar.get_height() for bar in success.patches]
     assert heights == pytest.approx([0.3, 0.55, 0.1, 0.35, 0.63, 0.85])  # the last two are the paper's
-    assert [line.get_ydata().tolist() for line in steps.lines] == [[90, 80], [90, 80]]
+    assert [line.get_ydata().tolist() for line in steps.lines] == [[90, 80]] * 4
     assert len(steps.get_legend().get_texts()) == 2
     plt.close(fig)
 

@@ -193,11 +193,16 @@ def test_pointing_loss_by_hand():
     assert features.grad[0, 1].abs().max() == 0  # nothing is seen in that one
 
 
-def test_the_tabletops_stage0_points_and_starts_its_own_kind_only(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture
+def tiny_vision(monkeypatch) -> None:
+    """`nano-vision` in milliseconds."""
     cfg = EFMConfig(width=16, depth=1, heads=2, kv_heads=2, head_dim=8, mlp_dim=16,
                     vit_width=8, vit_heads=2, vit_mlp_dim=16)  # fmt: skip
     monkeypatch.setitem(PRESETS, "nano-vision", cfg)
+
+
+def test_the_tabletops_stage0_points_and_starts_its_own_kind_only(tmp_path, monkeypatch, tiny_vision):
+    monkeypatch.chdir(tmp_path)
     stage0.main(stage0.Config(domain="tabletop", updates=2, batch=4, eval_every=1, out="stage0"))
     with open("stage0/metrics.csv") as f:
         rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
@@ -209,11 +214,8 @@ def test_the_tabletops_stage0_points_and_starts_its_own_kind_only(tmp_path, monk
     assert not Path("stage1").exists() and not Path("data").exists()
 
 
-def test_several_domains_share_a_batch_and_a_vocabulary(tmp_path, monkeypatch):
+def test_several_domains_share_a_batch_and_a_vocabulary(tmp_path, monkeypatch, tiny_vision):
     monkeypatch.chdir(tmp_path)
-    cfg = EFMConfig(width=16, depth=1, heads=2, kv_heads=2, head_dim=8, mlp_dim=16,
-                    vit_width=8, vit_heads=2, vit_mlp_dim=16)  # fmt: skip
-    monkeypatch.setitem(PRESETS, "nano-vision", cfg)
     asked = []
     monkeypatch.setattr(TabletopVectorEnv, "scenes", spied(TabletopVectorEnv.scenes, asked))  # the banana's, too
     config = stage0.Config(domain="tabletop", also=("bananatable", "tabletop,look=real"), batch=7, updates=1, out="web")
@@ -228,12 +230,9 @@ def test_several_domains_share_a_batch_and_a_vocabulary(tmp_path, monkeypatch):
     stage0.main(config)
 
 
-def test_words_of_a_domain_that_is_never_seen(tmp_path, monkeypatch):
+def test_words_of_a_domain_that_is_never_seen(tmp_path, monkeypatch, tiny_vision):
     """A model that can read of a banana, and has never seen one."""
     monkeypatch.chdir(tmp_path)
-    cfg = EFMConfig(width=16, depth=1, heads=2, kv_heads=2, head_dim=8, mlp_dim=16,
-                    vit_width=8, vit_heads=2, vit_mlp_dim=16)  # fmt: skip
-    monkeypatch.setitem(PRESETS, "nano-vision", cfg)
     asked = []
     monkeypatch.setattr(TabletopVectorEnv, "scenes", spied(TabletopVectorEnv.scenes, asked))
     stage0.main(stage0.Config(domain="tabletop", words=("bananatable",), batch=4, updates=1, out="web"))
@@ -244,12 +243,9 @@ def test_words_of_a_domain_that_is_never_seen(tmp_path, monkeypatch):
         stage0.main(stage0.Config(words=("nope",), out="other"))
 
 
-def test_a_loss_counts_where_a_domain_has_it(tmp_path, monkeypatch):
+def test_a_loss_counts_where_a_domain_has_it(tmp_path, monkeypatch, tiny_vision):
     """The pointmass tells no places, so only the tabletop points."""
     monkeypatch.chdir(tmp_path)
-    cfg = EFMConfig(width=16, depth=1, heads=2, kv_heads=2, head_dim=8, mlp_dim=16,
-                    vit_width=8, vit_heads=2, vit_mlp_dim=16)  # fmt: skip
-    monkeypatch.setitem(PRESETS, "nano-vision", cfg)
     for domain, also in (("pointmass", "tabletop,size=32"), ("tabletop,size=32", "pointmass")):
         stage0.main(stage0.Config(domain=domain, also=(also,), batch=4, updates=1, out=domain))
         with open(f"{domain}/metrics.csv") as f:
