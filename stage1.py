@@ -58,8 +58,9 @@ class Config(ScaleFlags):
     batch: int | None = None  # samples per update, split evenly over the objectives
     lr: Positive | None = None  # AdamW: a warm-up of 100 updates, then a cosine down to a tenth
     policy: Literal["best", "last"] | None = None  # the policy: the best at cloning, or the last
+    reward: Literal["loss", "error"] | None = None  # the reward model: by d's loss on held-out tuples, or error
     symmetries: bool | None = None  # turn tuples by the domain's symmetries; None: if not pre-trained
-    turns: bool | None = None  # tabletop from states: by any angle, too; None: 1,000 demonstrations or less
+    turns: bool | None = None  # tabletop from states: by any angle, too; None: of at most 1,000 demonstrations
     average: Share | None = None  # decay of the weights' exponential average, which is kept; 0: none
     eval_every: Count = 500  # updates between two looks at the held-out episodes
 
@@ -163,6 +164,8 @@ def main(cfg: Config) -> None:
         obs, _, goals, left = data.batch(rows, device)
         tokens = steps.encode(left).to(device)
         each["steps_to_go"] = weight * steps_to_go_loss(model, obs, goals, tokens, steps.ranges)
+        if not torch.is_grad_enabled():  # of what is held out
+            each["error"] = weight * demos.relative_error(model, obs, goals, left, steps)
         if len(asked):
             episodes, weight = ranks.local_rows(asked)
             each["instruction"] = weight * instruction_loss(model, *data.first_and_last(episodes, device))
@@ -205,7 +208,7 @@ def main(cfg: Config) -> None:
             better = now.better(held)
             if "bc" in better:
                 run.keep(**{"policy" if cfg.policy == "best" else "early_policy": model})
-            if "steps_to_go" in better:
+            if {"loss": "steps_to_go", "error": "error"}[cfg.reward] in better:
                 run.keep(reward=model)
             if cfg.policy == "last":  # the paper's Aloha: an over-fitted policy is the better one
                 run.keep(policy=model)

@@ -223,6 +223,16 @@ def arrivals(model: EFM, demos: Demonstrations, steps: StepsToGo, episodes: int)
     return torch.stack(before), torch.stack(final)
 
 
+def relative_error(model: EFM, obs: dict, goals: list[str], left: Tensor, steps: StepsToGo) -> Tensor:
+    """|log (d + 1) / (n + 1)|, averaged over the batch; left: n, the steps truly left, long (B,).
+
+    How wrong d itself is, above all near the goal. The loss is of its distribution, whose certainty over-fits
+    first: with few demonstrations d still gets better when its loss on held-out tuples has long been rising.
+    """
+    d = model.steps_to_go(obs, goals, steps)
+    return (torch.log1p(d) - torch.log1p(left.to(d.device))).abs().mean()
+
+
 class Demonstrations:
     """Tuples (o, a, g, steps to go) of some episodes, ready for batches."""
 

@@ -156,7 +156,8 @@ def stage0(cfg: Any) -> tuple[list[VectorEnv], Run, EFM | None]:
 
 
 # --- Stage 1 ------------------------------------------------------------------------------------------------
-# demonstrations: so few are turned by any angle, too; of more, nano models learn less in the same updates
+# demonstrations: so few are turned by any angle, too, and d is chosen by its error; of more, nano models learn less in
+# the same updates if they are turned, and d's loss does not over-fit
 FEW = 1000
 
 
@@ -180,7 +181,8 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     options.fill(cfg, usual | defaults if uses_domains_model else defaults | usual)
     can_turn = cfg.symmetries and env.symmetries.turned() is not env.symmetries
     if can_turn and not cfg.dataset and cfg.episodes * cfg.data_fraction <= FEW:
-        options.fill(cfg, {"turns": True})
+        options.fill(cfg, {"turns": True, "reward": "error"})
+    options.fill(cfg, {"reward": "loss"})
     named = cfg.init not in (None, "none")
     least = 2 + env.predicts_instruction
     models = (*PRESETS, "paligemma")

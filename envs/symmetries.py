@@ -11,7 +11,8 @@ anew each time that the tuple is in a batch:
 
     class                domain, obs                    elements
     PointmassSymmetries  pointmass, states and images   8 of the square x 6 permutations of the colours
-    TabletopSymmetries   tabletop and banana, states    the mirror x B! permutations of the B blocks [x 36 turns]
+    TabletopSymmetries   tabletop and banana, states    the mirror x B! permutations of the B blocks
+                                                        [x 36 turns x 256 places]
                          images, look=sim               the mirror
     AlohaSymmetries      aloha, states                  the mirror
     Symmetries           all others                     1
@@ -49,7 +50,7 @@ class Symmetries:
         return changed, action if action is None else self.action(g, action), goals
 
     def turned(self) -> Symmetries:
-        """These and turns by any angle, where the domain has them: `stage1.py --turns True`."""
+        """These, and a scene turned by any angle and put elsewhere, where the domain has it: `stage1.py --turns True`."""
         return self
 
 
@@ -103,6 +104,7 @@ class PointmassSymmetries(Symmetries):
 
 
 TURNS = 36  # angles, ten degrees apart
+PLACES = 16  # of a turned scene along each axis, over all the room that it has
 # a sentence with one of these is about the table or the camera, and is not true of a scene that has been turned
 DIRECTED = re.compile(
     r"\b(left|right|up|upwards|down|downwards|above|below|top|bottom|upper|lower|middle|center|base)\b"
@@ -110,28 +112,36 @@ DIRECTED = re.compile(
 
 
 class TabletopSymmetries(Symmetries):
-    """The table mirrored, y to -y; from states also the blocks' names exchanged, and the scene turned.
+    """The table mirrored, y to -y; from states also the blocks' names exchanged, and the scene turned and put elsewhere.
 
     names: of each block, all that it may be called, equally many. Exchanging them is exact but for the shapes: a moon
     pushed where a cube was does not turn as the cube did.
     within: float (2, 2), the least and the greatest x, y [dm from the workspace's middle] of a turned scene; None: it
     must not be turned.
-    turns: the angles that it may be turned by, about the middle. Quarters are exact. Between them a pushed block goes a
-    little another way, as its friction is per axis; and of 200 actions one is cut off where action tokens end. A tuple
-    is not turned where its sentence names a direction or a place, or where anything would leave `within`.
-    An element is g = permutation + P * (mirrored + 2 * turn).
+    turns: the angles that it may be turned by. Quarters are exact. Between them a pushed block goes a little another way,
+    as its friction is per axis; and of 200 actions one is cut off where action tokens end.
+    places: a turned scene then lies, along x and along y, at one of so many places, evenly over where all of it is
+    `within`: the tool, its target and every block, of both moments of a pair. The table is the same everywhere.
+    A tuple is neither turned nor moved where its sentence names a direction or a place, or where it would not fit.
+    An element is g = permutation + P * (mirrored + 2 * (turn + turns * (place in x + places * place in y))).
     """
 
     def __init__(
-        self, names: list[list[str]], permute: bool, within: np.ndarray | None = None, turns: int = 1
+        self,
+        names: list[list[str]],
+        permute: bool,
+        within: np.ndarray | None = None,
+        turns: int = 1,
+        places: int = 1,
     ):
         self.names, self.count, self.permute = names, len(names), permute
-        self.within, self.turns = within, turns
+        self.within, self.turns, self.places = within, turns, places
         self.every = (
             list(itertools.permutations(range(self.count))) if permute else [tuple(range(self.count))]
         )
         self.sources = np.array(self.every)  # (P, B): block j afterwards was block sources[k, j]
-        self.order = 2 * len(self.every) * turns
+        self.unturned = 2 * len(self.every)  # elements
+        self.order = self.unturned * turns * places**2
         known = sorted(
             (name for block in names for name in block), key=len, reverse=True
         )  # "red moon" before "moon"
@@ -141,25 +151,28 @@ class TabletopSymmetries(Symmetries):
     def turned(self) -> Symmetries:
         if self.within is None:
             return self
-        return TabletopSymmetries(self.names, self.permute, self.within, TURNS)
+        return TabletopSymmetries(self.names, self.permute, self.within, TURNS, PLACES)
 
     def __call__(
         self, g: np.ndarray, obs: dict[str, Tensor], action: Tensor | None, goals: list[str]
     ) -> tuple[dict[str, Tensor], Tensor | None, list[str]]:
         if self.turns > 1:
-            unturned = g % (2 * len(self.every))
-            g = np.where(self.may_turn(g, obs["state"], goals), g, unturned)
+            g = np.where(self.may_turn(g, obs["state"], goals), g, g % self.unturned)
         return super().__call__(g, obs, action, goals)
 
     def may_turn(self, g: np.ndarray, state: Tensor, goals: list[str]) -> np.ndarray:
-        """bool (B,): whether a turned tuple is as true; then the tool, its target and every block stay `within`."""
-        state = self.state(g, state)
-        tool, target = state[..., :1, :2], state[..., :1, :2] + state[..., :1, 2:]
-        blocks = state[..., :1, :2] + state[..., 1:, :2]
-        places = torch.cat([tool, target, blocks], -2).cpu().numpy()
-        inside = (places >= self.within[0]) & (places <= self.within[1])
+        """bool (B,): whether a turned tuple is as true, and fits on the table."""
+        low, high = self.room(self.about_the_middle(g, state))
         undirected = [DIRECTED.search(goal) is None for goal in goals]
-        return inside.reshape(len(g), -1).all(1) & undirected
+        return (low <= high).all(1).numpy() & undirected
+
+    def room(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """How far each scene, of one moment or two, may be moved [dm]: the least and the greatest, float (B, 2) each."""
+        tool = state[..., :1, :2]
+        everything = torch.cat([tool, tool + state[..., :1, 2:], tool + state[..., 1:, :2]], -2)
+        everything = everything.flatten(1, -2).cpu()  # (B, places of things, 2)
+        low, high = torch.from_numpy(self.within).float()
+        return low - everything.amin(1), high - everything.amax(1)
 
     def mirrored(self, g: np.ndarray, like: Tensor) -> Tensor:
         """bool (B, 1, ...), as many dimensions as `like` has."""
@@ -170,13 +183,30 @@ class TabletopSymmetries(Symmetries):
         """Vectors float (B, ..., 2) of the plane, each turned by its element's angle."""
         if self.turns == 1:
             return vectors
-        angle = torch.from_numpy(g // (2 * len(self.every)) * (2 * np.pi / self.turns)).float()
+        angle = torch.from_numpy(g // self.unturned % self.turns * (2 * np.pi / self.turns)).float()
         angle = angle.view(-1, *[1] * (vectors.ndim - 2)).to(vectors.device)
         x, y = vectors.unbind(-1)
         return torch.stack([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], -1)
 
     def state(self, g: np.ndarray, state: Tensor) -> Tensor:
-        """(B, ..., 1 + blocks, 4): of the tool x, y, target x, y; of each block x, y, cos and sin of its yaw."""
+        """(B, ..., 1 + blocks, 4): of the tool x, y, target x, y; of each block x, y, cos and sin of its yaw.
+
+        The tool's place is the only one that is not told from the tool.
+        """
+        state = self.about_the_middle(g, state)
+        moved = torch.from_numpy(g // self.unturned > 0)
+        if self.places == 1 or not moved.any():
+            return state
+        place = torch.from_numpy(np.stack(np.divmod(g // (self.unturned * self.turns), self.places)[::-1], 1))
+        low, high = self.room(state)
+        shift = low + (high - low) * (place + 0.5) / self.places  # (B, 2)
+        shift = torch.where(moved[:, None], shift, 0.0).to(state.device)
+        state = state.clone()
+        state[..., 0, :2] += shift.view(-1, *[1] * (state.ndim - 3), 2)
+        return state
+
+    def about_the_middle(self, g: np.ndarray, state: Tensor) -> Tensor:
+        """States mirrored, renamed and turned, and not yet moved."""
         source = torch.from_numpy(self.sources[g % len(self.every)]) + 1
         rows = torch.cat([torch.zeros(len(g), 1, dtype=torch.long), source], 1)  # (B, 1 + blocks)
         rows = rows.view(-1, *[1] * (state.ndim - 3), self.count + 1, 1).to(state.device)
@@ -194,7 +224,7 @@ class TabletopSymmetries(Symmetries):
         return self.turn(g, action)
 
     def words(self, k: int, text: str) -> str:
-        mirrored, permutation = divmod(k % (2 * len(self.every)), len(self.every))
+        mirrored, permutation = divmod(k % self.unturned, len(self.every))
         becomes = np.argsort(self.sources[permutation])
 
         def other(match: re.Match) -> str:

@@ -33,15 +33,18 @@ def set_pointmass(env, g: int, like) -> None:
     env._draw(np.arange(n), first=True)
 
 
-def set_tabletop(env, g: int, like) -> None:
+def set_tabletop(env, g: int, like, shift: np.ndarray | float = 0.0) -> None:
+    """shift: how far the whole scene is moved at the end, float (n, 2) [m]."""
     n, turns = env.num_envs, env.symmetries
-    turn, rest = divmod(g, 2 * len(turns.every))
+    turn, rest = divmod(g, turns.unturned)
+    turn %= turns.turns
     mirrored, permutation = divmod(rest, len(turns.every))
     sign, source, angle = 1 - 2 * mirrored, turns.sources[permutation], 2 * np.pi * turn / turns.turns
     becomes = np.argsort(source)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     vectors = lambda v: v * [1, sign] @ rotation.T  # noqa: E731
-    places = lambda p: vectors(p - tabletop.CENTRE) + tabletop.CENTRE  # noqa: E731
+    shift = np.broadcast_to(shift, (n, 2))
+    places = lambda p: vectors(p - tabletop.CENTRE) + tabletop.CENTRE + (shift if p.ndim == 2 else shift[:, None])  # noqa: E731
     for name, plane, more in (("qpos", places, angle), ("qvel", vectors, 0)):
         theirs = getattr(like.sim, name)
         blocks = theirs[:, :-2].reshape(n, -1, 3)[:, source]
@@ -142,19 +145,20 @@ def test_elements_are_a_group(domain, turned):
     """Number 0 changes nothing, numbers differ, and each one is undone by another."""
     env = envs.make_vec(domain, 1, obs="state")
     turns = env.symmetries.turned() if turned else env.symmetries
-    order = turns.order
+    order = turns.order // getattr(turns, "places", 1) ** 2  # where a scene is put is drawn, and is not undone
     orders = {"pointmass": 48, "tabletop": 48, "tabletop,blocks=8": 80640, "bananatable": 2, "aloha": 2}
     more = 36 if turned else 1
     assert order == orders[domain] * more
     o, _ = env.reset(seed=0)
     state, text = observed(env, o)["state"], o["instruction"][0]
     some = np.arange(order) if order < 100 else np.r_[0, np.random.default_rng(0).choice(order, 50, replace=False)]
-    images = [turns.state(np.array([g]), state) for g in some]
+    act = turns.about_the_middle if turned else turns.state
+    images = [act(np.array([g]), state) for g in some]
     assert torch.equal(images[0], state) and turns.words(0, text) == text
     assert len({tuple(x.flatten().tolist()) for x in images}) == len(some)
     if order < 2000:
         for x in images:
-            back = turns.state(np.arange(order), x.expand(order, -1, -1))
+            back = act(np.arange(order), x.expand(order, -1, -1))
             assert ((back - state).abs() < 1e-5).flatten(1).all(1).sum() == 1
 
 
@@ -216,36 +220,63 @@ def test_tabletop_permutations(g):
     assert off.median() < 0.1 and off.quantile(0.9) < 0.5
 
 
-@pytest.mark.parametrize("turn", [1, 4, 9, 22])
-def test_tabletop_turns(turn):
-    """A quarter is exact. Between quarters a pushed block goes a little another way: its friction is per axis."""
+@pytest.mark.parametrize(("turn", "place"), [(0, 0), (0, 100), (9, 37), (1, 255), (4, 130), (22, 16)])
+def test_tabletop_turns(turn, place):
+    """Moving is exact, and so is a quarter. Between quarters a pushed block goes a little another way: its friction is
+    per axis."""
     env, other = (envs.make_vec("tabletop", 32, obs="state") for _ in range(2))
     env.symmetries = other.symmetries = turns = env.symmetries.turned()
-    g = turn * 2 * len(turns.every)
+    g = turns.unturned * (turn + turns.turns * place)
+    every = np.full(32, g)
     o, _ = env.reset(seed=5)
     other.reset(seed=6)
-    off, same, turned_and_moved = [], [], 0
+    off, same, pushed, shifts = [], [], 0, []
     for _ in range(40):
-        set_tabletop(other, g, env)
-        may = turns.may_turn(np.full(32, g), observed(env, o)["state"], list(o["instruction"]))
+        state = observed(env, o)["state"]
+        may = turns.may_turn(every, state, list(o["instruction"]))
+        expected, _, _ = transformed(env, g, o, None)
+        shift = (expected["state"] - turns.about_the_middle(every, state))[:, 0, :2]  # [dm]
+        shift[~may] = 0
+        shifts.append(shift[may])
+        set_tabletop(other, g, env, shift.numpy() / 10)
         set_up = observed(other, other._observe())["state"][may]
-        torch.testing.assert_close(set_up, transformed(env, g, o, None)[0]["state"][may], atol=1e-5, rtol=0)
+        torch.testing.assert_close(set_up, expected["state"][may], atol=1e-5, rtol=0)
+        tool, within = set_up[:, :1, :2], torch.from_numpy(turns.within)
+        there = torch.cat([tool, tool + set_up[:, :1, 2:], tool + set_up[:, 1:, :2]], 1)
+        assert g == 0 or ((there >= within[0] - 1e-5) & (there <= within[1] + 1e-5)).all(), "off the table"
         action = env.expert()
         _, their_action, texts = transformed(env, g, o, action)
         assert texts == list(other.texts)
         before = o["state"]
         o, _, _, _, info = env.step(action)
         theirs, _, _, _, their_info = other.step(their_action.numpy())
-        expected = transformed(env, g, o, None)[0]
-        may &= turns.may_turn(np.full(32, g), observed(env, o)["state"], list(o["instruction"]))
-        off.append((observed(other, theirs)["state"] - expected["state"])[may][..., :2].abs().amax((1, 2)))
+        after = turns.about_the_middle(every, observed(env, o)["state"])
+        low, high = turns.room(after)
+        may &= ((low <= shift) & (shift <= high)).all(1).numpy()  # else the tool stops at the table's edge
+        after[:, 0, :2] += shift
+        off.append((observed(other, theirs)["state"] - after)[may][..., :2].abs().amax((1, 2)))
         same.append((info["is_success"] == their_info["is_success"])[may])
-        turned_and_moved += (may & (np.abs(o["state"] - before).max(1) > 0.01)).sum()
-    off = torch.cat(off)  # [dm]
-    assert turned_and_moved > 300
-    if turn == 9:
+        pushed += (may & (np.abs(o["state"] - before).max(1) > 0.01)).sum()
+    off, shifts = torch.cat(off), torch.cat(shifts)  # [dm]
+    assert pushed > 300
+    assert (shifts.std(0) > 0.1).all() or g == 0
+    if turn % 9 == 0:
         assert off.quantile(0.9) < 1e-3
     assert off.median() < 0.05 and off.quantile(0.9) < 0.2 and np.concatenate(same).mean() > 0.95
+
+
+def test_places():
+    """A turned scene may lie anywhere on the table: its places are spread evenly over the room that it has."""
+    env = envs.make_vec("tabletop", 1, obs="state")
+    o, _ = env.reset(seed=0)
+    turns, state = env.symmetries.turned(), observed(env, o)["state"]
+    every = np.arange(1, turns.places**2) * turns.unturned * turns.turns
+    tools = turns.state(every, state.expand(len(every), -1, -1))[:, 0, :2]
+    low, high = (x[0] + state[0, 0, :2] for x in turns.room(state))
+    step = (high - low) / turns.places
+    torch.testing.assert_close(tools.amin(0), low + step / 2)
+    torch.testing.assert_close(tools.amax(0), high - step / 2)
+    assert len(torch.unique(tools[:, 0])) == len(torch.unique(tools[:, 1])) == turns.places
 
 
 def test_what_is_not_turned():
@@ -267,7 +298,7 @@ def test_what_is_not_turned():
     torch.testing.assert_close(action, torch.tensor([[0.0, 0.01]]))
     torch.testing.assert_close(turned_state["state"][0, 1:, 2:], torch.tensor([[0.0, 1.0]]).expand(4, 2))
     far = state.clone()
-    far[0, 2, 1] = 3.0  # 30 cm to the side, which is farther than the table is deep
+    far[0, 2, 1] = 5.0  # 50 cm to the side, which is farther than the table is deep
     assert not turns.may_turn(quarter, far, [free]).any()
     pair = torch.stack([state, far], 1)  # (1, 2, 5, 4)
     assert not turns.may_turn(quarter, pair, [free]).any()
