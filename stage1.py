@@ -10,8 +10,8 @@ where the domain asks for it (the paper: LanguageTable) one more, about an episo
     L_instruction = -E log p(g | o_first, o_last, "What instruction was performed")
 
 and two checkpoints are kept: the best at cloning on held-out episodes becomes Stage 2's policy, the best at
-steps to go its reward model and success detector. They need not be the same moment of training. On Aloha the
-last one is the policy, as in the paper, where it is over-fitted; the best at cloning is kept beside it.
+steps to go its reward model and success detector, by loss or by error. They need not be the same moment of
+training. On Aloha the last one is the policy, as in the paper; the best at cloning is kept beside it.
 
     python stage1.py                          # pointmass from states, 5 minutes of one CPU core
     python stage1.py --obs images --seed 1    # the same from 32 x 32 frames
@@ -58,9 +58,9 @@ class Config(ScaleFlags):
     batch: int | None = None  # samples per update, split evenly over the objectives
     lr: Positive | None = None  # AdamW: a warm-up of 100 updates, then a cosine down to a tenth
     policy: Literal["best", "last"] | None = None  # the policy: the best at cloning, or the last
-    reward: Literal["loss", "error"] | None = None  # the reward model: by d's loss on held-out tuples, or error
+    reward: Literal["loss", "error"] | None = None  # the reward model: least in d's held-out loss, or error
     symmetries: bool | None = None  # turn tuples by the domain's symmetries; None: if not pre-trained
-    turns: bool | None = None  # tabletop from states: by any angle, too; None: of at most 1,000 demonstrations
+    turns: bool | None = None  # tabletop from states: by any angle, to any place; None: up to 1,000 episodes
     average: Share | None = None  # decay of the weights' exponential average, which is kept; 0: none
     eval_every: Count = 500  # updates between two looks at the held-out episodes
 
@@ -175,8 +175,7 @@ def main(cfg: Config) -> None:
     # the same tuples at every look; of a pre-trained model no more than fit where a batch does
     n, fixed = 2 * cfg.batch if cfg.weights or cfg.vit else 2048, np.random.default_rng(0)
     held_out = [fixed.choice(valid.acted, n), fixed.integers(len(valid.index), size=n)]
-    most = n if env.predicts_instruction else 0  # episodes
-    held_out.append(np.arange(len(valid.ends))[:most])
+    held_out.append(np.arange(len(valid.ends))[: n if env.predicts_instruction else 0])  # episodes
     for update in run.steps(now.update, cfg.updates, "stage 1"):
         third = cfg.batch // 3 if now.instruction_on else 0  # split evenly over the objectives
         half = (cfg.batch - third) // 2
@@ -197,13 +196,11 @@ def main(cfg: Config) -> None:
             with torch.no_grad(), ranks.autocast(cfg.bf16):
                 held = ranks.mean(wrapped(losses, valid, *held_out))
             # a column for each objective; NaN where one is no longer trained
-            row = {"update": update + 1} | dict.fromkeys(held, math.nan) | ranks.mean(loss)
+            row = {"update": update + 1} | {k: math.nan for k in held if k != "error"} | ranks.mean(loss)
             row |= {f"valid_{name}": value for name, value in held.items()} | {"seconds": run.seconds()}
             run.log(update + 1, row)
             if not all(map(math.isfinite, held.values())):
-                raise UserError(
-                    f"--lr {cfg.lr}: the held-out losses are no numbers any more; take a smaller one"
-                )
+                raise UserError(f"--lr {cfg.lr}: held-out losses are no numbers any more; take a smaller one")
             now.update = update + 1
             better = now.better(held)
             if "bc" in better:

@@ -137,7 +137,7 @@ def test_a_domain_that_predicts_instructions_has_a_third_objective(quick, monkey
     assert asked[:3] == [("bc_loss", 43), ("steps_to_go_loss", 43), ("instruction_loss", 42)]
     rows = np.genfromtxt("run/metrics.csv", delimiter=",", names=True)
     assert rows.dtype.names == ("update", "bc", "steps_to_go", "instruction",
-                                "valid_bc", "valid_steps_to_go", "valid_instruction", "seconds")  # fmt: skip
+                                "valid_bc", "valid_steps_to_go", "valid_error", "valid_instruction", "seconds")  # fmt: skip
     assert rows["valid_instruction"][1] < rows["valid_instruction"][0] < 60
     tokenizer = load_model(Path("run/policy.safetensors")).tokenizer.tokenizer
     assert "<unk>" not in tokenizer.encode(QUESTION_INSTRUCTION, add_special_tokens=False).tokens
@@ -196,7 +196,8 @@ def test_a_short_run_writes_what_stage2_reads(tmp_path, monkeypatch):
     for name in ("config.json", "policy.safetensors", "reward.safetensors", "summary.json"):
         assert (Path("run") / name).stat().st_size > 0
     rows = np.genfromtxt("run/metrics.csv", delimiter=",", names=True)
-    assert rows.dtype.names == ("update", "bc", "steps_to_go", "valid_bc", "valid_steps_to_go", "seconds")
+    names = ("update", "bc", "steps_to_go", "valid_bc", "valid_steps_to_go", "valid_error", "seconds")
+    assert rows.dtype.names == names
     assert rows["update"].tolist() == [10, 20] and rows["valid_bc"][1] < rows["valid_bc"][0]
     assert load_model(Path("run/policy.safetensors")).cfg.width == 32
     with pytest.raises(UserError, match="run"):
@@ -222,6 +223,37 @@ def test_the_last_policy_is_kept_beside_the_best_where_the_domain_takes_it(quick
     for name, weights in (("early_policy", early), ("policy", last)):  # eval.py --policy
         acts = setup.load_run(Path("last"), 1, name)[1].state_dict()
         assert all(torch.equal(acts[k], weights[k]) for k in weights)
+
+
+def test_the_error_of_d_is_relative():
+    model = types.SimpleNamespace(steps_to_go=lambda *_: torch.tensor([0.0, 3.0, 9.0]))
+    error = demos.relative_error(model, {}, ["a", "b", "c"], torch.tensor([0, 1, 19]), StepsToGo(140, 140))
+    # |log(1 / 1)|, |log(4 / 2)|, |log(10 / 20)|
+    assert error.item() == pytest.approx(2 * np.log(2) / 3)
+
+
+@pytest.mark.parametrize(("chosen_by", "at"), [("loss", 4), ("error", 6)])
+def test_the_reward_model_is_least_in_loss_or_in_error(quick, monkeypatch, chosen_by, at):
+    """The loss is least after four updates, the error after six of eight."""
+    loss, losses, errors = stage1.steps_to_go_loss, iter([3.0, 2.0, 4.0, 5.0]), iter([0.9, 0.8, 0.3, 0.5])
+
+    def held_out_loss(*args):
+        return loss(*args) if torch.is_grad_enabled() else torch.tensor(next(losses))
+
+    monkeypatch.setattr(stage1, "steps_to_go_loss", held_out_loss)
+    monkeypatch.setattr(demos, "relative_error", lambda *_: torch.tensor(next(errors)))
+    keep, kept = Run.keep, []
+
+    def noted(run, **models):
+        kept.extend((name, run.tracked["progress"].update) for name in models)
+        keep(run, **models)
+
+    monkeypatch.setattr(Run, "keep", noted)
+    flags = {"episodes": 20, "updates": 8, "batch": 16, "eval_every": 2, "eval_episodes": 2}
+    stage1.main(stage1.Config(**flags, reward=chosen_by, out="run"))
+    assert [update for name, update in kept if name == "reward"][-1] == at
+    rows = np.genfromtxt("run/metrics.csv", delimiter=",", names=True)
+    np.testing.assert_allclose(rows["valid_error"], [0.9, 0.8, 0.3, 0.5], rtol=1e-5)
 
 
 def test_the_average_of_the_weights_is_what_is_kept(quick):
