@@ -194,15 +194,15 @@ class TabletopSymmetries(Symmetries):
         The tool's place is the only one that is not told from the tool.
         """
         state = self.about_the_middle(g, state)
-        moved = torch.from_numpy(g // self.unturned > 0)
-        if self.places == 1 or not moved.any():
+        if self.places == 1:
             return state
-        place = torch.from_numpy(np.stack(np.divmod(g // (self.unturned * self.turns), self.places)[::-1], 1))
+        place_y, place_x = np.divmod(g // (self.unturned * self.turns), self.places)
+        place = torch.from_numpy(np.stack([place_x, place_y], 1))  # (B, 2)
         low, high = self.room(state)
-        shift = low + (high - low) * (place + 0.5) / self.places  # (B, 2)
-        shift = torch.where(moved[:, None], shift, 0.0).to(state.device)
+        shift = low + (high - low) * (place + 0.5) / self.places
+        shift[torch.from_numpy(g < self.unturned)] = 0.0  # neither turned nor moved
         state = state.clone()
-        state[..., 0, :2] += shift.view(-1, *[1] * (state.ndim - 3), 2)
+        state[..., 0, :2] += shift.view(-1, *[1] * (state.ndim - 3), 2).to(state.device)
         return state
 
     def about_the_middle(self, g: np.ndarray, state: Tensor) -> Tensor:
