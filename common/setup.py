@@ -156,9 +156,10 @@ def stage0(cfg: Any) -> tuple[list[VectorEnv], Run, EFM | None]:
 
 
 # --- Stage 1 ------------------------------------------------------------------------------------------------
-# demonstrations: so few are turned by any angle, too, and d is chosen by its error; of more, nano models learn less in
-# the same updates if they are turned, and d's loss does not over-fit
+# With so few demonstrations, or fewer, of a domain whose scenes can be turned, they are, and the held-out losses rise long
+# before the policy and d get worse. With more, nano models learn less in the same updates if scenes are turned.
 FEW = 1000
+OF_FEW = {"turns": True, "policy": "last", "reward": "error"}
 
 
 def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
@@ -176,13 +177,14 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     # who has seen the web knows what is as true turned round; and an average takes the memory of another model
     average = 0.998 if cfg.lora_rank or not pretrained else 0.0
     options.fill(cfg, {"symmetries": not pretrained, "average": average})
+    can_turn = cfg.symmetries and env.symmetries.turned() is not env.symmetries
+    episodes = defaults["episodes"] if cfg.episodes is None else cfg.episodes
+    if can_turn and not cfg.dataset and episodes * cfg.data_fraction <= FEW:
+        options.fill(cfg, OF_FEW)
+    options.fill(cfg, {"reward": "loss"})
     uses_domains_model = (cfg.model or defaults["model"]) == defaults["model"]
     # a domain's batch and learning rate are for its model
     options.fill(cfg, usual | defaults if uses_domains_model else defaults | usual)
-    can_turn = cfg.symmetries and env.symmetries.turned() is not env.symmetries
-    if can_turn and not cfg.dataset and cfg.episodes * cfg.data_fraction <= FEW:
-        options.fill(cfg, {"turns": True, "reward": "error"})
-    options.fill(cfg, {"reward": "loss"})
     named = cfg.init not in (None, "none")
     least = 2 + env.predicts_instruction
     models = (*PRESETS, "paligemma")

@@ -103,7 +103,7 @@ def test_who_may_practise_where(domain, taught, obs, complaint):
 
 
 # --- turns --------------------------------------------------------------------------------------------
-def test_few_demonstrations_of_the_tabletop_are_turned_and_d_is_chosen_by_its_error():
+def test_few_demonstrations_of_the_tabletop():
     for flags, turns in (
         ({"episodes": 1000}, True),
         ({"episodes": 1001}, None),
@@ -118,10 +118,10 @@ def test_few_demonstrations_of_the_tabletop_are_turned_and_d_is_chosen_by_its_er
         setup.stage1(cfg)
         assert cfg.turns is turns
         few = turns is not None and cfg.episodes * cfg.data_fraction <= 1000
-        assert cfg.reward == ("error" if few else "loss")
-    cfg = stage1.Config(domain="tabletop", episodes=1000, reward="loss", out="run")
+        assert (cfg.reward, cfg.policy) == (("error", "last") if few else ("loss", "best"))
+    cfg = stage1.Config(domain="tabletop", episodes=1000, reward="loss", policy="best", out="run")
     setup.stage1(cfg)
-    assert cfg.reward == "loss" and cfg.turns
+    assert cfg.reward == "loss" and cfg.policy == "best" and cfg.turns
     for more in ({"domain": "pointmass"}, {"domain": "tabletop", "symmetries": False}):
         with pytest.raises(UserError, match="--turns True: for tabletop from states"):
             setup.stage1(stage1.Config(turns=True, out="run", **more))
