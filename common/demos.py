@@ -230,7 +230,8 @@ def relative_error(model: EFM, obs: dict, goals: list[str], left: Tensor, steps:
     first: with few demonstrations d still gets better when its loss on held-out tuples has long been rising.
     """
     d = model.steps_to_go(obs, goals, steps)
-    return (torch.log1p(d) - torch.log1p(left.to(d.device))).abs().mean()
+    most = steps.edges[-1].item()  # d says no more
+    return (torch.log1p(d) - torch.log1p(left.clamp(max=most).to(d.device))).abs().mean()
 
 
 class Demonstrations:

@@ -156,10 +156,10 @@ def stage0(cfg: Any) -> tuple[list[VectorEnv], Run, EFM | None]:
 
 
 # --- Stage 1 ------------------------------------------------------------------------------------------------
-# With so few demonstrations, or fewer, of a domain whose scenes can be turned, they are, and the held-out losses rise long
-# before the policy and d get worse. With more, nano models learn less in the same updates if scenes are turned.
+# So few demonstrations, or fewer, are turned where they can be. Then held-out losses rise long before the policy and d get
+# worse. With more, nano models learn less in the same updates if scenes are turned.
 FEW = 1000
-OF_FEW = {"turns": True, "policy": "last", "reward": "error"}
+OF_FEW_TURNED = {"policy": "last", "reward": "error"}
 
 
 def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
@@ -180,7 +180,8 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     can_turn = cfg.symmetries and env.symmetries.turned() is not env.symmetries
     episodes = defaults["episodes"] if cfg.episodes is None else cfg.episodes
     if can_turn and not cfg.dataset and episodes * cfg.data_fraction <= FEW:
-        options.fill(cfg, OF_FEW)
+        options.fill(cfg, {"turns": True})
+        options.fill(cfg, OF_FEW_TURNED if cfg.turns else {})
     options.fill(cfg, {"reward": "loss"})
     uses_domains_model = (cfg.model or defaults["model"]) == defaults["model"]
     # a domain's batch and learning rate are for its model

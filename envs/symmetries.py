@@ -3,8 +3,8 @@
 A symmetry maps a tuple (observation, action, instruction) to another that the domain could have shown just as well; the steps
 to go stay. The paper has none: its model has seen the web, a nano model has not, and this is what it would have known.
 
-A domain's symmetries are a finite group. Its elements are numbered; number 0 changes nothing. A tuple's element is drawn
-anew each time that the tuple is in a batch:
+A domain's symmetries are a finite group, but for places. Elements are numbered; number 0 changes nothing. A tuple's
+element is drawn anew each time that the tuple is in a batch:
 
     g = rng.integers(symmetries.order, size=B)
     obs, action, goals = symmetries(g, obs, action, goals)
@@ -12,7 +12,7 @@ anew each time that the tuple is in a batch:
     class                domain, obs                    elements
     PointmassSymmetries  pointmass, states and images   8 of the square x 6 permutations of the colours
     TabletopSymmetries   tabletop and banana, states    the mirror x B! permutations of the B blocks
-                                                        [x 36 turns x 256 places]
+                         tabletop, `turned()`           the same x 36 turns x 256 places
                          images, look=sim               the mirror
     AlohaSymmetries      aloha, states                  the mirror
     Symmetries           all others                     1
@@ -50,7 +50,7 @@ class Symmetries:
         return changed, action if action is None else self.action(g, action), goals
 
     def turned(self) -> Symmetries:
-        """These, and a scene turned by any angle and put elsewhere, where the domain has it: `stage1.py --turns True`."""
+        """These, and scenes turned by any angle and put elsewhere, where the domain has it: `stage1.py --turns True`."""
         return self
 
 
@@ -120,8 +120,10 @@ class TabletopSymmetries(Symmetries):
     must not be turned.
     turns: the angles that it may be turned by. Quarters are exact. Between them a pushed block goes a little another way,
     as its friction is per axis; and of 200 actions one is cut off where action tokens end.
-    places: a turned scene then lies, along x and along y, at one of so many places, evenly over where all of it is
-    `within`: the tool, its target and every block, of both moments of a pair. The table is the same everywhere.
+    places: the scene then lies, along x and along y, at one of so many places, evenly over where all of it is `within`: the
+    tool, its target and every block, of both moments of a pair. Number 0 of turns and places is the scene as it was.
+    What the episode did later is not looked at. Of 40 tuples one comes from an episode that, there, would leave the tool's
+    workspace, so it is not quite what a demonstrator would have done.
     A tuple is neither turned nor moved where its sentence names a direction or a place, or where it would not fit.
     An element is g = permutation + P * (mirrored + 2 * (turn + turns * (place in x + places * place in y))).
     """

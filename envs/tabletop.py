@@ -61,6 +61,7 @@ from envs.tabletop_language import Meaning
 
 LOW, HIGH = np.array([0.15, -0.3048]), np.array([0.60, 0.3048])  # the tool's workspace [m]  (constants.py)
 CENTRE, INSET = (LOW + HIGH) / 2, 0.08  # where things start, less INSET a side
+MARGIN = 0.03  # of a scene turned and put elsewhere [m]: what it goes on to do needs room, too
 BOARD_CENTRE, BOARD_HALF = np.array([0.35, 0.0]), np.array([0.2286, 0.3048])
 ACTION_LIMIT, STRIDE = (
     0.1,
@@ -425,7 +426,8 @@ class TabletopVectorEnv(MujocoDomain):
         # frames tie names to colours and shapes; where some pairs are left out, others would tell of them
         permute = obs == "state" and not any(getattr(self, "pairs", ()))
         on_board = BOARD_CENTRE - BOARD_HALF, BOARD_CENTRE + BOARD_HALF
-        within = 10 * (np.stack([np.maximum(LOW, on_board[0]), np.minimum(HIGH, on_board[1])]) - CENTRE)
+        low, high = np.maximum(LOW, on_board[0]) + MARGIN, np.minimum(HIGH, on_board[1]) - MARGIN
+        within = 10 * (np.stack([low, high]) - CENTRE)
         names = [self._names(k) for k in range(B)]
         turnable = obs == "state" and {"block2block", "separate_blocks"} & {*self.families}  # name no side
         self.symmetries = TabletopSymmetries(names, permute, within if turnable else None)

@@ -117,7 +117,7 @@ def test_few_demonstrations_of_the_tabletop():
         cfg = stage1.Config(domain=f"tabletop,family={family}", out="run", **flags)
         setup.stage1(cfg)
         assert cfg.turns is turns
-        few = turns is not None and cfg.episodes * cfg.data_fraction <= 1000
+        few = turns and cfg.episodes * cfg.data_fraction <= 1000
         assert (cfg.reward, cfg.policy) == (("error", "last") if few else ("loss", "best"))
     cfg = stage1.Config(domain="tabletop", episodes=1000, reward="loss", policy="best", out="run")
     setup.stage1(cfg)

@@ -226,10 +226,11 @@ def test_the_last_policy_is_kept_beside_the_best_where_the_domain_takes_it(quick
 
 
 def test_the_error_of_d_is_relative():
-    model = types.SimpleNamespace(steps_to_go=lambda *_: torch.tensor([0.0, 3.0, 9.0]))
-    error = demos.relative_error(model, {}, ["a", "b", "c"], torch.tensor([0, 1, 19]), StepsToGo(140, 140))
-    # |log(1 / 1)|, |log(4 / 2)|, |log(10 / 20)|
-    assert error.item() == pytest.approx(2 * np.log(2) / 3)
+    model = types.SimpleNamespace(steps_to_go=lambda *_: torch.tensor([0.0, 3.0, 9.0, 49.0]))
+    left = torch.tensor([0, 1, 19, 500])
+    error = demos.relative_error(model, {}, ["a", "b", "c", "d"], left, StepsToGo(100, 100))
+    # |log(1 / 1)|, |log(4 / 2)|, |log(10 / 20)|, |log(50 / 100)|: d says 99 at most
+    assert error.item() == pytest.approx(3 * np.log(2) / 4)
 
 
 @pytest.mark.parametrize(("chosen_by", "at"), [("loss", 4), ("error", 6)])

@@ -300,7 +300,13 @@ def test_what_is_not_turned():
     far = state.clone()
     far[0, 2, 1] = 5.0  # 50 cm to the side, which is farther than the table is deep
     assert not turns.may_turn(quarter, far, [free]).any()
-    pair = torch.stack([state, far], 1)  # (1, 2, 5, 4)
+    near = state.clone()
+    near[0, 0, :2] = 0.7  # both moments of a pair are turned and moved alike
+    pair = torch.stack([state, near], 1)  # (1, 2, 5, 4)
+    both = turns(quarter + 48 * 36 * 77, {"state": pair}, None, [free])[0]["state"]
+    torch.testing.assert_close(both[0, 1, 0, :2] - both[0, 0, 0, :2], torch.tensor([-0.7, 0.7]))
+    assert (both[0, 0, 0, :2].abs() > 0.1).all()
+    pair = torch.stack([state, far], 1)
     assert not turns.may_turn(quarter, pair, [free]).any()
     assert torch.equal(turns(quarter, {"state": pair}, None, [free])[0]["state"], pair)
 
