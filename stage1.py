@@ -10,8 +10,8 @@ where the domain asks for it (the paper: LanguageTable) one more, about an episo
     L_instruction = -E log p(g | o_first, o_last, "What instruction was performed")
 
 and two checkpoints are kept: the best at cloning on held-out episodes becomes Stage 2's policy, the best at
-steps to go its reward model and success detector, by loss or by error. They need not be the same moment of
-training. On Aloha the last one is the policy, as in the paper; the best at cloning is kept beside it.
+steps to go its reward model and detector, often of another moment. On Aloha, as in the paper, and with few
+demonstrations of the tabletop the last one is the policy: its loss rises long before the policy gets worse.
 
     python stage1.py                          # pointmass from states, 5 minutes of one CPU core
     python stage1.py --obs images --seed 1    # the same from 32 x 32 frames
@@ -42,7 +42,7 @@ from tokens import QUESTION_ACTION, QUESTION_INSTRUCTION, QUESTION_STEPS, StepsT
 
 @dataclass
 class Config(ScaleFlags):
-    """None means: what the domain takes."""
+    """None means: what the domain takes; where few demonstrations are turned, common/setup.py:OF_FEW_TURNED."""
 
     domain: str = "pointmass"  # one of envs.DOMAINS, with arguments of its own: tabletop,blocks=8
     obs: str | None = None  # state or images
@@ -58,9 +58,9 @@ class Config(ScaleFlags):
     batch: int | None = None  # samples per update, split evenly over the objectives
     lr: Positive | None = None  # AdamW: a warm-up of 100 updates, then a cosine down to a tenth
     policy: Literal["best", "last"] | None = None  # the policy: the best at cloning, or the last
-    reward: Literal["loss", "error"] | None = None  # the reward model: least in d's held-out loss, or error
+    reward: Literal["loss", "error"] | None = None  # the reward model: least in d's loss, or in d's error
     symmetries: bool | None = None  # turn tuples by the domain's symmetries; None: if not pre-trained
-    turns: bool | None = None  # tabletop from states: by any angle, to any place; None: up to 1,000 episodes
+    turns: bool | None = None  # tabletop from states: by any angle, anywhere; None: of 1,000 or fewer
     average: Share | None = None  # decay of the weights' exponential average, which is kept; 0: none
     eval_every: Count = 500  # updates between two looks at the held-out episodes
 
