@@ -60,7 +60,7 @@ class Config(ScaleFlags):
     policy: Literal["best", "last"] | None = None  # the policy: the best at cloning, or the last
     reward: Literal["loss", "error"] | None = None  # the reward model: least in d's loss, or in d's error
     symmetries: bool | None = None  # turn tuples by the domain's symmetries; None: if not pre-trained
-    turns: bool | None = None  # tabletop from states: by any angle, anywhere; None: of 1,000 or fewer
+    turns: bool | None = None  # tabletop from states: turn and move scenes; None: if 1,000 or fewer
     average: Share | None = None  # decay of the weights' exponential average, which is kept; 0: none
     eval_every: Count = 500  # updates between two looks at the held-out episodes
 
@@ -95,7 +95,7 @@ def calibrate(
     before: the least d of each demonstration's observations but the last, float (n,); final: the last one's.
     The largest, because a missed arrival costs the rest of the horizon, an early alarm a step or two, and who
     practises arrives faster than any demonstrator. Returns s, its precision, its recall: of demonstrations
-    that no alarm ended before, the share that it ends. A poor d has no such s: then the one most often right.
+    that no alarm ended before, the share that it ends. A poor d has no such s: then the one with most right alarms.
     """
     candidates = torch.cat([before, final]).sort().values  # (2 n,)
     wrong = (before <= candidates[:, None]).sum(1)  # (2 n,)

@@ -224,7 +224,7 @@ def arrivals(model: EFM, demos: Demonstrations, steps: StepsToGo, episodes: int)
 
 
 def relative_error(model: EFM, obs: dict, goals: list[str], left: Tensor, steps: StepsToGo) -> Tensor:
-    """|log (d + 1) / (n + 1)|, averaged over the batch; left: n, the steps truly left, long (B,).
+    """|log((d + 1) / (n + 1))|, averaged over the batch; left: n, the steps truly left, long (B,).
 
     How wrong d itself is, above all near the goal. The loss is of its distribution, whose certainty over-fits
     first: with few demonstrations d still gets better when its loss on held-out tuples has long been rising.

@@ -156,8 +156,8 @@ def stage0(cfg: Any) -> tuple[list[VectorEnv], Run, EFM | None]:
 
 
 # --- Stage 1 ------------------------------------------------------------------------------------------------
-# So few demonstrations, or fewer, are turned where they can be. Then held-out losses rise long before the policy and d get
-# worse. With more, nano models learn less in the same updates if scenes are turned.
+# Up to so many demonstrations are turned where they can be. With so few, held-out losses rise long before the policy and d
+# get worse. With more, turning slows nano models down.
 FEW = 1000
 OF_FEW_TURNED = {"policy": "last", "reward": "error"}
 
@@ -174,7 +174,7 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     env = make_env(cfg.domain, 1, obs=cfg.obs)
     defaults = env.stage1_defaults[cfg.obs]
     usual = {"batch": 128, "lr": 1e-3}
-    # who has seen the web knows what is as true turned round; and an average takes the memory of another model
+    # a model that has seen the web needs no symmetries; and an average needs the memory of a second model
     average = 0.998 if cfg.lora_rank or not pretrained else 0.0
     options.fill(cfg, {"symmetries": not pretrained, "average": average})
     can_turn = cfg.symmetries and env.symmetries.turned() is not env.symmetries

@@ -3,7 +3,7 @@
 A symmetry maps a tuple (observation, action, instruction) to another that the domain could have shown just as well; the steps
 to go stay. The paper has none: its model has seen the web, a nano model has not, and this is what it would have known.
 
-A domain's symmetries are a finite group, but for places. Elements are numbered; number 0 changes nothing. A tuple's
+A domain's symmetries are finite, and a group but for places. Elements are numbered; number 0 changes nothing. A tuple's
 element is drawn anew each time that the tuple is in a batch:
 
     g = rng.integers(symmetries.order, size=B)
@@ -121,7 +121,7 @@ class TabletopSymmetries(Symmetries):
     turns: the angles that it may be turned by. Quarters are exact. Between them a pushed block goes a little another way,
     as its friction is per axis; and of 200 actions one is cut off where action tokens end.
     places: the scene then lies, along x and along y, at one of so many places, evenly over where all of it is `within`: the
-    tool, its target and every block, of both moments of a pair. Number 0 of turns and places is the scene as it was.
+    tool, its target and every block, of both moments of a pair. Turn 0 at place 0, 0 leaves a scene as it was.
     What the episode did later is not looked at. Of 40 tuples one comes from an episode that, there, would leave the tool's
     workspace, so it is not quite what a demonstrator would have done.
     A tuple is neither turned nor moved where its sentence names a direction or a place, or where it would not fit.
@@ -148,7 +148,7 @@ class TabletopSymmetries(Symmetries):
             (name for block in names for name in block), key=len, reverse=True
         )  # "red moon" before "moon"
         self.any_name = re.compile(r"\b(" + "|".join(known) + r")\b")
-        self.place = {name: (b, i) for b, block in enumerate(names) for i, name in enumerate(block)}
+        self.which = {name: (b, i) for b, block in enumerate(names) for i, name in enumerate(block)}
 
     def turned(self) -> Symmetries:
         if self.within is None:
@@ -193,7 +193,7 @@ class TabletopSymmetries(Symmetries):
     def state(self, g: np.ndarray, state: Tensor) -> Tensor:
         """(B, ..., 1 + blocks, 4): of the tool x, y, target x, y; of each block x, y, cos and sin of its yaw.
 
-        The tool's place is the only one that is not told from the tool.
+        Only the tool's place is absolute; the others are relative to the tool.
         """
         state = self.about_the_middle(g, state)
         if self.places == 1:
@@ -230,7 +230,7 @@ class TabletopSymmetries(Symmetries):
         becomes = np.argsort(self.sources[permutation])
 
         def other(match: re.Match) -> str:
-            block, i = self.place[match[0]]
+            block, i = self.which[match[0]]
             return self.names[becomes[block]][i]
 
         text = self.any_name.sub(other, text)

@@ -48,7 +48,7 @@ FIGURE3 = {  # a panel: the runs but for stage and seed
     "nano-deep (old)": ("tabletop-p10", "tabletop-p40", "tabletop"),
 }
 SHORTER = {  # in the table alone: less training, about the middle alone, the policy and d of least loss
-    "turned (old)": ("tabletop-d250", "tabletop-d350", "tabletop-d500", "tabletop-d1000", "tabletop-d4000"),
+    "turned, first": ("tabletop-d250", "tabletop-d350", "tabletop-d500", "tabletop-d1000", "tabletop-d4000"),
 }
 FIGURE8 = {"nano-arms (earlier physics)": ("aloha-25percent", "aloha-50percent", "aloha")}  # of 5,000
 ABLATIONS = (
@@ -394,7 +394,7 @@ def against_imitation(
             va="bottom",
             fontsize=8,
         )
-        ticks = sorted(by_size) if len(panels) == 1 else [125, 500, 2000, 20_000]
+        ticks = sorted(by_size) if len(panels) == 1 else [50, 500, 5000]
         column[1].set_xticks(ticks, [f"{n:,}" for n in ticks])
         column[1].minorticks_off()
     axes[0, 0].set_ylabel("true success")
