@@ -42,8 +42,13 @@ MORE = {  # further screens of docs/results.md, not in the README's table
     "aloha, timed": ("aloha-timed-stage2", "", ""),
 }
 FIGURE3 = {  # a panel: the runs but for stage and seed
-    "turned": ("tabletop-few125", "tabletop-few250", "tabletop-few500", "tabletop-few1000"),
-    "not turned": ("tabletop-turned500", "tabletop-turned1000", "tabletop-turned4000"),
+    "turned": ("tabletop-few40", "tabletop-few60", "tabletop-few125", "tabletop-few250"),
+    "not turned": (
+        "tabletop-unturned125",
+        "tabletop-turned500",
+        "tabletop-turned1000",
+        "tabletop-turned4000",
+    ),
     "nano-wide (old)": ("tabletop-10percent", "tabletop-20percent", "tabletop-80percent"),
     "nano-deep (old)": ("tabletop-p10", "tabletop-p40", "tabletop"),
 }
@@ -394,7 +399,7 @@ def against_imitation(
             va="bottom",
             fontsize=8,
         )
-        ticks = sorted(by_size) if len(panels) == 1 else [50, 500, 5000]
+        ticks = sorted(by_size) if len(panels) == 1 else [40, 400, 4000]
         column[1].set_xticks(ticks, [f"{n:,}" for n in ticks])
         column[1].minorticks_off()
     axes[0, 0].set_ylabel("true success")
