@@ -404,7 +404,7 @@ def against_imitation(
         column[1].minorticks_off()
     axes[0, 0].set_ylabel("true success")
     axes[1, 0].set_ylabel(steps)
-    axes[0, min(1, len(panels) - 1)].legend(loc="lower right")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return fig
 
 
