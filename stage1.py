@@ -95,7 +95,7 @@ def calibrate(
     before: the least d of each demonstration's observations but the last, float (n,); final: the last one's.
     The largest, because a missed arrival costs the rest of the horizon, an early alarm a step or two, and who
     practises arrives faster than any demonstrator. Returns s, its precision, its recall: of demonstrations
-    that no alarm ended before, the share that it ends. A poor d has no such s: then the one with most right alarms.
+    that no alarm ended before, the share that it ends. A poor d has none: then the s with most right alarms.
     """
     candidates = torch.cat([before, final]).sort().values  # (2 n,)
     wrong = (before <= candidates[:, None]).sum(1)  # (2 n,)
