@@ -80,7 +80,7 @@ def steps_to_go(film: Film, s: float) -> plt.Figure:
     axes["d"].plot(t, film.d[i, : end + 1], ".-", color=BLUE, label="d(o, g), predicted")
     if film.reached[i]:
         axes["d"].plot(t, end - t, color=ORANGE, ls="--", label="steps truly left in this episode")
-    axes["d"].axhline(s, color=GREEN, ls=":", label=f"the detector's threshold, s = {s:g}")
+    axes["d"].axhline(s, color=GREEN, ls=":", label=f"the detector's threshold, s = {s:.3g}")
     axes["d"].set(xlabel="t [steps]", ylabel="steps to go", title=f'"{film.goals[i]}"')
     axes["d"].legend()
     return fig
