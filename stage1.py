@@ -42,7 +42,7 @@ from tokens import QUESTION_ACTION, QUESTION_INSTRUCTION, QUESTION_STEPS, StepsT
 
 @dataclass
 class Config(ScaleFlags):
-    """None means: what the domain takes; for few demonstrations see common/setup.py:OF_FEW_TURNED."""
+    """None means: what the domain takes; for few demonstrations see common/setup.py:FEW."""
 
     domain: str = "pointmass"  # one of envs.DOMAINS, with arguments of its own: tabletop,blocks=8
     obs: str | None = None  # state or images

@@ -159,7 +159,6 @@ def stage0(cfg: Any) -> tuple[list[VectorEnv], Run, EFM | None]:
 # Up to so many demonstrations are turned where they can be. With so few, held-out losses rise long before the policy and d
 # get worse. With more, turning slows nano models down.
 FEW = 1000
-OF_FEW_TURNED = {"policy": "last", "reward": "error"}
 
 
 def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
@@ -181,7 +180,8 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     episodes = defaults["episodes"] if cfg.episodes is None else cfg.episodes
     if can_turn and not cfg.dataset and episodes * cfg.data_fraction <= FEW:
         options.fill(cfg, {"turns": True})
-        options.fill(cfg, OF_FEW_TURNED if cfg.turns else {})
+        if cfg.turns:
+            options.fill(cfg, {"policy": "last", "reward": "error"})
     options.fill(cfg, {"reward": "loss"})
     uses_domains_model = (cfg.model or defaults["model"]) == defaults["model"]
     # a domain's batch and learning rate are for its model
