@@ -3,8 +3,8 @@
 A symmetry maps a tuple (observation, action, instruction) to another that the domain could have shown just as well; the steps
 to go stay. The paper has none: its model has seen the web, a nano model has not, and this is what it would have known.
 
-A domain's symmetries are finite, and a group but for places. Elements are numbered; number 0 changes nothing. A tuple's
-element is drawn anew each time that the tuple is in a batch:
+A domain's symmetries are finite, and a group but for places and arrangements. Elements are numbered; number 0 changes
+nothing. A tuple's element is drawn anew each time that the tuple is in a batch:
 
     g = rng.integers(symmetries.order, size=B)
     obs, action, goals = symmetries(g, obs, action, goals)
@@ -12,7 +12,7 @@ element is drawn anew each time that the tuple is in a batch:
     class                domain, obs                    elements
     PointmassSymmetries  pointmass, states and images   8 of the square x 6 permutations of the colours
     TabletopSymmetries   tabletop and banana, states    the mirror x B! permutations of the B blocks
-                         tabletop, `turned()`           the same x 36 turns x 256 places
+                         tabletop, `turned()`           the same x 36 turns x 256 places x 1024 arrangements
                          images, look=sim               the mirror
     AlohaSymmetries      aloha, states                  the mirror
     Symmetries           all others                     1
@@ -105,6 +105,10 @@ class PointmassSymmetries(Symmetries):
 
 TURNS = 36  # angles, ten degrees apart
 PLACES = 16  # of a turned scene along each axis, over all the room that it has
+ARRANGEMENTS = 1024  # of the blocks that the sentence does not name
+BEHIND = 0.5  # [dm] from a block's middle to where the tool begins to push it
+CLEAR = 0.6  # [dm] from a way to the middle of a block that is not in the way; a demonstrator goes round nearer ones
+GAP = 0.6  # [dm] between the middles of two blocks
 # a sentence with one of these is about the table or the camera, and is not true of a scene that has been turned
 DIRECTED = re.compile(
     r"\b(left|right|up|upwards|down|downwards|above|below|top|bottom|upper|lower|middle|center|base)\b"
@@ -124,8 +128,11 @@ class TabletopSymmetries(Symmetries):
     tool, its target and every block, of both moments of a pair. Turn 0 at place 0, 0 leaves a scene as it was.
     What the episode did later is not looked at. Of 40 tuples one comes from an episode that, there, would leave the tool's
     workspace, so it is not quite what a demonstrator would have done.
-    A tuple is neither turned nor moved where its sentence names a direction or a place, or where it would not fit.
-    An element is g = permutation + P * (mirrored + 2 * (turn + turns * (place in x + places * place in y))).
+    arrangements: then the blocks that the sentence does not name are put elsewhere, too: `rearranged`. Arrangement 0 leaves
+    them where they are.
+    A tuple is none of this where its sentence names a direction or a place, or where it would not fit.
+    An element is g = permutation + P * (mirrored + 2 * (turn + turns * (x + places * (y + places * arrangement)))), where
+    x and y number the place.
     """
 
     def __init__(
@@ -133,17 +140,22 @@ class TabletopSymmetries(Symmetries):
         names: list[list[str]],
         permute: bool,
         within: np.ndarray | None = None,
+        push: bool = False,
         turns: int = 1,
         places: int = 1,
+        arrangements: int = 1,
     ):
-        self.names, self.count, self.permute = names, len(names), permute
-        self.within, self.turns, self.places = within, turns, places
+        self.names, self.count, self.permute, self.push = names, len(names), permute, push
+        self.within, self.turns, self.places, self.arrangements = within, turns, places, arrangements
         self.every = (
             list(itertools.permutations(range(self.count))) if permute else [tuple(range(self.count))]
         )
         self.sources = np.array(self.every)  # (P, B): block j afterwards was block sources[k, j]
         self.unturned = 2 * len(self.every)  # elements
-        self.order = self.unturned * turns * places**2
+        self.order = self.unturned * turns * places**2 * arrangements
+        # of each arrangement where each block lies, x and y from 0 to 1 over the table, and its yaw: always the same ones
+        rng = np.random.default_rng(0)
+        self.lies = torch.from_numpy(rng.uniform(size=(arrangements, self.count, 3))).float()
         known = sorted(
             (name for block in names for name in block), key=len, reverse=True
         )  # "red moon" before "moon"
@@ -153,14 +165,51 @@ class TabletopSymmetries(Symmetries):
     def turned(self) -> Symmetries:
         if self.within is None:
             return self
-        return TabletopSymmetries(self.names, self.permute, self.within, TURNS, PLACES)
+        arrangements = ARRANGEMENTS if self.push else 1
+        return TabletopSymmetries(
+            self.names, self.permute, self.within, self.push, TURNS, PLACES, arrangements
+        )
 
     def __call__(
         self, g: np.ndarray, obs: dict[str, Tensor], action: Tensor | None, goals: list[str]
     ) -> tuple[dict[str, Tensor], Tensor | None, list[str]]:
         if self.turns > 1:
             g = np.where(self.may_turn(g, obs["state"], goals), g, g % self.unturned)
-        return super().__call__(g, obs, action, goals)
+        obs, action, goals = super().__call__(g, obs, action, goals)
+        if self.arrangements > 1 and obs["state"].ndim == 3:  # not both moments of a pair
+            obs = {"state": self.rearranged(g, obs["state"], goals)}
+        return obs, action, goals
+
+    def rearranged(self, g: np.ndarray, state: Tensor, goals: list[str]) -> Tensor:
+        """States float (B, 1 + blocks, 4) of "push A to B" with the other blocks as in each element's arrangement.
+
+        What A and B are about does not depend on the others, as long as they are not in the way. So each of them lies
+        elsewhere, unless it is, now or there, nearer than CLEAR to a way: of the tool, or of its target, to behind A, and of A
+        to B; or, there, nearer than GAP to another block. It is a counterfactual demonstration (Pitis et al. 2020).
+        """
+        arrangement = torch.from_numpy(g // (self.unturned * self.turns * self.places**2))
+        named = [[self.which[name][0] for name in self.any_name.findall(goal)] for goal in goals]
+        named = torch.tensor(named)  # (B, 2): A, then B
+        device, state = state.device, state.cpu()
+        tool = state[:, 0, :2]
+        target = tool + state[:, 0, 2:]
+        now = tool[:, None] + state[:, 1:, :2]  # (B, blocks, 2)
+        low, high = torch.from_numpy(self.within).float()
+        there = low + (high - low) * self.lies[arrangement][..., :2]  # (B, blocks, 2)
+        a, b = now.take_along_dim(named[..., None], 1).unbind(1)  # (B, 2) each
+        behind = a - BEHIND * torch.nn.functional.normalize(b - a, dim=1)
+        others = torch.ones(now.shape[:2], dtype=torch.bool).scatter(1, named, False)
+        moves = others & (arrangement > 0)[:, None]  # (B, blocks)
+        for begin, end in ((tool, behind), (target, behind), (a, b)):
+            moves &= (distance(now, begin, end) > CLEAR) & (distance(there, begin, end) > CLEAR)
+        itself = torch.eye(self.count, dtype=torch.bool)
+        for blocks in (now, there):
+            apart = torch.cdist(there, blocks) > GAP  # (B, blocks, blocks)
+            moves &= (apart | itself).all(2)
+        yaw = 2 * np.pi * self.lies[arrangement][..., 2:]
+        put = torch.cat([there - tool[:, None], yaw.cos(), yaw.sin()], 2)  # (B, blocks, 4)
+        blocks = torch.where(moves[..., None], put, state[:, 1:])
+        return torch.cat([state[:, :1], blocks], 1).to(device)
 
     def may_turn(self, g: np.ndarray, state: Tensor, goals: list[str]) -> np.ndarray:
         """bool (B,): whether a turned tuple is as true, and fits on the table."""
@@ -198,8 +247,9 @@ class TabletopSymmetries(Symmetries):
         state = self.about_the_middle(g, state)
         if self.places == 1:
             return state
-        place_y, place_x = np.divmod(g // (self.unturned * self.turns), self.places)
-        place = torch.from_numpy(np.stack([place_x, place_y], 1))  # (B, 2)
+        number = g // (self.unturned * self.turns)
+        place = np.stack([number % self.places, number // self.places % self.places], 1)
+        place = torch.from_numpy(place)  # (B, 2)
         low, high = self.room(state)
         shift = low + (high - low) * (place + 0.5) / self.places
         shift[torch.from_numpy(g < self.unturned)] = 0.0  # neither turned nor moved
@@ -237,6 +287,13 @@ class TabletopSymmetries(Symmetries):
         if mirrored:
             text = re.sub(r"\b(left|right)\b", lambda m: "right" if m[0] == "left" else "left", text)
         return text
+
+
+def distance(points: Tensor, begin: Tensor, end: Tensor) -> Tensor:
+    """From points float (B, K, 2) to the straight way from begin to end, float (B, 2) each: float (B, K)."""
+    rel, way = points - begin[:, None], (end - begin)[:, None]  # (B, K, 2), (B, 1, 2)
+    along = (rel * way).sum(2, keepdim=True) / (way * way).sum(2, keepdim=True).clamp(min=1e-9)
+    return (rel - along.clamp(0, 1) * way).norm(dim=2)
 
 
 class AlohaSymmetries(Symmetries):
