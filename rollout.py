@@ -14,8 +14,9 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from envs.symmetries import Symmetries
 from model import EFM
-from tokens import QUESTION_ACTION, StepsToGo, action_tokenizer
+from tokens import QUESTION_ACTION, SignMagnitude, StepsToGo, UniformBins, action_tokenizer
 
 
 @dataclass
@@ -137,9 +138,10 @@ def rollout(
 
 
 class Buffer:
-    """The tuples (o, a, g, R) of one iteration."""
+    """The tuples (o, a, g, R) of one iteration; in a batch each is changed by one of the symmetries, if any."""
 
-    def __init__(self):
+    def __init__(self, symmetries: Symmetries | None, actions: UniformBins | SignMagnitude):
+        self.symmetries, self.actions = symmetries, actions
         self.placed: list[tuple] = []
 
     def place(self, episodes: Episodes, returns: Tensor) -> None:
@@ -159,6 +161,12 @@ class Buffer:
         obs = {k: torch.cat([o[k] for o in obs]) for k in obs[0]}
         tokens, goals, returns = torch.cat(tokens), np.concatenate(goals), torch.cat(returns)
         for i in torch.randperm(len(self), generator=generator)[:n].split(size):
-            prompts = [QUESTION_ACTION.format(g) for g in goals[i.numpy()]]
+            texts = goals[i.numpy()].tolist()
             i = i.to(tokens.device)
-            yield {k: v[i] for k, v in obs.items()}, prompts, tokens[i], returns[i]
+            batch, chosen = {k: v[i] for k, v in obs.items()}, tokens[i]
+            if self.symmetries:
+                element = torch.randint(self.symmetries.order, (len(i),), generator=generator).numpy()
+                action = self.actions.decode(chosen.cpu())
+                batch, action, texts = self.symmetries(element, batch, action, texts)
+                chosen = self.actions.encode(action).to(tokens.device)
+            yield batch, [QUESTION_ACTION.format(g) for g in texts], chosen, returns[i]

@@ -60,9 +60,8 @@ class Config(ScaleFlags):
     updates: Count = 16  # N, optimiser steps per iteration
     batch: Count | None = None  # B, tuples per optimiser step; 64
     lr: Positive | None = None  # AdamW; 1e-4
-    learns: Literal["all", "blocks"] | None = (
-        None  # all weights but the vision tower's, or the blocks alone; all
-    )
+    learns: Literal["all", "blocks"] | None = None  # all but the vision tower, or the blocks alone; all
+    symmetries: bool | None = None  # turn tuples by the domain's symmetries; on the pointmass, if Stage 1 did
     keep_optimizer: bool = False  # go on with Stage 1's last AdamW moments, as the authors' notebook does
     num_envs: Count | None = None  # simulations at once, at most; 128, of an operator's stations 16
     first_look: Count = 200  # practice episodes of Stage 1's own policy, to be beaten beyond noise
@@ -143,7 +142,7 @@ def main(cfg: Config) -> None:
     env, run, policy, reward_model, optimizer, wrapped = setup.stage2(cfg)
     if run.done:
         return
-    ranges = action_tokenizer(**env.action_tokens).ranges
+    actions = action_tokenizer(**env.action_tokens)
     generator = torch.Generator().manual_seed(cfg.seed)
     now = Progress()
     run.track(optimizer=optimizer, generator=generator, progress=now, operator=env if cfg.operator else None)
@@ -177,7 +176,7 @@ def main(cfg: Config) -> None:
         if iteration - now.best_at > cfg.patience:
             tqdm.write(f"no better policy for {cfg.patience} iterations: a plateau")
             break
-        rollouts, buffer = [], Buffer()
+        rollouts, buffer = [], Buffer(env.symmetries if cfg.symmetries else None, actions)
         if ranks.rank():  # the first rank's generator is in the checkpoint, the others' need not be
             generator.manual_seed(10**9 * (cfg.seed + 1) + 10**4 * iteration + ranks.rank())
         while (placed := min(ranks.all_gather(len(buffer)))) < n:
@@ -186,7 +185,7 @@ def main(cfg: Config) -> None:
             rollouts.append(episodes)
         for obs, prompts, tokens, returns in buffer.batches(n, size, generator):  # [Alg. 1, line 8]
             with ranks.autocast(cfg.bf16):
-                log_prob = wrapped(EFM.log_prob, obs, prompts, tokens, ranges, cfg.temperature)
+                log_prob = wrapped(EFM.log_prob, obs, prompts, tokens, actions.ranges, cfg.temperature)
             loss = reinforce_loss(log_prob, returns, cfg.c)
             optimizer.zero_grad()
             loss.backward()

@@ -263,7 +263,7 @@ def initial_model(cfg: Any, env: VectorEnv, init: Path | None) -> EFM:
 # --- Stage 2 ------------------------------------------------------------------------------------------------
 # what a domain that says nothing else in `stage2_defaults` takes
 USUAL = {"gamma": 0.9, "temperature": 1.0, "clip_reward": 0.0, "success_bonus": 0.0, "batch": 64, "learns": "all",
-         "num_envs": 128, "lr": 1e-4}  # fmt: skip
+         "num_envs": 128, "lr": 1e-4, "symmetries": False}  # fmt: skip
 STATIONS = {"num_envs": 16}  # that an operator looks after
 
 
@@ -292,14 +292,18 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, torch.opti
     env = make_env(cfg.domain, 1, obs=obs)
     reward_folder = Path(cfg.reward_run) if cfg.reward_run else stage1
     measured = {"success_threshold": measured_threshold(reward_folder, env)}
+    if not settings.get("symmetries"):
+        options.fill(cfg, {"symmetries": False})
     options.fill(cfg, USUAL | (STATIONS if cfg.operator else {}) | measured | env.stage2_defaults[obs])
     ranks.require_divisible(cfg, "batch", "num_envs")
     reward_settings = read_json(reward_folder / "config.json")
     of_domain = reward_settings.get("domain") in (settings["domain"], cfg.domain)
     moments = "--keep-optimizer: the moments are of all weights, not of the blocks'; leave it out or add --learns all"
+    encoded = "--symmetries: of images practice keeps features, which none of them changes; leave it out"
     alone = "--operator: one operator looks after the stations of one process; leave torchrun out"
     must([
         (not (cfg.learns == "blocks" and cfg.keep_optimizer), moments),
+        (not (cfg.symmetries and obs == "images"), encoded),
         (not (cfg.operator and ranks.world() > 1), alone),
         (not cfg.operator or hasattr(env, "ask"),
          f"--operator: {cfg.domain} cannot go on without a reset; practise on tabletop or bananatable"),

@@ -113,7 +113,10 @@ class PointmassVectorEnv(Domain):
         "state": {"model": "nano", "episodes": 1000, "updates": 9000, "lr": 3e-3, "policy": "best"},
         "images": {"model": "nano-vision", "episodes": 6000, "updates": 18_000, "policy": "best"},
     }
-    stage2_defaults = {"state": {"iterations": 200, "lr": 5e-4}, "images": {"iterations": 300}}
+    stage2_defaults = {
+        "state": {"iterations": 200, "lr": 5e-4, "gamma": 0.5, "symmetries": True},
+        "images": {"iterations": 300},
+    }
     STATE_FIELDS = ("pos", "vel", "goals", "colour", "waypoints", "waypoint")
     instructions, questions = staticmethod(instructions), staticmethod(questions)
 
