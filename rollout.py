@@ -138,7 +138,7 @@ def rollout(
 
 
 class Buffer:
-    """The tuples (o, a, g, R) of one iteration; in a batch each is changed by one of the symmetries, if any."""
+    """The tuples (o, a, g, R) of one iteration; in a batch each is changed by a symmetry, if any."""
 
     def __init__(self, symmetries: Symmetries | None, actions: UniformBins | SignMagnitude):
         self.symmetries, self.actions = symmetries, actions

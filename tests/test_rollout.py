@@ -12,7 +12,7 @@ import envs.pointmass
 from common import counting
 from common.counting import confirmed_detections, confusion, evaluate, metrics
 from common.runs import wilson
-from rollout import Episodes, encode_observation, rollout
+from rollout import Buffer, Episodes, encode_observation, rollout
 from tests.tiny import small, stage1_run
 from tokens import QUESTION_ACTION, StepsToGo, action_tokenizer
 
@@ -206,6 +206,38 @@ def test_confirmed_detections():
 def test_success_before_the_detection_alone_does_not_count():
     d, truth = np.array([[9.0, 9, 9, 1, 9]]), np.array([[False, True, False, False, False]])
     assert confirmed_detections(d, truth, 1.0) == [False]
+
+
+def test_a_batch_is_changed_by_the_symmetries_and_by_nothing_else():
+    """Each tuple by an element of its own; its return stays, and so does that of a buffer without symmetries."""
+    env = envs.make_vec("pointmass", 24, obs="state")
+    actions = action_tokenizer(**env.action_tokens)
+    model, generator = small("state", 0), torch.Generator().manual_seed(0)
+    env.horizon = 2
+    r = rollout(model, model, env, 0, generator, lambda d, truth: truth)
+    numbered = torch.arange(48.0)
+    returns = torch.zeros(24, 2)
+    returns[r.row, r.t] = numbered  # so that a return says which tuple it is of
+    seen, elements = [], set()
+    for symmetries in (None, env.symmetries):
+        buffer = Buffer(symmetries, actions)
+        buffer.place(r, returns)
+        for obs, prompts, tokens, one in buffer.batches(48, 16, torch.Generator().manual_seed(1)):
+            for k, j in enumerate(one.long().tolist()):
+                same = torch.equal(obs["state"][k], r.obs["state"][j]) and torch.equal(tokens[k], r.tokens[j])
+                if symmetries is None:
+                    assert same and prompts[k] == f"What robot action to {r.goals[j]}"
+                    continue
+                every = np.arange(symmetries.order)
+                state = r.obs["state"][j].expand(len(every), -1, -1)
+                action = actions.decode(r.tokens[j]).expand(len(every), -1)
+                changed, action, goals = symmetries(every, {"state": state}, action, [r.goals[j]] * len(every))
+                hit = (changed["state"] == obs["state"][k]).flatten(1).all(1) & (actions.encode(action) == tokens[k]).all(1)
+                hit &= torch.tensor([prompts[k] == f"What robot action to {g}" for g in goals])
+                assert hit.sum() == 1
+                elements.add(int(hit.nonzero()))
+                seen.append(j)
+    assert sorted(seen) == list(range(48)) and len(elements) > 20
 
 
 def episodes(length: list[int], d: list[float], truth: list[bool], entropy: list[float]) -> Episodes:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import envs.pointmass
+import envs.symmetries
 import stage2
 from common import UserError, runs, setup
 from envs.operator import Operator
@@ -312,6 +313,29 @@ def test_practice_takes_the_domains_settings_and_a_flag_goes_before(tmp_path, mo
     assert [took[k] for k in ("iterations", "gamma", "batch", "success_threshold")] == [2, 0.0, 16, 3.0]
     assert all(took[k] == setup.USUAL[k] for k in ("clip_reward", "success_bonus", "learns", "temperature"))
     assert len(Path("runs/stage2/metrics.csv").read_text().splitlines()) == 3
+
+
+def test_practice_turns_tuples_where_stage_1_did(tmp_path, monkeypatch):
+    """On the pointmass from states; a flag goes before, and features of images cannot be turned."""
+    monkeypatch.chdir(tmp_path)
+    elements = []
+    changed = envs.symmetries.PointmassSymmetries.__call__
+    watch = lambda self, g, *rest: (elements.extend(g), changed(self, g, *rest))[1]  # noqa: E731
+    monkeypatch.setattr(envs.symmetries.PointmassSymmetries, "__call__", watch)
+    monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "horizon", 4)
+    few = {"updates": 2, "batch": 16, "num_envs": 4, "iterations": 1, "first_look": 4, "eval_episodes": 1}
+    for name, taught, flag, turns in (("a", True, None, True), ("b", False, None, False), ("c", True, False, False)):
+        stage1_run(Path(name), "state")
+        settings = json.loads(Path(name, "config.json").read_text()) | {"symmetries": taught}
+        Path(name, "config.json").write_text(json.dumps(settings))
+        elements.clear()
+        stage2.main(stage2.Config(stage1=name, out=f"{name}2", symmetries=flag, **few))
+        assert json.loads(Path(f"{name}2/config.json").read_text())["symmetries"] == turns
+        assert (len(set(elements)) > 16) == turns and len(elements) == 32 * turns
+    stage1_run(Path("images"), "images")
+    with pytest.raises(UserError, match="--symmetries: of images"):
+        stage2.main(stage2.Config(stage1="images", out="images2", symmetries=True, **few))
+    assert not Path("images2").exists()
 
 
 @pytest.mark.parametrize("domain", envs.DOMAINS)
