@@ -50,7 +50,7 @@ class Symmetries:
         return changed, action if action is None else self.action(g, action), goals
 
     def turned(self) -> Symmetries:
-        """These, and scenes turned by any angle and put elsewhere, where the domain has it: `stage1.py --turns True`."""
+        """These, and scenes turned by any angle, put elsewhere and rearranged, where the domain has it: `--turns True`."""
         return self
 
 

@@ -55,6 +55,7 @@ FIGURE3 = {  # a panel: the runs but for stage and seed
 SHORTER = {  # in the table alone: less training, about the middle alone, the policy and d of least loss
     "turned, first": ("tabletop-d250", "tabletop-d350", "tabletop-d500", "tabletop-d1000", "tabletop-d4000"),
 }
+POINTMASS = {"pointmass": ("pointmass-few100", "pointmass-few300", "pointmass")}  # its table of shares
 FIGURE8 = {"nano-arms (earlier physics)": ("aloha-25percent", "aloha-50percent", "aloha")}  # of 5,000
 ABLATIONS = (
     "",
@@ -415,6 +416,7 @@ def main() -> None:
         "results": results_table(runs),
         "figure3": shares_table(runs, FIGURE3 | SHORTER),
         "figure8": shares_table(runs, FIGURE8),
+        "pointmass, fewer": shares_table(runs, POINTMASS),
         "ablations": ablations_table(lambda flags: True),
         "five ablations": ablations_table(lambda flags: flags in ABLATIONS),
         "experts": experts_table(),
