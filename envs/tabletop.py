@@ -390,7 +390,7 @@ class TabletopVectorEnv(MujocoDomain):
         "state": {"model": "nano-deep", "episodes": 4000, "updates": 6000, "lr": 2e-3, "policy": "best"},
         "images": {"model": "nano-vision", "episodes": 8000, "updates": 12_000, "policy": "best"},
     }
-    stage2_defaults = {"state": {"iterations": 80}, "images": {"iterations": 300}}
+    stage2_defaults = {"state": {"iterations": 120}, "images": {"iterations": 300}}
     # [m] between the tool and a thing's middle: at the start, when passing, before a push
     clearance, girth, reach = 0.06, 0.045, 0.05
     STATE_FIELDS = (*MujocoDomain.STATE_FIELDS, "friction", "camera", "target", "tasks", "meanings", "fallen",
