@@ -172,7 +172,8 @@ class Run:
         """Whether all is the same but for more iterations; else UserError, or False if all is the same."""
         longer = False
         for key in self.config | before:
-            was, now = before.get(key), self.config.get(key)
+            now = self.config.get(key)
+            was = before.get(key, now if now is False else None)  # a run from before there was such a switch
             if key == "iterations" and was and now and now > was:
                 longer = True
             elif was != now:

@@ -292,9 +292,10 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, torch.opti
     env = make_env(cfg.domain, 1, obs=obs)
     reward_folder = Path(cfg.reward_run) if cfg.reward_run else stage1
     measured = {"success_threshold": measured_threshold(reward_folder, env)}
-    if not settings.get("symmetries"):
-        options.fill(cfg, {"symmetries": False})
-    options.fill(cfg, USUAL | (STATIONS if cfg.operator else {}) | measured | env.stage2_defaults[obs])
+    # where Stage 1 turned nothing, practice does not; a run of an earlier version does not say
+    unturned = {} if settings.get("symmetries") else {"symmetries": False}
+    usual = USUAL | (STATIONS if cfg.operator else {}) | measured
+    options.fill(cfg, usual | env.stage2_defaults[obs] | unturned)
     ranks.require_divisible(cfg, "batch", "num_envs")
     reward_settings = read_json(reward_folder / "config.json")
     of_domain = reward_settings.get("domain") in (settings["domain"], cfg.domain)

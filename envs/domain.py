@@ -54,7 +54,7 @@ class Domain(VectorEnv):
     simultaneous = True  # the two images are views of one moment; else the previous frame and the current one
     predicts_instruction = False  # Stage 1 asks which instruction led from the first observation to the last
     text_length, letters = 200, "abcdefghijklmnopqrstuvwxyz ,"  # the longest instruction; what it is made of
-    symmetries = Symmetries()  # what Stage 1 may turn a demonstration into: envs/symmetries.py
+    symmetries = Symmetries()  # what a tuple may be turned into: envs/symmetries.py
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": ["rgb_array"],
                 "render_fps": 10}  # fmt: skip  # steps a second
     # with BASE_FIELDS, all that the future depends on: arrays, numbers, texts, lists of them

@@ -1,4 +1,4 @@
-"""What is as true turned round: the symmetries of a domain, for Stage 1's batches.
+"""What is as true turned round: the symmetries of a domain, for the batches of Stage 1 and, on the pointmass, Stage 2.
 
 A symmetry maps a tuple (observation, action, instruction) to another that the domain could have shown just as well; the steps
 to go stay. The paper has none: its model has seen the web, a nano model has not, and this is what it would have known.
@@ -12,7 +12,8 @@ nothing. A tuple's element is drawn anew each time that the tuple is in a batch:
     class                domain, obs                    elements
     PointmassSymmetries  pointmass, states and images   8 of the square x 6 permutations of the colours
     TabletopSymmetries   tabletop and banana, states    the mirror x B! permutations of the B blocks
-                         tabletop, `turned()`           the same x 36 turns x 256 places x 1024 arrangements
+                         tabletop, `turned()`           the same x 36 turns x 256 places
+                         of block2block alone           the same x 1024 arrangements
                          images, look=sim               the mirror
     AlohaSymmetries      aloha, states                  the mirror
     Symmetries           all others                     1
@@ -106,7 +107,7 @@ class PointmassSymmetries(Symmetries):
 TURNS = 36  # angles, ten degrees apart
 PLACES = 16  # of a turned scene along each axis, over all the room that it has
 ARRANGEMENTS = 1024  # of the blocks that the sentence does not name
-BEHIND = 0.5  # [dm] from a block's middle to where the tool begins to push it
+BEHIND = 0.5  # [dm] from a block's middle to where the tool begins to push it: envs/tabletop.py's `reach`
 CLEAR = 0.6  # [dm] from a way to the middle of a block that is not in the way; a demonstrator goes round nearer ones
 GAP = 0.6  # [dm] between the middles of two blocks
 # a sentence with one of these is about the table or the camera, and is not true of a scene that has been turned
@@ -125,12 +126,14 @@ class TabletopSymmetries(Symmetries):
     turns: the angles that it may be turned by. Quarters are exact. Between them a pushed block goes a little another way,
     as its friction is per axis; and of 200 actions one is cut off where action tokens end.
     places: the scene then lies, along x and along y, at one of so many places, evenly over where all of it is `within`: the
-    tool, its target and every block, of both moments of a pair. Turn 0 at place 0, 0 leaves a scene as it was.
+    tool, its target and every block, of both moments of a pair.
     What the episode did later is not looked at. Of 40 tuples one comes from an episode that, there, would leave the tool's
     workspace, so it is not quite what a demonstrator would have done.
     arrangements: then the blocks that the sentence does not name are put elsewhere, too: `rearranged`. Arrangement 0 leaves
-    them where they are.
+    them where they are, and so does each one of a pair of moments, whose ways are not known.
+    two_named: whether every sentence is "push A to B", else there are no arrangements.
     A tuple is none of this where its sentence names a direction or a place, or where it would not fit.
+    The elements below 2 P neither turn nor move a scene.
     An element is g = permutation + P * (mirrored + 2 * (turn + turns * (x + places * (y + places * arrangement)))), where
     x and y number the place.
     """
@@ -140,12 +143,12 @@ class TabletopSymmetries(Symmetries):
         names: list[list[str]],
         permute: bool,
         within: np.ndarray | None = None,
-        push: bool = False,
+        two_named: bool = False,
         turns: int = 1,
         places: int = 1,
         arrangements: int = 1,
     ):
-        self.names, self.count, self.permute, self.push = names, len(names), permute, push
+        self.names, self.count, self.permute, self.two_named = names, len(names), permute, two_named
         self.within, self.turns, self.places, self.arrangements = within, turns, places, arrangements
         self.every = (
             list(itertools.permutations(range(self.count))) if permute else [tuple(range(self.count))]
@@ -155,7 +158,7 @@ class TabletopSymmetries(Symmetries):
         self.order = self.unturned * turns * places**2 * arrangements
         # of each arrangement where each block lies, x and y from 0 to 1 over the table, and its yaw: always the same ones
         rng = np.random.default_rng(0)
-        self.lies = torch.from_numpy(rng.uniform(size=(arrangements, self.count, 3))).float()
+        self.layouts = torch.from_numpy(rng.uniform(size=(arrangements, self.count, 3))).float()
         known = sorted(
             (name for block in names for name in block), key=len, reverse=True
         )  # "red moon" before "moon"
@@ -165,9 +168,9 @@ class TabletopSymmetries(Symmetries):
     def turned(self) -> Symmetries:
         if self.within is None:
             return self
-        arrangements = ARRANGEMENTS if self.push else 1
+        arrangements = ARRANGEMENTS if self.two_named else 1
         return TabletopSymmetries(
-            self.names, self.permute, self.within, self.push, TURNS, PLACES, arrangements
+            self.names, self.permute, self.within, self.two_named, TURNS, PLACES, arrangements
         )
 
     def __call__(
@@ -176,39 +179,43 @@ class TabletopSymmetries(Symmetries):
         if self.turns > 1:
             g = np.where(self.may_turn(g, obs["state"], goals), g, g % self.unturned)
         obs, action, goals = super().__call__(g, obs, action, goals)
-        if self.arrangements > 1 and obs["state"].ndim == 3:  # not both moments of a pair
+        if self.arrangements > 1 and obs["state"].ndim == 3:
             obs = {"state": self.rearranged(g, obs["state"], goals)}
         return obs, action, goals
 
     def rearranged(self, g: np.ndarray, state: Tensor, goals: list[str]) -> Tensor:
-        """States float (B, 1 + blocks, 4) of "push A to B" with the other blocks as in each element's arrangement.
+        """States float (B, 1 + blocks, 4) of "push A to B", the other blocks where each element's arrangement has them.
 
-        What A and B are about does not depend on the others, as long as they are not in the way. So each of them lies
-        elsewhere, unless it is, now or there, nearer than CLEAR to a way: of the tool, or of its target, to behind A, and of A
-        to B; or, there, nearer than GAP to another block. It is a counterfactual demonstration (Pitis et al. 2020).
+        A demonstrator's way does not depend on a block that is not in it. So each of the others lies elsewhere, unless it is,
+        now or there, nearer than CLEAR to a straight way: of the tool, or of its target, to behind A, and of A to B. Nor may it
+        come nearer than GAP to where another block lies, or would. It is a counterfactual demonstration (Pitis et al. 2020).
+        Of 110 tuples one is of a detour, on which the demonstrator would have gone round the new place.
         """
         arrangement = torch.from_numpy(g // (self.unturned * self.turns * self.places**2))
-        named = [[self.which[name][0] for name in self.any_name.findall(goal)] for goal in goals]
-        named = torch.tensor(named)  # (B, 2): A, then B
+        found = [[self.which[name][0] for name in self.any_name.findall(goal)] for goal in goals]
+        is_pair = torch.tensor([len(blocks) == 2 for blocks in found])
+        arrangement = torch.where(is_pair, arrangement, 0)
+        pair = torch.tensor([blocks if len(blocks) == 2 else [0, 1] for blocks in found])  # (B, 2): A, B
         device, state = state.device, state.cpu()
         tool = state[:, 0, :2]
         target = tool + state[:, 0, 2:]
         now = tool[:, None] + state[:, 1:, :2]  # (B, blocks, 2)
         low, high = torch.from_numpy(self.within).float()
-        there = low + (high - low) * self.lies[arrangement][..., :2]  # (B, blocks, 2)
-        a, b = now.take_along_dim(named[..., None], 1).unbind(1)  # (B, 2) each
+        there = low + (high - low) * self.layouts[arrangement][..., :2]  # (B, blocks, 2)
+        yaw = 2 * np.pi * self.layouts[arrangement][..., 2:]  # (B, blocks, 1)
+        a, b = now.take_along_dim(pair[..., None], 1).unbind(1)  # (B, 2) each
         behind = a - BEHIND * torch.nn.functional.normalize(b - a, dim=1)
-        others = torch.ones(now.shape[:2], dtype=torch.bool).scatter(1, named, False)
+        others = torch.ones(now.shape[:2], dtype=torch.bool).scatter(1, pair, False)
         moves = others & (arrangement > 0)[:, None]  # (B, blocks)
         for begin, end in ((tool, behind), (target, behind), (a, b)):
-            moves &= (distance(now, begin, end) > CLEAR) & (distance(there, begin, end) > CLEAR)
+            moves &= distance(now, begin, end) > CLEAR
+            moves &= distance(there, begin, end) > CLEAR
         itself = torch.eye(self.count, dtype=torch.bool)
         for blocks in (now, there):
             apart = torch.cdist(there, blocks) > GAP  # (B, blocks, blocks)
             moves &= (apart | itself).all(2)
-        yaw = 2 * np.pi * self.lies[arrangement][..., 2:]
-        put = torch.cat([there - tool[:, None], yaw.cos(), yaw.sin()], 2)  # (B, blocks, 4)
-        blocks = torch.where(moves[..., None], put, state[:, 1:])
+        placed = torch.cat([there - tool[:, None], yaw.cos(), yaw.sin()], 2)  # (B, blocks, 4)
+        blocks = torch.where(moves[..., None], placed, state[:, 1:])
         return torch.cat([state[:, :1], blocks], 1).to(device)
 
     def may_turn(self, g: np.ndarray, state: Tensor, goals: list[str]) -> np.ndarray:

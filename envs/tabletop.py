@@ -430,8 +430,8 @@ class TabletopVectorEnv(MujocoDomain):
         within = 10 * (np.stack([low, high]) - CENTRE)
         names = [self._names(k) for k in range(B)]
         turnable = obs == "state" and {"block2block", "separate_blocks"} & {*self.families}  # name no side
-        push = self.families == ("block2block",)
-        self.symmetries = TabletopSymmetries(names, permute, within if turnable else None, push)
+        two_named = self.families == ("block2block",)
+        self.symmetries = TabletopSymmetries(names, permute, within if turnable else None, two_named)
         if obs == "images" and self.real:  # its light is from one side
             self.symmetries = Symmetries()
         self.target = np.zeros((n, 2))

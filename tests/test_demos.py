@@ -392,7 +392,7 @@ def test_turns_are_of_the_run_that_asks_for_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     env = envs.make_vec("tabletop", 1, obs="state")
     settings = {"domain": "tabletop", "obs": "state", "episodes": 4, "seed": 0, "data_fraction": 1.0, "dataset": None}
-    for symmetries, turns, order in ((True, True, 48 * 36 * 16**2), (True, None, 48), (False, None, 1)):
+    for symmetries, turns, order in ((True, True, 48 * 36 * 16**2 * 1024), (True, None, 48), (False, None, 1)):
         train, valid = load(SimpleNamespace(**settings, symmetries=symmetries, turns=turns), env)
         assert train.symmetries.order == order and valid.symmetries.order == 1
     earlier, _ = load(SimpleNamespace(**settings, symmetries=True), env)  # before there were turns

@@ -209,7 +209,7 @@ def test_success_before_the_detection_alone_does_not_count():
 
 
 def test_a_batch_is_changed_by_the_symmetries_and_by_nothing_else():
-    """Each tuple by an element of its own; its return stays, and so does that of a buffer without symmetries."""
+    """Each tuple by an element of its own, and its return stays; without symmetries nothing changes."""
     env = envs.make_vec("pointmass", 24, obs="state")
     actions = action_tokenizer(**env.action_tokens)
     model, generator = small("state", 0), torch.Generator().manual_seed(0)

@@ -324,9 +324,10 @@ def test_practice_turns_tuples_where_stage_1_did(tmp_path, monkeypatch):
     monkeypatch.setattr(envs.symmetries.PointmassSymmetries, "__call__", watch)
     monkeypatch.setattr(envs.pointmass.PointmassVectorEnv, "horizon", 4)
     few = {"updates": 2, "batch": 16, "num_envs": 4, "iterations": 1, "first_look": 4, "eval_episodes": 1}
-    for name, taught, flag, turns in (("a", True, None, True), ("b", False, None, False), ("c", True, False, False)):
+    of_stage1 = {"a": {"symmetries": True}, "b": {"symmetries": False}, "c": {"symmetries": True}, "d": {}}
+    for name, flag, turns in (("a", None, True), ("b", None, False), ("c", False, False), ("d", None, False)):
         stage1_run(Path(name), "state")
-        settings = json.loads(Path(name, "config.json").read_text()) | {"symmetries": taught}
+        settings = json.loads(Path(name, "config.json").read_text()) | of_stage1[name]
         Path(name, "config.json").write_text(json.dumps(settings))
         elements.clear()
         stage2.main(stage2.Config(stage1=name, out=f"{name}2", symmetries=flag, **few))
