@@ -138,7 +138,7 @@ def rollout(
 
 
 class Buffer:
-    """The tuples (o, a, g, R) of one iteration. With `symmetries` each is changed by one of them: R is as true,
+    """The tuples (o, a, g, R) of one iteration. `symmetries`: each is changed by one of them. R is as true,
     but a was not drawn there, so this is REINFORCE as far as the policy itself is symmetric."""
 
     def __init__(self, symmetries: Symmetries | None, actions: UniformBins | SignMagnitude):
