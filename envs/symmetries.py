@@ -109,6 +109,7 @@ PLACES = 16  # of a turned scene along each axis, over all the room that it has
 ARRANGEMENTS = 1024  # of the blocks that the sentence does not name
 BEHIND = 0.5  # [dm] from a block's middle to where the tool begins to push it: envs/tabletop.py's `reach`
 CLEAR = 0.6  # [dm] from a way to the middle of a block that is not in the way; a demonstrator goes round nearer ones
+TRIES = 4  # places that an arrangement has for each block
 GAP = 0.6  # [dm] between the middles of two blocks
 # a sentence with one of these is about the table or the camera, and is not true of a scene that has been turned
 DIRECTED = re.compile(
@@ -156,9 +157,9 @@ class TabletopSymmetries(Symmetries):
         self.sources = np.array(self.every)  # (P, B): block j afterwards was block sources[k, j]
         self.unturned = 2 * len(self.every)  # elements
         self.order = self.unturned * turns * places**2 * arrangements
-        # of each arrangement where each block lies, x and y from 0 to 1 over the table, and its yaw: always the same ones
+        # of each arrangement some places for each block, x and y from 0 to 1 over the table, and its yaw: always the same ones
         rng = np.random.default_rng(0)
-        self.layouts = torch.from_numpy(rng.uniform(size=(arrangements, self.count, 3))).float()
+        self.layouts = torch.from_numpy(rng.uniform(size=(arrangements, self.count, TRIES, 3))).float()
         known = sorted(
             (name for block in names for name in block), key=len, reverse=True
         )  # "red moon" before "moon"
@@ -186,37 +187,38 @@ class TabletopSymmetries(Symmetries):
     def rearranged(self, g: np.ndarray, state: Tensor, goals: list[str]) -> Tensor:
         """States float (B, 1 + blocks, 4) of "push A to B", the other blocks where each element's arrangement has them.
 
-        A demonstrator's way does not depend on a block that is not in it. So each of the others lies elsewhere, unless it is,
-        now or there, nearer than CLEAR to a straight way: of the tool, or of its target, to behind A, and of A to B. Nor may it
-        come nearer than GAP to where another block lies, or would. It is a counterfactual demonstration (Pitis et al. 2020).
+        A demonstrator's way does not depend on a block that is not in it. So each of the others, in turn, lies at the first of
+        its TRIES places that is in no way and GAP from where all blocks lie then, if there is one, and if it is in no way now.
+        The ways are straight: of the tool, and of its target, to behind A, and of A to B; CLEAR from each is in none.
+        It is a counterfactual demonstration (Pitis et al. 2020).
         Of 110 tuples one is of a detour, on which the demonstrator would have gone round the new place.
         """
         arrangement = torch.from_numpy(g // (self.unturned * self.turns * self.places**2))
         found = [[self.which[name][0] for name in self.any_name.findall(goal)] for goal in goals]
         is_pair = torch.tensor([len(blocks) == 2 for blocks in found])
-        arrangement = torch.where(is_pair, arrangement, 0)
         pair = torch.tensor([blocks if len(blocks) == 2 else [0, 1] for blocks in found])  # (B, 2): A, B
-        device, state = state.device, state.cpu()
-        tool = state[:, 0, :2]
-        target = tool + state[:, 0, 2:]
-        now = tool[:, None] + state[:, 1:, :2]  # (B, blocks, 2)
-        low, high = torch.from_numpy(self.within).float()
-        there = low + (high - low) * self.layouts[arrangement][..., :2]  # (B, blocks, 2)
-        yaw = 2 * np.pi * self.layouts[arrangement][..., 2:]  # (B, blocks, 1)
-        a, b = now.take_along_dim(pair[..., None], 1).unbind(1)  # (B, 2) each
+        device, state = state.device, state.cpu().clone()
+        rows, tool = torch.arange(len(state)), state[:, 0, :2]
+        places = tool[:, None] + state[:, 1:, :2]  # (B, blocks, 2)
+        a, b = places.take_along_dim(pair[..., None], 1).unbind(1)  # (B, 2) each
         behind = a - BEHIND * torch.nn.functional.normalize(b - a, dim=1)
-        others = torch.ones(now.shape[:2], dtype=torch.bool).scatter(1, pair, False)
-        moves = others & (arrangement > 0)[:, None]  # (B, blocks)
-        for begin, end in ((tool, behind), (target, behind), (a, b)):
-            moves &= distance(now, begin, end) > CLEAR
-            moves &= distance(there, begin, end) > CLEAR
-        itself = torch.eye(self.count, dtype=torch.bool)
-        for blocks in (now, there):
-            apart = torch.cdist(there, blocks) > GAP  # (B, blocks, blocks)
-            moves &= (apart | itself).all(2)
-        placed = torch.cat([there - tool[:, None], yaw.cos(), yaw.sin()], 2)  # (B, blocks, 4)
-        blocks = torch.where(moves[..., None], placed, state[:, 1:])
-        return torch.cat([state[:, :1], blocks], 1).to(device)
+        ways = ((tool, behind), (tool + state[:, 0, 2:], behind), (a, b))
+        may_move = torch.ones(places.shape[:2], dtype=torch.bool).scatter(1, pair, False)
+        may_move &= (is_pair & (arrangement > 0))[:, None] & clear(places, ways)  # (B, blocks)
+        low, high = torch.from_numpy(self.within).float()
+        for k in range(self.count):
+            drawn = self.layouts[arrangement, k]  # (B, TRIES, 3)
+            spots = low + (high - low) * drawn[..., :2]
+            others = [j for j in range(self.count) if j != k]
+            fits = clear(spots, ways) & (torch.cdist(spots, places[:, others]) > GAP).all(2)  # (B, TRIES)
+            first = fits.int().argmax(1)
+            moves = (may_move[:, k] & fits.any(1))[:, None]  # (B, 1)
+            places[:, k] = torch.where(moves, spots[rows, first], places[:, k])
+            yaw = 2 * np.pi * drawn[rows, first, 2]
+            turned = torch.stack([yaw.cos(), yaw.sin()], 1)
+            state[:, 1 + k, 2:] = torch.where(moves, turned, state[:, 1 + k, 2:])
+            state[:, 1 + k, :2] = torch.where(moves, places[:, k] - tool, state[:, 1 + k, :2])
+        return state.to(device)
 
     def may_turn(self, g: np.ndarray, state: Tensor, goals: list[str]) -> np.ndarray:
         """bool (B,): whether a turned tuple is as true, and fits on the table."""
@@ -296,11 +298,14 @@ class TabletopSymmetries(Symmetries):
         return text
 
 
-def distance(points: Tensor, begin: Tensor, end: Tensor) -> Tensor:
-    """From points float (B, K, 2) to the straight way from begin to end, float (B, 2) each: float (B, K)."""
-    rel, way = points - begin[:, None], (end - begin)[:, None]  # (B, K, 2), (B, 1, 2)
-    along = (rel * way).sum(2, keepdim=True) / (way * way).sum(2, keepdim=True).clamp(min=1e-9)
-    return (rel - along.clamp(0, 1) * way).norm(dim=2)
+def clear(points: Tensor, ways: tuple) -> Tensor:
+    """Points float (B, K, 2) farther than CLEAR from every straight way, from and to float (B, 2) each: bool (B, K)."""
+    free = torch.ones(points.shape[:2], dtype=torch.bool)
+    for begin, end in ways:
+        rel, way = points - begin[:, None], (end - begin)[:, None]  # (B, K, 2), (B, 1, 2)
+        along = (rel * way).sum(2, keepdim=True) / (way * way).sum(2, keepdim=True).clamp(min=1e-9)
+        free &= (rel - along.clamp(0, 1) * way).norm(dim=2) > CLEAR
+    return free
 
 
 class AlohaSymmetries(Symmetries):
