@@ -191,7 +191,7 @@ class TabletopSymmetries(Symmetries):
         its TRIES places that is in no way and GAP from where all blocks lie then, if there is one, and if it is in no way now.
         The ways are straight: of the tool, and of its target, to behind A, and of A to B; CLEAR from each is in none.
         It is a counterfactual demonstration (Pitis et al. 2020).
-        Of 110 tuples one is of a detour, on which the demonstrator would have gone round the new place.
+        About one tuple in a hundred is of a detour, on which the demonstrator would have gone round the new place.
         """
         arrangement = torch.from_numpy(g // (self.unturned * self.turns * self.places**2))
         found = [[self.which[name][0] for name in self.any_name.findall(goal)] for goal in goals]
@@ -213,11 +213,10 @@ class TabletopSymmetries(Symmetries):
             fits = clear(spots, ways) & (torch.cdist(spots, places[:, others]) > GAP).all(2)  # (B, TRIES)
             first = fits.int().argmax(1)
             moves = (may_move[:, k] & fits.any(1))[:, None]  # (B, 1)
-            places[:, k] = torch.where(moves, spots[rows, first], places[:, k])
-            yaw = 2 * np.pi * drawn[rows, first, 2]
-            turned = torch.stack([yaw.cos(), yaw.sin()], 1)
-            state[:, 1 + k, 2:] = torch.where(moves, turned, state[:, 1 + k, 2:])
-            state[:, 1 + k, :2] = torch.where(moves, places[:, k] - tool, state[:, 1 + k, :2])
+            there, yaw = spots[rows, first], 2 * np.pi * drawn[rows, first, 2:]  # (B, 2), (B, 1)
+            places[:, k] = torch.where(moves, there, places[:, k])
+            block = torch.cat([there - tool, yaw.cos(), yaw.sin()], 1)  # (B, 4)
+            state[:, 1 + k] = torch.where(moves, block, state[:, 1 + k])
         return state.to(device)
 
     def may_turn(self, g: np.ndarray, state: Tensor, goals: list[str]) -> np.ndarray:
