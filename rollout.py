@@ -138,8 +138,10 @@ def rollout(
 
 
 class Buffer:
-    """The tuples (o, a, g, R) of one iteration. `symmetries`: each is changed by one of them. R is as true,
-    but a was not drawn there, so this is REINFORCE as far as the policy itself is symmetric."""
+    """The tuples (o, a, g, R) of one iteration, each transformed by one of the symmetries, if there are any.
+
+    Then R stays right, but the policy has not drawn this action there: it is REINFORCE if it is symmetric.
+    """
 
     def __init__(self, symmetries: Symmetries | None, actions: UniformBins | SignMagnitude):
         self.symmetries, self.actions = symmetries, actions

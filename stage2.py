@@ -61,7 +61,7 @@ class Config(ScaleFlags):
     batch: Count | None = None  # B, tuples per optimiser step; 64
     lr: Positive | None = None  # AdamW; 1e-4
     learns: Literal["all", "blocks"] | None = None  # all but the vision tower, or the blocks alone; all
-    symmetries: bool | None = None  # turn tuples as Stage 1 did (`Buffer`); on the pointmass from states
+    symmetries: bool | None = None  # of tuples, without --turns; pointmass states: if Stage 1 had
     keep_optimizer: bool = False  # go on with Stage 1's last AdamW moments, as the authors' notebook does
     num_envs: Count | None = None  # simulations at once, at most; 128, of an operator's stations 16
     first_look: Count = 200  # practice episodes of Stage 1's own policy, to be beaten beyond noise
@@ -152,7 +152,7 @@ def main(cfg: Config) -> None:
         return detect_success(d, cfg.success_threshold) if cfg.success == "detector" else truth
 
     def practise(tuples: int) -> Episodes:
-        """One episode of as many simulations as the tuples take; whole episodes, of the present policy."""
+        """A whole episode of the present policy in about as many simulations as so many tuples take."""
         most = cfg.num_envs // ranks.world()
         needed = 8 * math.ceil(tuples / now.expected_steps(env.horizon) / 8)  # in eights
         stations = setup.simulations(env, min(most, needed))

@@ -131,9 +131,9 @@ class TabletopSymmetries(Symmetries):
     What the episode did later is not looked at. Of 40 tuples one comes from an episode that, there, would leave the tool's
     workspace, so it is not quite what a demonstrator would have done.
     arrangements: then the blocks that the sentence does not name are put elsewhere, too: `rearranged`. Arrangement 0 leaves
-    them where they are, and so does each one of a pair of moments, whose ways are not known.
+    them where they are, and so does each one of a pair of moments (instruction prediction).
     two_named: whether every sentence is "push A to B", else there are no arrangements.
-    A tuple is none of this where its sentence names a direction or a place, or where it would not fit.
+    A tuple is neither turned nor moved nor rearranged where its sentence names a direction or a place, or where it would not fit.
     The elements below 2 P neither turn nor move a scene.
     An element is g = permutation + P * (mirrored + 2 * (turn + turns * (x + places * (y + places * arrangement)))), where
     x and y number the place.
@@ -187,11 +187,11 @@ class TabletopSymmetries(Symmetries):
     def rearranged(self, g: np.ndarray, state: Tensor, goals: list[str]) -> Tensor:
         """States float (B, 1 + blocks, 4) of "push A to B", the other blocks where each element's arrangement has them.
 
-        A demonstrator's way does not depend on a block that is not in it. So each of the others, in turn, lies at the first of
-        its TRIES places that is in no way and GAP from where all blocks lie then, if there is one, and if it is in no way now.
-        The ways are straight: of the tool, and of its target, to behind A, and of A to B; CLEAR from each is in none.
-        It is a counterfactual demonstration (Pitis et al. 2020).
-        About one tuple in a hundred is of a detour, on which the demonstrator would have gone round the new place.
+        A demonstrator does not mind a block that blocks no way: of the tool, and of its target, to behind A, and of A to B, all
+        straight. To block is to lie within CLEAR of it. So each of the others that blocks nothing goes, in turn, to the first
+        of its TRIES places that blocks nothing either, and is farther than GAP from every block; if there is none, it stays.
+        It is a counterfactual demonstration (Pitis et al. 2020). In about one tuple of a hundred the demonstrator was on a
+        detour, not on a straight way, and would have gone round the new place.
         """
         arrangement = torch.from_numpy(g // (self.unturned * self.turns * self.places**2))
         found = [[self.which[name][0] for name in self.any_name.findall(goal)] for goal in goals]

@@ -406,7 +406,11 @@ def against_imitation(
         column[1].minorticks_off()
     axes[0, 0].set_ylabel("true success")
     axes[1, 0].set_ylabel(steps)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    named = {}  # a panel may lack practice
+    for ax in axes.flat:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    fig.legend(named.values(), named.keys(), loc="outside lower center", ncols=2)
     return fig
 
 
