@@ -61,7 +61,7 @@ class Config(ScaleFlags):
     batch: Count | None = None  # B, tuples per optimiser step; 64
     lr: Positive | None = None  # AdamW; 1e-4
     learns: Literal["all", "blocks"] | None = None  # all but the vision tower, or the blocks alone; all
-    symmetries: bool | None = None  # of tuples, without --turns; pointmass states: if Stage 1 had
+    symmetries: bool | None = None  # transform tuples by them; from states of the pointmass, if Stage 1 did
     keep_optimizer: bool = False  # go on with Stage 1's last AdamW moments, as the authors' notebook does
     num_envs: Count | None = None  # simulations at once, at most; 128, of an operator's stations 16
     first_look: Count = 200  # practice episodes of Stage 1's own policy, to be beaten beyond noise
