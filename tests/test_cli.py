@@ -239,7 +239,7 @@ CASES: list[tuple[str, str, Damage, str]] = [  # script, arguments, what was don
     ("stage0", "--seed 0 --batch 5 --resume", lambda: unfinish(ZERO), "--batch"),
     ("stage1", "--batch 64 --resume", lambda: unfinish(ONE), "--batch"),
     ("stage1", "--eval-every 3 --resume", lambda: unfinish(ONE), "--eval-every"),
-    ("stage2", "--gamma 0.5 --resume", lambda: unfinish(TWO), "--gamma"),
+    ("stage2", "--gamma 0.7 --resume", lambda: unfinish(TWO), "--gamma"),
     ("stage1", f"--out {TWO} --resume", None, TWO),
     ("stage0", "--resume", lambda: (unfinish(ZERO), truncate(f"{ZERO}/resume.pt")), "resume.pt"),
     ("stage1", "--resume", lambda: (unfinish(ONE), truncate(f"{ONE}/resume.pt")), "resume.pt"),
