@@ -138,10 +138,7 @@ def rollout(
 
 
 class Buffer:
-    """The tuples (o, a, g, R) of one iteration, each transformed by one of the symmetries, if there are any.
-
-    Then R stays right, but the policy has not drawn this action there: it is REINFORCE if it is symmetric.
-    """
+    """The tuples (o, a, g, R) of one iteration; batches transform each by one of the symmetries, if any."""
 
     def __init__(self, symmetries: Symmetries | None, actions: UniformBins | SignMagnitude):
         self.symmetries, self.actions = symmetries, actions
@@ -166,10 +163,8 @@ class Buffer:
         for i in torch.randperm(len(self), generator=generator)[:n].split(size):
             texts = goals[i.numpy()].tolist()
             i = i.to(tokens.device)
-            batch, chosen = {k: v[i] for k, v in obs.items()}, tokens[i]
+            batch = ({k: v[i] for k, v in obs.items()}, tokens[i], texts)
             if self.symmetries:
-                element = torch.randint(self.symmetries.order, (len(i),), generator=generator).numpy()
-                action = self.actions.decode(chosen.cpu())
-                batch, action, texts = self.symmetries(element, batch, action, texts)
-                chosen = self.actions.encode(action).to(tokens.device)
-            yield batch, [QUESTION_ACTION.format(g) for g in texts], chosen, returns[i]
+                batch = self.symmetries.of_tokens(*batch, self.actions, generator)
+            chosen, answer, texts = batch
+            yield chosen, [QUESTION_ACTION.format(g) for g in texts], answer, returns[i]

@@ -30,6 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokens import SignMagnitude, UniformBins
+
 
 class Symmetries:
     """The group of one element, and what every group offers. g int (B,) numbers an element per tuple."""
@@ -49,6 +51,22 @@ class Symmetries:
         changed = {key: getattr(self, key)(g, value) for key, value in obs.items()}
         goals = [self.words(k, text) for k, text in zip(g.tolist(), goals, strict=True)]
         return changed, action if action is None else self.action(g, action), goals
+
+    def of_tokens(
+        self,
+        obs: dict[str, Tensor],
+        tokens: Tensor,
+        goals: list[str],
+        actions: UniformBins | SignMagnitude,
+        generator: torch.Generator,
+    ) -> tuple[dict[str, Tensor], Tensor, list[str]]:
+        """Tuples of practice, actions as tokens long (B, L), each transformed by an element that is drawn here.
+
+        Their returns stay right, but the policy has not drawn this action there: it is REINFORCE if it is symmetric.
+        """
+        g = torch.randint(self.order, (len(goals),), generator=generator).numpy()
+        obs, action, goals = self(g, obs, actions.decode(tokens.cpu()), goals)
+        return obs, actions.encode(action).to(tokens.device), goals
 
     def turned(self) -> Symmetries:
         """These, and scenes turned by any angle, put elsewhere and rearranged, where the domain has it: `--turns True`."""

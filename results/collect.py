@@ -42,7 +42,7 @@ MORE = {  # further screens of docs/results.md, not in the README's table
     "aloha, timed": ("aloha-timed-stage2", "", ""),
 }
 FIGURE3 = {  # a panel: the runs but for stage and seed
-    "rearranged": ("tabletop-few40", "tabletop-few50", "tabletop-few60", "tabletop-few125"),
+    "rearranged": ("tabletop-few40", "tabletop-few60"),
     "not turned": (
         "tabletop-unturned125",
         "tabletop-turned500",
@@ -56,7 +56,7 @@ EARLIER_TURNS = {  # in the table alone: the other blocks stay; then also less t
     "turned and moved": ("tabletop-moved40", "tabletop-moved60", "tabletop-moved125", "tabletop-moved250"),
     "turned, first": ("tabletop-d250", "tabletop-d350", "tabletop-d500", "tabletop-d1000", "tabletop-d4000"),
 }
-POINTMASS = {"pointmass": ("pointmass-few100", "pointmass-few300", "pointmass")}  # its table of shares
+POINTMASS = {"pointmass": ("pointmass-few300", "pointmass")}  # its table of shares
 FIGURE8 = {"nano-arms (earlier physics)": ("aloha-25percent", "aloha-50percent", "aloha")}  # of 5,000
 ABLATIONS = (
     "",

@@ -17,7 +17,7 @@ LINES = {
     "stage0.py": 195,
     "stage1.py": 220,
     "stage2.py": 220,
-    "rollout.py": 175,
+    "rollout.py": 170,
     "eval.py": 160,
 }
 MAIN, COLUMNS = 80, 110

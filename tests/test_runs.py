@@ -155,6 +155,17 @@ def test_another_configuration_is_refused_by_naming_the_flag():
     started(out="elsewhere", resume=True).metrics.close()  # these two may differ
 
 
+def test_a_run_from_before_a_switch_goes_on_with_the_switch_off():
+    @dataclass
+    class Later(Config):
+        switch: bool = False
+
+    started().metrics.close()
+    with pytest.raises(UserError, match="run: was started with --switch None, this is True"):
+        Run(Path("run"), Later(switch=True, resume=True))
+    Run(Path("run"), Later(resume=True))
+
+
 def test_the_configuration_says_all_but_out_and_resume():
     started("a/b", seed=4, out="a/b").metrics.close()
     assert json.loads(Path("a/b/config.json").read_text()) == {"seed": 4, "eval_every": 2}
