@@ -196,7 +196,7 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
         (not (pretrained and cfg.obs == "state"), "--obs state: a pre-trained model reads images; leave it out"),
         (not (pretrained and named), f"--init {cfg.init}: the model starts from --weights or --vit; leave one out"),
         (can_turn or not cfg.turns,
-         f"--turns True: for tabletop from states with --symmetries; {cfg.domain} cannot be turned, leave it out"),
+         f"--turns True: for pointmass and tabletop from states with --symmetries; {cfg.domain} cannot, leave it out"),
         (cfg.batch >= least, f"--batch {cfg.batch}: must be at least {least}"),
         (cfg.episodes >= 2, f"--episodes {cfg.episodes}: must be at least 2"),
     ])  # fmt: skip

@@ -107,14 +107,13 @@ class PointmassVectorEnv(Domain):
     state_names, state_dim = ("position", "velocity", *COLOURS), 2
     steps_cap, steps_bins = 140, 140  # a bin is a step: near the goal, where the detector decides, d is sharp
     success_threshold = 3.0
-    symmetries = PointmassSymmetries(COLOURS)
     text_length, letters = 40, "abcdefghijklmnopqrstuvwxyz "
     stage1_defaults = {
-        "state": {"model": "nano", "episodes": 1000, "updates": 9000, "lr": 3e-3, "policy": "best"},
+        "state": {"model": "nano", "episodes": 1000, "updates": 3000, "lr": 3e-3, "policy": "best"},
         "images": {"model": "nano-vision", "episodes": 6000, "updates": 18_000, "policy": "best"},
     }
     stage2_defaults = {
-        "state": {"iterations": 200, "lr": 5e-4, "gamma": 0.5, "symmetries": True},
+        "state": {"iterations": 80, "lr": 5e-4, "gamma": 0.5, "symmetries": True},
         "images": {"iterations": 300},
     }
     STATE_FIELDS = ("pos", "vel", "goals", "colour", "waypoints", "waypoint")
@@ -122,6 +121,7 @@ class PointmassVectorEnv(Domain):
 
     def __init__(self, num_envs: int = 1, obs: str = "state", size: int = 32, render_mode: str | None = None):
         super().__init__(num_envs, obs, size, render_mode)
+        self.symmetries = PointmassSymmetries(COLOURS, turnable=obs == "state")
         self.pos, self.vel = np.zeros((num_envs, 2)), np.zeros((num_envs, 2))
         self.goals, self.colour = np.zeros((num_envs, 3, 2)), np.zeros(num_envs, int)
         # the demonstrator's way: five places to pass by, and the one that is next

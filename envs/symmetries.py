@@ -11,6 +11,7 @@ nothing. A tuple's element is drawn anew each time that the tuple is in a batch:
 
     class                domain, obs                    elements
     PointmassSymmetries  pointmass, states and images   8 of the square x 6 permutations of the colours
+                         states, `turned()`             the same x 36 turns x 256 places x 1024 arrangements
     TabletopSymmetries   tabletop and banana, states    the mirror x B! permutations of the B blocks
                          tabletop, `turned()`           the same x 36 turns x 256 places
                          of block2block alone           the same x 1024 arrangements
@@ -73,14 +74,107 @@ class Symmetries:
         return self
 
 
-class PointmassSymmetries(Symmetries):
-    """The table is a square and the goals differ in colour alone: g = 6 * square + colours."""
+TURNS = 36  # angles, ten degrees apart
+PLACES = 16  # of a turned scene along each axis, over all the room that it has
+ARRANGEMENTS = 1024  # of the goals, or blocks, that the sentence does not name
+TRIES = 4  # places that an arrangement has for each of them
 
-    def __init__(self, colours: tuple[str, ...]):
-        self.colours = colours
+
+def rotated(angle: Tensor, vectors: Tensor) -> Tensor:
+    """Vectors float (B, ..., 2) of the plane, each turned by its angle (B,)."""
+    angle = angle.float().view(-1, *[1] * (vectors.ndim - 2)).to(vectors.device)
+    x, y = vectors.unbind(-1)
+    return torch.stack([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], -1)
+
+
+class PointmassSymmetries(Symmetries):
+    """The table is a square, the goals differ in colour alone, and those that the sentence does not name do nothing.
+
+    turnable: whether `turned()` has more than the square and the colours: `elsewhere`.
+    reach: how far from the middle of the table the point may be put, and the named goal, along each axis.
+    apart: how far goals are from each other.
+    An element is g = colours + 6 * (square + 8 * (turn + turns * (x + places * (y + places * arrangement)))), where x and y
+    number the place. Those below 48 are exact.
+    """
+
+    reach, apart = (1.1, 0.9), 0.45
+
+    def __init__(
+        self, colours: tuple[str, ...], turnable: bool, turns: int = 1, places: int = 1, arrangements: int = 1
+    ):
+        self.colours, self.turnable = colours, turnable
+        self.turns, self.places, self.arrangements = turns, places, arrangements
         # row k: what stands in place of colour j afterwards was colour sources[k, j]
         self.sources = np.array(list(itertools.permutations(range(len(colours)))))  # (6, 3)
-        self.order = 8 * len(self.sources)
+        self.unturned = 8 * len(self.sources)  # elements
+        self.order = self.unturned * turns * places**2 * arrangements
+        # of each arrangement some places for each goal: always the same ones
+        drawn = np.random.default_rng(0).uniform(-1, 1, (arrangements, len(colours), TRIES, 2))
+        self.layouts = torch.from_numpy(self.reach[1] * drawn).float()
+
+    def turned(self) -> Symmetries:
+        if not self.turnable:
+            return self
+        return PointmassSymmetries(self.colours, True, TURNS, PLACES, ARRANGEMENTS)
+
+    def __call__(
+        self, g: np.ndarray, obs: dict[str, Tensor], action: Tensor | None, goals: list[str]
+    ) -> tuple[dict[str, Tensor], Tensor | None, list[str]]:
+        more, exact = np.divmod(g, self.unturned)
+        obs, action, goals = super().__call__(exact, obs, action, goals)
+        if self.turns > 1:
+            state, action = self.elsewhere(more, obs["state"], action, goals)
+            obs = {"state": state}
+        return obs, action, goals
+
+    def elsewhere(
+        self, more: np.ndarray, state: Tensor, action: Tensor | None, goals: list[str]
+    ) -> tuple[Tensor, Tensor | None]:
+        """States float (B, 5, 2) turned, put elsewhere and rearranged; actions (B, 2) turned.
+
+        more int (B,): g // 48 of each; 0 changes nothing. The point sees its goal turned with it, so the demonstrator goes the
+        same way; but the next places that it passed by may now lie off the table, and near a wall the wall would have
+        stopped it. One in a hundred turned actions is cut off where action tokens end.
+        A scene stays as it is where point and goal are too far apart to be put anywhere.
+        """
+        number = torch.from_numpy(more)
+        turn, number = number % self.turns, number // self.turns
+        place = torch.stack([number % self.places, number // self.places % self.places], 1)  # (B, 2)
+        arrangement = number // self.places**2
+        says = [[colour in goal.split(" ") for colour in self.colours] for goal in goals]
+        named = torch.tensor(says).int().argmax(1)  # (B,): each sentence names one colour
+        device, state, rows = state.device, state.cpu(), torch.arange(len(goals))
+        angle = turn * (2 * np.pi / self.turns)
+        there = rotated(angle, state)
+        point = there[:, 0]
+        goal = point + there[rows, 2 + named]  # (B, 2), from the middle of the table
+        low = torch.maximum(-self.reach[0] - point, -self.reach[1] - goal)
+        high = torch.minimum(self.reach[0] - point, self.reach[1] - goal)
+        shift = low + (high - low) * (place + 0.5) / self.places
+        there = torch.cat([(point + shift)[:, None], there[:, 1:]], 1)
+        moves = (low <= high).all(1) & torch.from_numpy(more > 0)  # (B,)
+        state = torch.where(moves[:, None, None], there, state)
+        if action is not None:
+            action = torch.where(moves[:, None].to(action.device), rotated(angle, action), action)
+        return self.rearranged(arrangement * moves, state, named).to(device), action
+
+    def rearranged(self, arrangement: Tensor, state: Tensor, named: Tensor) -> Tensor:
+        """States float (B, 5, 2), the goals that are not named where the tuples' arrangements have them; both long (B,).
+
+        Each goes to the first of its TRIES places that is `apart` from the other goals; if there is none, it stays, as all
+        do in arrangement 0. Exact: nothing runs into a goal.
+        """
+        state, rows, point = state.clone(), torch.arange(len(state)), state[:, :1]
+        places = point + state[:, 2:]  # (B, 3, 2), from the middle of the table
+        for k in range(len(self.colours)):
+            spots = self.layouts[arrangement, k]  # (B, TRIES, 2)
+            others = [j for j in range(len(self.colours)) if j != k]
+            fits = (torch.cdist(spots, places[:, others]) > self.apart).all(2)  # (B, TRIES)
+            moves = ((arrangement > 0) & (named != k) & fits.any(1))[:, None]  # (B, 1)
+            there = spots[rows, fits.int().argmax(1)]
+            places[:, k] = torch.where(moves, there, places[:, k])
+            state[:, 2 + k] = torch.where(moves, there - point[:, 0], state[:, 2 + k])
+        return state
 
     def parts(self, g: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(x and y change places, then the sign of x, the sign of y: bool (B,) each; sources long (B, 3))."""
@@ -122,12 +216,8 @@ class PointmassSymmetries(Symmetries):
         return " ".join(becomes.get(word, word) for word in text.split(" "))
 
 
-TURNS = 36  # angles, ten degrees apart
-PLACES = 16  # of a turned scene along each axis, over all the room that it has
-ARRANGEMENTS = 1024  # of the blocks that the sentence does not name
 BEHIND = 0.5  # [dm] from a block's middle to where the tool begins to push it: envs/tabletop.py's `reach`
 CLEAR = 0.6  # [dm] from a way to the middle of a block that is not in the way; a demonstrator goes round nearer ones
-TRIES = 4  # places that an arrangement has for each block
 GAP = 0.6  # [dm] between the middles of two blocks
 # a sentence with one of these is about the table or the camera, and is not true of a scene that has been turned
 DIRECTED = re.compile(
@@ -260,10 +350,7 @@ class TabletopSymmetries(Symmetries):
         """Vectors float (B, ..., 2) of the plane, each turned by its element's angle."""
         if self.turns == 1:
             return vectors
-        angle = torch.from_numpy(g // self.unturned % self.turns * (2 * np.pi / self.turns)).float()
-        angle = angle.view(-1, *[1] * (vectors.ndim - 2)).to(vectors.device)
-        x, y = vectors.unbind(-1)
-        return torch.stack([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], -1)
+        return rotated(torch.from_numpy(g // self.unturned % self.turns * (2 * np.pi / self.turns)), vectors)
 
     def state(self, g: np.ndarray, state: Tensor) -> Tensor:
         """(B, ..., 1 + blocks, 4): of the tool x, y, target x, y; of each block x, y, cos and sin of its yaw.

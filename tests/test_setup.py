@@ -103,7 +103,7 @@ def test_who_may_practise_where(domain, taught, obs, complaint):
 
 
 # --- turns --------------------------------------------------------------------------------------------
-def test_few_demonstrations_of_the_tabletop():
+def test_few_demonstrations():
     for flags, turns in (
         ({"episodes": 1000}, True),
         ({"episodes": 1001}, None),
@@ -122,6 +122,9 @@ def test_few_demonstrations_of_the_tabletop():
     cfg = stage1.Config(domain="tabletop", episodes=1000, reward="loss", policy="best", out="run")
     setup.stage1(cfg)
     assert cfg.reward == "loss" and cfg.policy == "best" and cfg.turns
-    for more in ({"domain": "pointmass"}, {"domain": "tabletop", "symmetries": False}):
-        with pytest.raises(UserError, match="--turns True: for tabletop from states"):
+    cfg = stage1.Config(domain="pointmass", out="run")
+    setup.stage1(cfg)
+    assert cfg.episodes == 1000 and cfg.turns and (cfg.reward, cfg.policy) == ("error", "last")
+    for more in ({"domain": "aloha"}, {"domain": "pointmass", "obs": "images"}, {"domain": "tabletop", "symmetries": False}):
+        with pytest.raises(UserError, match="--turns True: for pointmass and tabletop from states"):
             setup.stage1(stage1.Config(turns=True, out="run", **more))

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import envs
-from envs import tabletop
+from envs import pointmass, tabletop
 from envs import tabletop_language as language
-from envs.symmetries import BEHIND, CLEAR, DIRECTED, GAP, Symmetries, TabletopSymmetries
+from envs.symmetries import BEHIND, CLEAR, DIRECTED, GAP, PointmassSymmetries, Symmetries, TabletopSymmetries, rotated
 
 
 def observed(env, obs: dict) -> dict[str, torch.Tensor]:
@@ -163,16 +163,19 @@ def test_elements_are_a_group(domain, turned):
             assert ((back - state).abs() < 1e-5).flatten(1).all(1).sum() == 1
 
 
-def test_each_tuple_has_its_own_element():
+@pytest.mark.parametrize("turned", [False, True])
+def test_each_tuple_has_its_own_element(turned):
     env = envs.make_vec("pointmass", 48, obs="state")
+    turns = env.symmetries.turned() if turned else env.symmetries
     o, _ = env.reset(seed=0)
-    action = torch.rand(48, 2)
-    obs, act, texts = env.symmetries(np.arange(48), observed(env, o), action, list(o["instruction"]))
-    for g in range(48):
-        one = {"state": observed(env, o)["state"][g : g + 1]}
-        alone = env.symmetries(np.array([g]), one, action[g : g + 1], [o["instruction"][g]])
-        assert torch.equal(alone[0]["state"][0], obs["state"][g])
-        assert torch.equal(alone[1][0], act[g]) and alone[2][0] == texts[g]
+    action, g = torch.rand(48, 2), np.random.default_rng(0).permutation(48) + turns.order - 48
+    obs, act, texts = turns(g, observed(env, o), action, list(o["instruction"]))
+    for k in range(48):
+        one = {"state": observed(env, o)["state"][k : k + 1]}
+        alone = turns(g[k : k + 1], one, action[k : k + 1], [o["instruction"][k]])
+        torch.testing.assert_close(alone[0]["state"][0], obs["state"][k])
+        torch.testing.assert_close(alone[1][0], act[k])
+        assert alone[2][0] == texts[k]
 
 
 @pytest.mark.parametrize("g", [1, 8, 17, 30, 47])
@@ -184,6 +187,71 @@ def test_pointmass_states(g):
         assert (truth == their_truth).all()
         reached = truth.sum()
     assert reached > 2
+
+
+@pytest.mark.parametrize(("turn", "place", "arrangement"), [(0, 0, 7), (9, 0, 0), (0, 255, 0), (4, 37, 1), (22, 130, 1023)])
+def test_pointmass_elsewhere(turn, place, arrangement):
+    """Turned, put elsewhere, the other goals rearranged: the expert does the same, turned, and the point goes the same way."""
+    n, exact, limit = 256, 29, pointmass.ACTION_LIMIT * (1 - 1e-6)
+    env, other = (envs.make_vec("pointmass", n, obs="state") for _ in range(2))
+    env.symmetries = turns = env.symmetries.turned()
+    g = exact + 48 * (turn + 36 * (place + 256 * arrangement))
+    o, _ = env.reset(seed=5)
+    other.reset(seed=6)
+    expected, _, texts = transformed(env, g, o, None)
+    state = expected["state"].double().numpy()
+    other.pos, other.vel = state[:, 0], state[:, 1] / 100
+    other.goals, other.texts = other.pos[:, None] + state[:, 2:], texts
+    other.colour = np.array([[c in text.split() for c in pointmass.COLOURS].index(True) for text in texts])
+    first, there = env.pos.copy(), other.pos.copy()
+    square = turns.vectors(np.full(n, exact), torch.from_numpy(env.pos)).numpy()
+    fits = np.abs(there - square).max(1) > 1e-6 if turn or place else np.ones(n, bool)
+    assert fits.mean() > 0.97
+    way, off, errors, reached = fits.copy(), [], [], 0
+    for _ in range(25):
+        action, theirs = env.expert(), other.expert()
+        _, turned_action, _ = transformed(env, g, o, action)
+        # what is cut off, before or after, is not turned any more; nor is what the walls stop
+        way &= (np.abs(action).max(1) < limit) & (np.abs(theirs).max(1) < limit)
+        errors.append(np.abs(turned_action.numpy() - theirs).max(1)[way])
+        o, _, _, _, info = env.step(action)
+        _, _, _, _, their_info = other.step(turned_action.double().numpy())
+        way &= (np.abs(env.pos).max(1) < 1.4) & (np.abs(other.pos).max(1) < 1.4)
+        moved = turns.vectors(np.full(n, exact), torch.from_numpy(env.pos - first))
+        moved = rotated(torch.full((n,), turn * 2 * np.pi / 36), moved).numpy()
+        off.append(np.abs(moved - (other.pos - there)).max(1)[way])
+        assert (info["is_success"] == their_info["is_success"])[way].mean() > 0.98  # on its edge rounding decides
+        reached = info["is_success"][way].sum()
+    off, errors = np.concatenate(off), np.concatenate(errors)
+    assert reached > n / 20 and len(off) > 10 * n
+    assert off.max() < 1e-4 and errors.max() < 1e-8  # of float32
+
+
+def test_where_a_pointmass_is_put():
+    """All over the table, the named goal as well, the other goals too and apart; what is too wide stays as it was."""
+    n = 4096
+    env = envs.make_vec("pointmass", n, obs="state")
+    turns = env.symmetries.turned()
+    o, _ = env.reset(seed=5)
+    state, texts, rows = observed(env, o)["state"], list(o["instruction"]), np.arange(n)
+    more = np.random.default_rng(0).integers(1, turns.order // 48, size=n)
+    new, _ = turns.elsewhere(more, state, None, texts)
+    point, goals = new[:, 0].numpy(), (new[:, :1] + new[:, 2:]).numpy()
+    stays = (new == state).flatten(1).all(1).numpy()
+    assert 0 < stays.mean() < 0.02 and np.abs(point[~stays]).max() <= 1.1 + 1e-6
+    named = goals[rows, env.colour][~stays]
+    assert np.abs(named).max() <= 0.9 + 1e-6 and (named.std(0) > 0.4).all() and (point.std(0) > 0.4).all()
+    distance = state[:, 2:].norm(dim=2)[rows, env.colour]
+    torch.testing.assert_close(new[:, 2:].norm(dim=2)[rows, env.colour], distance)
+    others = goals[~stays][np.arange(3) != env.colour[~stays, None]]
+    assert np.allclose(others.std(0), 0.9 / 3**0.5, atol=0.03) and (np.abs(others) > 0.9 + 1e-6).any(1).mean() < 0.03
+    apart = np.linalg.norm(goals - np.roll(goals, 1, 1), axis=2)[~stays]
+    assert (apart < 0.45 - 1e-6).mean() < 0.03
+    # number 0 changes nothing; arrangement 0 leaves the other goals where they are as seen from the point
+    assert torch.equal(turns.elsewhere(np.zeros(n, int), state, None, texts)[0], state)
+    moved, _ = turns.elsewhere(np.full(n, 36 * 100), state, None, texts)
+    torch.testing.assert_close(moved[:, 1:], state[:, 1:])
+    assert envs.make_vec("pointmass", 1, obs="images").symmetries.turned().order == 48
 
 
 @pytest.mark.parametrize("g", range(48))
