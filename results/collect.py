@@ -56,7 +56,10 @@ EARLIER_TURNS = {  # in the table alone: the other blocks stay; then also less t
     "turned and moved": ("tabletop-moved40", "tabletop-moved60", "tabletop-moved125", "tabletop-moved250"),
     "turned, first": ("tabletop-d250", "tabletop-d350", "tabletop-d500", "tabletop-d1000", "tabletop-d4000"),
 }
-POINTMASS = {"pointmass": ("pointmass-few300", "pointmass")}  # its table of shares
+POINTMASS = {  # its table of shares
+    "turned": ("pointmass-few100", "pointmass-few300", "pointmass"),
+    "not turned": ("pointmass-unturned300", "pointmass-unturned"),
+}
 FIGURE8 = {"nano-arms (earlier physics)": ("aloha-25percent", "aloha-50percent", "aloha")}  # of 5,000
 ABLATIONS = (
     "",
