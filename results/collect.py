@@ -57,7 +57,7 @@ EARLIER_TURNS = {  # in the table alone: the other blocks stay; then also less t
     "turned, first": ("tabletop-d250", "tabletop-d350", "tabletop-d500", "tabletop-d1000", "tabletop-d4000"),
 }
 POINTMASS = {  # its table of shares
-    "turned": ("pointmass-few100", "pointmass-few300", "pointmass"),
+    "turned": ("pointmass-few30", "pointmass-few100", "pointmass-few300", "pointmass"),
     "not turned": ("pointmass-unturned300", "pointmass-unturned"),
 }
 FIGURE8 = {"nano-arms (earlier physics)": ("aloha-25percent", "aloha-50percent", "aloha")}  # of 5,000
