@@ -113,7 +113,7 @@ class PointmassVectorEnv(Domain):
         "images": {"model": "nano-vision", "episodes": 6000, "updates": 18_000, "policy": "best"},
     }
     stage2_defaults = {
-        "state": {"iterations": 80, "lr": 5e-4, "gamma": 0.5, "symmetries": True},
+        "state": {"iterations": 80, "lr": 2.5e-4, "gamma": 0.5, "symmetries": True},
         "images": {"iterations": 300},
     }
     STATE_FIELDS = ("pos", "vel", "goals", "colour", "waypoints", "waypoint")
