@@ -11,7 +11,7 @@ where the domain asks for it (the paper: LanguageTable) one more, about an episo
 
 and two checkpoints are kept: the best at cloning on held-out episodes becomes Stage 2's policy, the best at
 steps to go its reward model and detector, often of another moment. On Aloha, as in the paper, and with few
-demonstrations the last one is the policy: its loss rises long before the policy gets worse.
+demonstrations of the tabletop the last one is the policy: its loss rises long before the policy gets worse.
 
     python stage1.py                          # pointmass from states, 2 minutes of one CPU core
     python stage1.py --obs images --seed 1    # the same from 32 x 32 frames
@@ -60,7 +60,7 @@ class Config(ScaleFlags):
     policy: Literal["best", "last"] | None = None  # the policy: the best at cloning, or the last
     reward: Literal["loss", "error"] | None = None  # the reward model: least in d's loss, or in d's error
     symmetries: bool | None = None  # turn tuples by the domain's symmetries; None: if not pre-trained
-    turns: bool | None = None  # from states: turn, move, rearrange scenes; None: if 1,000 or fewer
+    turns: bool | None = None  # turn, move, rearrange scenes of states; None: if 1,000 or fewer
     average: Share | None = None  # decay of the weights' exponential average, which is kept; 0: none
     eval_every: Count = 500  # updates between two looks at the held-out episodes
 

@@ -156,8 +156,8 @@ def stage0(cfg: Any) -> tuple[list[VectorEnv], Run, EFM | None]:
 
 
 # --- Stage 1 ------------------------------------------------------------------------------------------------
-# Up to so many demonstrations are turned where they can be. With so few, held-out losses rise long before the policy and d
-# get worse. With more, turning slows nano models down.
+# Up to so many demonstrations are turned where they can be. On the tabletop held-out losses then rise long before the policy
+# and d get worse, and with more demonstrations turning only slows nano models down.
 FEW = 1000
 
 
@@ -181,7 +181,7 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     if can_turn and not cfg.dataset and episodes * cfg.data_fraction <= FEW:
         options.fill(cfg, {"turns": True})
         if cfg.turns:
-            options.fill(cfg, {"policy": "last", "reward": "error"})
+            options.fill(cfg, env.turned_defaults)
     options.fill(cfg, {"reward": "loss"})
     uses_domains_model = (cfg.model or defaults["model"]) == defaults["model"]
     # a domain's batch and learning rate are for its model
@@ -196,7 +196,7 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
         (not (pretrained and cfg.obs == "state"), "--obs state: a pre-trained model reads images; leave it out"),
         (not (pretrained and named), f"--init {cfg.init}: the model starts from --weights or --vit; leave one out"),
         (can_turn or not cfg.turns,
-         f"--turns True: for pointmass and tabletop from states with --symmetries; {cfg.domain} cannot, leave it out"),
+         "--turns True: for pointmass and tabletop from states with --symmetries, so not for this run; leave it out"),
         (cfg.batch >= least, f"--batch {cfg.batch}: must be at least {least}"),
         (cfg.episodes >= 2, f"--episodes {cfg.episodes}: must be at least 2"),
     ])  # fmt: skip

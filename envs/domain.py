@@ -49,6 +49,7 @@ class Domain(VectorEnv):
     success_threshold: float  # s: the detector fires at so many steps to go
     stage1_defaults: dict[str, dict]  # by kind of observation: what Stage 1's flags are where they are None
     stage2_defaults: dict[str, dict]  # likewise for Stage 2
+    turned_defaults = {"policy": "last", "reward": "error"}  # of Stage 1 where few demonstrations are turned
     default_obs = "state"
     temperature = 1.0  # at which the policy's answers are drawn when it is evaluated
     simultaneous = True  # the two images are views of one moment; else the previous frame and the current one

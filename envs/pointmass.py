@@ -109,9 +109,10 @@ class PointmassVectorEnv(Domain):
     success_threshold = 3.0
     text_length, letters = 40, "abcdefghijklmnopqrstuvwxyz "
     stage1_defaults = {
-        "state": {"model": "nano", "episodes": 1000, "updates": 3000, "lr": 3e-3, "policy": "best"},
+        "state": {"model": "nano", "episodes": 1000, "updates": 9000, "lr": 3e-3, "policy": "best"},
         "images": {"model": "nano-vision", "episodes": 6000, "updates": 18_000, "policy": "best"},
     }
+    turned_defaults = {"updates": 3000, "policy": "last", "reward": "error"}
     stage2_defaults = {
         "state": {"iterations": 80, "lr": 2.5e-4, "gamma": 0.5, "symmetries": True},
         "images": {"iterations": 300},

@@ -1,7 +1,8 @@
 """What is as true turned round: the symmetries of a domain, for the batches of Stage 1 and, on the pointmass, Stage 2.
 
 A symmetry maps a tuple (observation, action, instruction) to another that the domain could have shown just as well; the steps
-to go stay. The paper has none: its model has seen the web, a nano model has not, and this is what it would have known.
+to go stay. What `turned()` adds is true of the goal and the way to it, and not of all that a demonstrator does: its classes say
+of what. The paper has none: its model has seen the web, a nano model has not, and this is what it would have known.
 
 A domain's symmetries are finite, and a group but for places and arrangements. Elements are numbered; number 0 changes
 nothing. A tuple's element is drawn anew each time that the tuple is in a batch:
@@ -91,10 +92,11 @@ class PointmassSymmetries(Symmetries):
     """The table is a square, the goals differ in colour alone, and those that the sentence does not name do nothing.
 
     turnable: whether `turned()` has more than the square and the colours: `elsewhere`.
-    reach: how far from the middle of the table the point may be put, and the named goal, along each axis.
-    apart: how far goals are from each other.
+    reach: how far from the middle of the table the point may be put, and its goal, along each axis.
+    apart: how far goals that are put elsewhere are from the others, at least.
     An element is g = colours + 6 * (square + 8 * (turn + turns * (x + places * (y + places * arrangement)))), where x and y
-    number the place. Those below 48 are exact.
+    number the place. Those below 48 are exact. From 48 on a scene is always put somewhere else. Four of the eight of the
+    square are turns, too, so some turns are there twice.
     """
 
     reach, apart = (1.1, 0.9), 0.45
@@ -132,37 +134,49 @@ class PointmassSymmetries(Symmetries):
     ) -> tuple[Tensor, Tensor | None]:
         """States float (B, 5, 2) turned, put elsewhere and rearranged; actions (B, 2) turned.
 
-        more int (B,): g // 48 of each; 0 changes nothing. The point sees its goal turned with it, so the demonstrator goes the
-        same way; but the next places that it passed by may now lie off the table, and near a wall the wall would have
-        stopped it. One in a hundred turned actions is cut off where action tokens end.
-        A scene stays as it is where point and goal are too far apart to be put anywhere.
+        more int (B,): g // 48 of each; 0 changes nothing.
+        On its last leg the demonstrator goes the same way, as it sees its goal turned with it. But first it passes by five
+        places of its own choice, all over the table. In one moved tuple of three the place that it is on its way to now lies
+        where none is chosen, in one of fifteen beyond the walls. So a clone is less drawn to such places: it wanders less
+        than the demonstrators and comes to its goal sooner. One in a hundred turned actions is cut off where tokens end.
+        A scene stays as it is where the goal is too far from the point, or where its sentence does not name one goal.
         """
-        number = torch.from_numpy(more)
-        turn, number = number % self.turns, number // self.turns
-        place = torch.stack([number % self.places, number // self.places % self.places], 1)  # (B, 2)
-        arrangement = number // self.places**2
-        says = [[colour in goal.split(" ") for colour in self.colours] for goal in goals]
-        named = torch.tensor(says).int().argmax(1)  # (B,): each sentence names one colour
+        turn, place, arrangement = self.numbered(more)
+        says = torch.tensor([[colour in goal.split(" ") for colour in self.colours] for goal in goals])
+        named = says.int().argmax(1)  # (B,)
         device, state, rows = state.device, state.cpu(), torch.arange(len(goals))
         angle = turn * (2 * np.pi / self.turns)
-        there = rotated(angle, state)
-        point = there[:, 0]
-        goal = point + there[rows, 2 + named]  # (B, 2), from the middle of the table
-        low = torch.maximum(-self.reach[0] - point, -self.reach[1] - goal)
-        high = torch.minimum(self.reach[0] - point, self.reach[1] - goal)
+        moved = rotated(angle, state)
+        point = moved[:, 0]
+        goal = point + moved[rows, 2 + named]  # (B, 2), from the middle of the table
+        low, high = self.room(point, goal)
+        moves = (low <= high).all(1) & (says.sum(1) == 1) & torch.from_numpy(more > 0)  # (B,)
         shift = low + (high - low) * (place + 0.5) / self.places
-        there = torch.cat([(point + shift)[:, None], there[:, 1:]], 1)
-        moves = (low <= high).all(1) & torch.from_numpy(more > 0)  # (B,)
-        state = torch.where(moves[:, None, None], there, state)
+        # what is seen from the point stays: velocity and goals
+        moved = torch.cat([(point + shift)[:, None], moved[:, 1:]], 1)
+        state = torch.where(moves[:, None, None], moved, state)
         if action is not None:
             action = torch.where(moves[:, None].to(action.device), rotated(angle, action), action)
         return self.rearranged(arrangement * moves, state, named).to(device), action
 
+    def numbered(self, more: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """(turn, place along x and y, arrangement) of the numbers g // 48: long (B,), (B, 2), (B,)."""
+        number = torch.from_numpy(more)
+        turn, number = number % self.turns, number // self.turns
+        place = torch.stack([number % self.places, number // self.places % self.places], 1)
+        return turn, place, number // self.places**2
+
+    def room(self, point: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+        """The shifts that keep the point and its goal within their reach: the least and the greatest, float (B, 2) each."""
+        low = torch.maximum(-self.reach[0] - point, -self.reach[1] - goal)
+        high = torch.minimum(self.reach[0] - point, self.reach[1] - goal)
+        return low, high
+
     def rearranged(self, arrangement: Tensor, state: Tensor, named: Tensor) -> Tensor:
         """States float (B, 5, 2), the goals that are not named where the tuples' arrangements have them; both long (B,).
 
-        Each goes to the first of its TRIES places that is `apart` from the other goals; if there is none, it stays, as all
-        do in arrangement 0. Exact: nothing runs into a goal.
+        Each goes to the first of its TRIES places that is `apart` from the other goals. If there is none, it stays where the
+        turned scene has it, seldom off the table; so do all in arrangement 0. Exact: nothing runs into a goal.
         """
         state, rows, point = state.clone(), torch.arange(len(state)), state[:, :1]
         places = point + state[:, 2:]  # (B, 3, 2), from the middle of the table
@@ -171,9 +185,9 @@ class PointmassSymmetries(Symmetries):
             others = [j for j in range(len(self.colours)) if j != k]
             fits = (torch.cdist(spots, places[:, others]) > self.apart).all(2)  # (B, TRIES)
             moves = ((arrangement > 0) & (named != k) & fits.any(1))[:, None]  # (B, 1)
-            there = spots[rows, fits.int().argmax(1)]
-            places[:, k] = torch.where(moves, there, places[:, k])
-            state[:, 2 + k] = torch.where(moves, there - point[:, 0], state[:, 2 + k])
+            spot = spots[rows, fits.int().argmax(1)]
+            places[:, k] = torch.where(moves, spot, places[:, k])
+            state[:, 2 + k] = torch.where(moves, spot - point[:, 0], state[:, 2 + k])
         return state
 
     def parts(self, g: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -125,6 +125,11 @@ def test_few_demonstrations():
     cfg = stage1.Config(domain="pointmass", out="run")
     setup.stage1(cfg)
     assert cfg.episodes == 1000 and cfg.turns and (cfg.reward, cfg.policy) == ("error", "last")
+    assert cfg.updates == 3000  # what is not turned takes longer
+    for more in ({"turns": False}, {"episodes": 1001}, {"symmetries": False}):
+        cfg = stage1.Config(domain="pointmass", out="run", **more)
+        setup.stage1(cfg)
+        assert cfg.updates == 9000 and not cfg.turns and (cfg.reward, cfg.policy) == ("loss", "best")
     for more in ({"domain": "aloha"}, {"domain": "pointmass", "obs": "images"}, {"domain": "tabletop", "symmetries": False}):
         with pytest.raises(UserError, match="--turns True: for pointmass and tabletop from states"):
             setup.stage1(stage1.Config(turns=True, out="run", **more))

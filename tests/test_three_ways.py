@@ -161,10 +161,10 @@ def test_seeds_of_different_sizes_are_not_averaged(monkeypatch, tmp_path):
     """A preset that changed keeps its name: the checkpoints' sizes tell."""
     widths = {tmp_path / f"stage1-s{seed}/policy.safetensors": width for seed, width in enumerate((64, 64, 128))}
     monkeypatch.setattr(three_ways, "load_checkpoint", lambda path, env: SimpleNamespace(cfg=EFMConfig(width=widths[path])))
-    three_ways.of_one_model(tmp_path, (0, 1))
-    three_ways.of_one_model(tmp_path, (2,))
+    three_ways.of_one_model(tmp_path, range(2))
+    three_ways.of_one_model(tmp_path, range(2, 3))
     with pytest.raises(UserError, match="Stage 1 of seed 2 has other sizes than seed 1's"):
-        three_ways.of_one_model(tmp_path, (1, 2))
+        three_ways.of_one_model(tmp_path, range(1, 3))
 
 
 def test_ours_stops_where_the_budget_is_spent(compared):
@@ -266,9 +266,6 @@ def test_variants_and_ablations_are_flags():
 def test_a_budget_that_is_not_cut_evenly_is_refused(workplace):
     with pytest.raises(UserError, match="--every 30000: must divide --env-steps 100000"):
         three_ways.main(three_ways.Config(every=30_000))
-    for seeds in ((), (0, -1)):
-        with pytest.raises(UserError, match="--seeds"):
-            three_ways.main(three_ways.Config(seeds=seeds))
     assert not (workplace / "runs/three-ways").exists()
 
 
