@@ -26,6 +26,9 @@ from common.options import flag
 from common.weights import save_base, save_model, trainable_state
 from model import EFM
 
+# what a run from before there was a flag did; of a flag that is now False it did not do it
+WITHOUT = {"reward": "loss"}
+
 
 # --- files --------------------------------------------------------------------------------------------------
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -173,7 +176,7 @@ class Run:
         longer = False
         for key in self.config | before:
             now = self.config.get(key)
-            was = before.get(key, now if now is False else None)  # a run from before there was such a switch
+            was = before.get(key, WITHOUT.get(key, now if now is False else None))
             if key == "iterations" and was and now and now > was:
                 longer = True
             elif was != now:

@@ -163,6 +163,17 @@ def test_a_run_from_before_a_switch_goes_on_with_the_switch_off():
     started().metrics.close()
     with pytest.raises(UserError, match="run: was started with --switch None, this is True"):
         Run(Path("run"), Later(switch=True, resume=True))
+
+
+def test_a_run_from_before_a_flag_goes_on_with_what_it_did():
+    @dataclass
+    class Later(Config):
+        reward: str = "loss"
+
+    started().metrics.close()
+    Run(Path("run"), Later(resume=True))
+    with pytest.raises(UserError, match="run: was started with --reward loss, this is error"):
+        Run(Path("run"), Later(reward="error", resume=True))
     Run(Path("run"), Later(resume=True))
 
 
