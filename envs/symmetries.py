@@ -124,7 +124,7 @@ class PointmassSymmetries(Symmetries):
     ) -> tuple[dict[str, Tensor], Tensor | None, list[str]]:
         more, exact = np.divmod(g, self.unturned)
         obs, action, goals = super().__call__(exact, obs, action, goals)
-        if self.turns > 1:
+        if self.turns > 1 and obs["state"].ndim == 3:  # a pair of moments stays where it is
             state, action = self.elsewhere(more, obs["state"], action, goals)
             obs = {"state": state}
         return obs, action, goals

@@ -253,6 +253,8 @@ def test_where_a_pointmass_is_put():
     moved, _ = turns.elsewhere(np.full(n, 36 * 100), state, None, texts)
     torch.testing.assert_close(moved[:, 1:], state[:, 1:])
     assert ((moved[:, 0] - state[:, 0]).abs().amax(1) > 1e-3).float().mean() > 0.97
+    pair = torch.stack([state, state], 1)
+    assert torch.equal(turns(48 * more, {"state": pair}, None, texts)[0]["state"], pair)
     # a sentence that names no goal, or two, moves nothing
     for text in ("go to the spot", "go from the red goal to the blue spot"):
         assert torch.equal(turns.elsewhere(more, state, None, [text] * n)[0], state)
