@@ -26,7 +26,7 @@ from common.options import flag
 from common.weights import save_base, save_model, trainable_state
 from model import EFM
 
-# what a run from before there was a flag did; of a flag that is now False it did not do it
+# What runs did before there was such a flag. What a flag that is False does not do, they did not do.
 WITHOUT = {"reward": "loss"}
 
 

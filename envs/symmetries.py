@@ -88,15 +88,58 @@ def rotated(angle: Tensor, vectors: Tensor) -> Tensor:
     return torch.stack([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], -1)
 
 
-class PointmassSymmetries(Symmetries):
+class SceneSymmetries(Symmetries):
+    """What both tables share: scenes that can also be turned by any angle, put elsewhere and rearranged.
+
+    An element is g = exact + unturned * (turn + turns * (x + places * (y + places * arrangement))), where x and y number the
+    place. The exact ones are the domain's own, `unturned` of them. An arrangement has TRIES places for each of the things
+    that a sentence may name, always the same ones: numbers from 0 to 1.
+    """
+
+    def __init__(self, unturned: int, turns: int, places: int, arrangements: int, things: int, numbers: int):
+        self.unturned, self.turns, self.places, self.arrangements = unturned, turns, places, arrangements
+        self.order = unturned * turns * places**2 * arrangements
+        self.layouts = np.random.default_rng(0).uniform(size=(arrangements, things, TRIES, numbers))
+
+    def numbered(self, g: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """(turn, place along x and y, arrangement) of elements g: long (B,), (B, 2), (B,)."""
+        number = torch.from_numpy(g // self.unturned)
+        turn, number = number % self.turns, number // self.turns
+        place = torch.stack([number % self.places, number // self.places % self.places], 1)
+        return turn, place, number // self.places**2
+
+    def shift(self, low: Tensor, high: Tensor, place: Tensor) -> Tensor:
+        """How far a scene is moved that may be moved by low to high, float (B, 2) each."""
+        return low + (high - low) * (place + 0.5) / self.places
+
+
+def first_that_fits(
+    places: Tensor, spots: Tensor, free: Tensor, may_move: Tensor, apart: float
+) -> tuple[Tensor, Tensor]:
+    """Things at places (B, K, 2), each in turn put on the first of its spots (B, K, TRIES, 2) that fits.
+
+    A spot fits where it is free, bool (B, K, TRIES), and farther than `apart` from all other things. A thing that may not
+    move, bool (B, K), or fits nowhere, stays. Returns which things have moved, bool (B, K), and to which spot, long (B, K).
+    """
+    places, moved, chosen = places.clone(), [], []
+    rows = torch.arange(len(places))
+    for k in range(places.shape[1]):
+        others = [j for j in range(places.shape[1]) if j != k]
+        fits = free[:, k] & (torch.cdist(spots[:, k], places[:, others]) > apart).all(2)  # (B, TRIES)
+        moved.append(may_move[:, k] & fits.any(1))
+        chosen.append(fits.int().argmax(1))
+        places[:, k] = torch.where(moved[k][:, None], spots[rows, k, chosen[k]], places[:, k])
+    return torch.stack(moved, 1), torch.stack(chosen, 1)
+
+
+class PointmassSymmetries(SceneSymmetries):
     """The table is a square, the goals differ in colour alone, and those that the sentence does not name do nothing.
 
     turnable: whether `turned()` has more than the square and the colours: `elsewhere`.
     reach: how far from the middle of the table the point may be put, and its goal, along each axis.
     apart: how far goals that are put elsewhere are from the others, at least.
-    An element is g = colours + 6 * (square + 8 * (turn + turns * (x + places * (y + places * arrangement)))), where x and y
-    number the place. Those below 48 are exact. From 48 on a scene is always put somewhere else. Four of the eight of the
-    square are turns, too, so some turns are there twice.
+    The 48 exact elements are colours + 6 * square; from 48 on a scene is always put somewhere else. Four of the eight of
+    the square are turns, too, so some turns are there twice.
     """
 
     reach, apart = (1.1, 0.9), 0.45
@@ -105,14 +148,9 @@ class PointmassSymmetries(Symmetries):
         self, colours: tuple[str, ...], turnable: bool, turns: int = 1, places: int = 1, arrangements: int = 1
     ):
         self.colours, self.turnable = colours, turnable
-        self.turns, self.places, self.arrangements = turns, places, arrangements
         # row k: what stands in place of colour j afterwards was colour sources[k, j]
         self.sources = np.array(list(itertools.permutations(range(len(colours)))))  # (6, 3)
-        self.unturned = 8 * len(self.sources)  # elements
-        self.order = self.unturned * turns * places**2 * arrangements
-        # of each arrangement some places for each goal: always the same ones
-        drawn = np.random.default_rng(0).uniform(-1, 1, (arrangements, len(colours), TRIES, 2))
-        self.layouts = torch.from_numpy(self.reach[1] * drawn).float()
+        super().__init__(8 * len(self.sources), turns, places, arrangements, len(colours), 2)
 
     def turned(self) -> Symmetries:
         if not self.turnable:
@@ -122,26 +160,24 @@ class PointmassSymmetries(Symmetries):
     def __call__(
         self, g: np.ndarray, obs: dict[str, Tensor], action: Tensor | None, goals: list[str]
     ) -> tuple[dict[str, Tensor], Tensor | None, list[str]]:
-        more, exact = np.divmod(g, self.unturned)
-        obs, action, goals = super().__call__(exact, obs, action, goals)
+        obs, action, goals = super().__call__(g % self.unturned, obs, action, goals)
         if self.turns > 1 and obs["state"].ndim == 3:  # a pair of moments stays where it is
-            state, action = self.elsewhere(more, obs["state"], action, goals)
+            state, action = self.elsewhere(g, obs["state"], action, goals)
             obs = {"state": state}
         return obs, action, goals
 
     def elsewhere(
-        self, more: np.ndarray, state: Tensor, action: Tensor | None, goals: list[str]
+        self, g: np.ndarray, state: Tensor, action: Tensor | None, goals: list[str]
     ) -> tuple[Tensor, Tensor | None]:
         """States float (B, 5, 2) turned, put elsewhere and rearranged; actions (B, 2) turned.
 
-        more int (B,): g // 48 of each; 0 changes nothing.
         On its last leg the demonstrator goes the same way, as it sees its goal turned with it. But first it passes by five
         places of its own choice, all over the table. In one moved tuple of three the place that it is on its way to now lies
         where none is chosen, in one of fifteen beyond the walls. So a clone is less drawn to such places: it wanders less
         than the demonstrators and comes to its goal sooner. One in a hundred turned actions is cut off where tokens end.
         A scene stays as it is where the goal is too far from the point, or where its sentence does not name one goal.
         """
-        turn, place, arrangement = self.numbered(more)
+        turn, place, arrangement = self.numbered(g)
         says = torch.tensor([[colour in goal.split(" ") for colour in self.colours] for goal in goals])
         named = says.int().argmax(1)  # (B,)
         device, state, rows = state.device, state.cpu(), torch.arange(len(goals))
@@ -150,21 +186,13 @@ class PointmassSymmetries(Symmetries):
         point = moved[:, 0]
         goal = point + moved[rows, 2 + named]  # (B, 2), from the middle of the table
         low, high = self.room(point, goal)
-        moves = (low <= high).all(1) & (says.sum(1) == 1) & torch.from_numpy(more > 0)  # (B,)
-        shift = low + (high - low) * (place + 0.5) / self.places
+        moves = (low <= high).all(1) & (says.sum(1) == 1) & torch.from_numpy(g >= self.unturned)  # (B,)
         # what is seen from the point stays: velocity and goals
-        moved = torch.cat([(point + shift)[:, None], moved[:, 1:]], 1)
+        moved = torch.cat([(point + self.shift(low, high, place))[:, None], moved[:, 1:]], 1)
         state = torch.where(moves[:, None, None], moved, state)
         if action is not None:
             action = torch.where(moves[:, None].to(action.device), rotated(angle, action), action)
         return self.rearranged(arrangement * moves, state, named).to(device), action
-
-    def numbered(self, more: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """(turn, place along x and y, arrangement) of the numbers g // 48: long (B,), (B, 2), (B,)."""
-        number = torch.from_numpy(more)
-        turn, number = number % self.turns, number // self.turns
-        place = torch.stack([number % self.places, number // self.places % self.places], 1)
-        return turn, place, number // self.places**2
 
     def room(self, point: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
         """The shifts that keep the point and its goal within their reach: the least and the greatest, float (B, 2) each."""
@@ -175,20 +203,18 @@ class PointmassSymmetries(Symmetries):
     def rearranged(self, arrangement: Tensor, state: Tensor, named: Tensor) -> Tensor:
         """States float (B, 5, 2), the goals that are not named where the tuples' arrangements have them; both long (B,).
 
-        Each goes to the first of its TRIES places that is `apart` from the other goals. If there is none, it stays where the
-        turned scene has it, seldom off the table; so do all in arrangement 0. Exact: nothing runs into a goal.
+        One that fits nowhere stays where the turned scene has it, seldom off the table; so do all in arrangement 0. Exact:
+        nothing runs into a goal.
         """
-        state, rows, point = state.clone(), torch.arange(len(state)), state[:, :1]
-        places = point + state[:, 2:]  # (B, 3, 2), from the middle of the table
-        for k in range(len(self.colours)):
-            spots = self.layouts[arrangement, k]  # (B, TRIES, 2)
-            others = [j for j in range(len(self.colours)) if j != k]
-            fits = (torch.cdist(spots, places[:, others]) > self.apart).all(2)  # (B, TRIES)
-            moves = ((arrangement > 0) & (named != k) & fits.any(1))[:, None]  # (B, 1)
-            spot = spots[rows, fits.int().argmax(1)]
-            places[:, k] = torch.where(moves, spot, places[:, k])
-            state[:, 2 + k] = torch.where(moves, spot - point[:, 0], state[:, 2 + k])
-        return state
+        point = state[:, :1]
+        drawn = 2 * self.layouts[arrangement.numpy()] - 1
+        spots = torch.from_numpy(self.reach[1] * drawn).float()  # (B, 3, TRIES, 2), from the table's middle
+        may_move = (arrangement > 0)[:, None] & (named[:, None] != torch.arange(len(self.colours)))  # (B, 3)
+        free = torch.ones(spots.shape[:3], dtype=torch.bool)
+        moved, chosen = first_that_fits(point + state[:, 2:], spots, free, may_move, self.apart)
+        there = spots.take_along_dim(chosen[..., None, None], 2)[:, :, 0]  # (B, 3, 2)
+        goals = torch.where(moved[..., None], there - point, state[:, 2:])
+        return torch.cat([state[:, :2], goals], 1)
 
     def parts(self, g: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(x and y change places, then the sign of x, the sign of y: bool (B,) each; sources long (B, 3))."""
@@ -239,7 +265,7 @@ DIRECTED = re.compile(
 )
 
 
-class TabletopSymmetries(Symmetries):
+class TabletopSymmetries(SceneSymmetries):
     """The table mirrored, y to -y; from states also the blocks' names exchanged, and the scene turned and put elsewhere.
 
     names: of each block, all that it may be called, equally many. Exchanging them is exact but for the shapes: a moon
@@ -256,9 +282,7 @@ class TabletopSymmetries(Symmetries):
     them where they are, and so does each one of a pair of moments (instruction prediction).
     two_named: whether every sentence is "push A to B", else there are no arrangements.
     A tuple is neither turned nor moved nor rearranged where its sentence names a direction or a place, or where it would not fit.
-    The elements below 2 P neither turn nor move a scene.
-    An element is g = permutation + P * (mirrored + 2 * (turn + turns * (x + places * (y + places * arrangement)))), where
-    x and y number the place.
+    The 2 P exact elements are permutation + P * mirrored; they neither turn nor move a scene.
     """
 
     def __init__(
@@ -272,16 +296,13 @@ class TabletopSymmetries(Symmetries):
         arrangements: int = 1,
     ):
         self.names, self.count, self.permute, self.two_named = names, len(names), permute, two_named
-        self.within, self.turns, self.places, self.arrangements = within, turns, places, arrangements
+        self.within = within
         self.every = (
             list(itertools.permutations(range(self.count))) if permute else [tuple(range(self.count))]
         )
         self.sources = np.array(self.every)  # (P, B): block j afterwards was block sources[k, j]
-        self.unturned = 2 * len(self.every)  # elements
-        self.order = self.unturned * turns * places**2 * arrangements
-        # of each arrangement some places for each block, x and y from 0 to 1 over the table, and its yaw: always the same ones
-        rng = np.random.default_rng(0)
-        self.layouts = torch.from_numpy(rng.uniform(size=(arrangements, self.count, TRIES, 3))).float()
+        # of a place x and y, over the table, and the block's yaw
+        super().__init__(2 * len(self.every), turns, places, arrangements, self.count, 3)
         known = sorted(
             (name for block in names for name in block), key=len, reverse=True
         )  # "red moon" before "moon"
@@ -315,12 +336,12 @@ class TabletopSymmetries(Symmetries):
         It is a counterfactual demonstration (Pitis et al. 2020). In about one tuple of a hundred the demonstrator was on a
         detour, not on a straight way, and would have gone round the new place.
         """
-        arrangement = torch.from_numpy(g // (self.unturned * self.turns * self.places**2))
+        _, _, arrangement = self.numbered(g)
         found = [[self.which[name][0] for name in self.any_name.findall(goal)] for goal in goals]
         is_pair = torch.tensor([len(blocks) == 2 for blocks in found])
         pair = torch.tensor([blocks if len(blocks) == 2 else [0, 1] for blocks in found])  # (B, 2): A, B
-        device, state = state.device, state.cpu().clone()
-        rows, tool = torch.arange(len(state)), state[:, 0, :2]
+        device, state = state.device, state.cpu()
+        tool = state[:, 0, :2]
         places = tool[:, None] + state[:, 1:, :2]  # (B, blocks, 2)
         a, b = places.take_along_dim(pair[..., None], 1).unbind(1)  # (B, 2) each
         behind = a - BEHIND * torch.nn.functional.normalize(b - a, dim=1)
@@ -328,18 +349,15 @@ class TabletopSymmetries(Symmetries):
         may_move = torch.ones(places.shape[:2], dtype=torch.bool).scatter(1, pair, False)
         may_move &= (is_pair & (arrangement > 0))[:, None] & clear(places, ways)  # (B, blocks)
         low, high = torch.from_numpy(self.within).float()
-        for k in range(self.count):
-            drawn = self.layouts[arrangement, k]  # (B, TRIES, 3)
-            spots = low + (high - low) * drawn[..., :2]
-            others = [j for j in range(self.count) if j != k]
-            fits = clear(spots, ways) & (torch.cdist(spots, places[:, others]) > GAP).all(2)  # (B, TRIES)
-            first = fits.int().argmax(1)
-            moves = (may_move[:, k] & fits.any(1))[:, None]  # (B, 1)
-            there, yaw = spots[rows, first], 2 * np.pi * drawn[rows, first, 2:]  # (B, 2), (B, 1)
-            places[:, k] = torch.where(moves, there, places[:, k])
-            block = torch.cat([there - tool, yaw.cos(), yaw.sin()], 1)  # (B, 4)
-            state[:, 1 + k] = torch.where(moves, block, state[:, 1 + k])
-        return state.to(device)
+        drawn = torch.from_numpy(self.layouts[arrangement.numpy()]).float()  # (B, blocks, TRIES, 3)
+        spots = low + (high - low) * drawn[..., :2]
+        free = clear(spots.flatten(1, 2), ways).unflatten(1, (self.count, TRIES))
+        moved, chosen = first_that_fits(places, spots, free, may_move, GAP)
+        chosen = chosen[..., None, None]
+        there = spots.take_along_dim(chosen, 2)[:, :, 0] - tool[:, None]  # (B, blocks, 2)
+        yaw = 2 * np.pi * drawn[..., 2:].take_along_dim(chosen, 2)[:, :, 0]  # (B, blocks, 1)
+        blocks = torch.where(moved[..., None], torch.cat([there, yaw.cos(), yaw.sin()], 2), state[:, 1:])
+        return torch.cat([state[:, :1], blocks], 1).to(device)
 
     def may_turn(self, g: np.ndarray, state: Tensor, goals: list[str]) -> np.ndarray:
         """bool (B,): whether a turned tuple is as true, and fits on the table."""
@@ -364,7 +382,8 @@ class TabletopSymmetries(Symmetries):
         """Vectors float (B, ..., 2) of the plane, each turned by its element's angle."""
         if self.turns == 1:
             return vectors
-        return rotated(torch.from_numpy(g // self.unturned % self.turns * (2 * np.pi / self.turns)), vectors)
+        turn, _, _ = self.numbered(g)
+        return rotated(turn.double() * (2 * np.pi / self.turns), vectors)
 
     def state(self, g: np.ndarray, state: Tensor) -> Tensor:
         """(B, ..., 1 + blocks, 4): of the tool x, y, target x, y; of each block x, y, cos and sin of its yaw.
@@ -374,11 +393,8 @@ class TabletopSymmetries(Symmetries):
         state = self.about_the_middle(g, state)
         if self.places == 1:
             return state
-        number = g // (self.unturned * self.turns)
-        place = np.stack([number % self.places, number // self.places % self.places], 1)
-        place = torch.from_numpy(place)  # (B, 2)
-        low, high = self.room(state)
-        shift = low + (high - low) * (place + 0.5) / self.places
+        _, place, _ = self.numbered(g)
+        shift = self.shift(*self.room(state), place)
         shift[torch.from_numpy(g < self.unturned)] = 0.0  # neither turned nor moved
         state = state.clone()
         state[..., 0, :2] += shift.view(-1, *[1] * (state.ndim - 3), 2).to(state.device)

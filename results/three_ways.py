@@ -2,7 +2,6 @@
 
     python results/three_ways.py                        # hours: trains what is not in runs/ yet, measures, draws
     python results/three_ways.py --seed 1               # one seed of it, without the figure: for one of two processes
-    python results/three_ways.py --first 1 --seeds 2    # the figure, csv and page of seeds 1 and 2 alone
     python results/three_ways.py --methods irevla       # or some of the methods
     python results/three_ways.py --pilot                # the same in tiny, to see that all of it works
 
@@ -66,8 +65,7 @@ class Stage1Flags:
 
 @dataclass
 class Config(Stage1Flags):
-    seeds: Count = 3  # so many ...
-    first: Whole = 0  # ... from this one on
+    seeds: Count = 3  # seeds 0, 1, ...
     seed: Whole | None = None  # this one alone, and nothing is drawn
     methods: tuple[Literal["resets", "operator", "irevla", "robofume"], ...] = tuple(
         METHODS
@@ -223,14 +221,14 @@ def measurements(cfg: Config, runs: Path, seed: int) -> tuple[list[dict[str, str
     return rows, folders
 
 
-def of_one_model(runs: Path, seeds: range) -> None:
+def of_one_model(runs: Path, seeds: int) -> None:
     """Raise UserError if the seeds' Stage 1 models have different sizes: a preset may have changed between them."""
     env = make_env("tabletop,pairs=practice", 1, obs="state")
-    models = [load_checkpoint(runs / f"stage1-s{seed}/policy.safetensors", env).cfg for seed in seeds]
-    for seed, sizes in zip(seeds, models, strict=True):
+    models = [load_checkpoint(runs / f"stage1-s{seed}/policy.safetensors", env).cfg for seed in range(seeds)]
+    for seed, sizes in enumerate(models):
         if sizes != models[0]:
             raise UserError(
-                f"{runs}: Stage 1 of seed {seed} has other sizes than seed {seeds[0]}'s; move one of them away"
+                f"{runs}: Stage 1 of seed {seed} has other sizes than seed 0's; move one of them away"
             )
 
 
@@ -276,7 +274,7 @@ def draw(rows: list[dict[str, str]], runs: dict[int, dict[str, Path]], cfg: Conf
     for method, colour in COLOURS.items():
         for ax, column in zip(axes, ("success", "mean_steps"), strict=False):
             lines = []
-            for seed in runs:
+            for seed in range(cfg.seeds):
                 of_seed = [r for r in rows if (r["seed"], r["task"]) == (str(seed), "forward")]
                 mine = [r for r in of_seed if r["method"] in ("Stage 1", method)]
                 mine.sort(key=lambda r: int(r["steps"]))
@@ -305,7 +303,7 @@ def draw(rows: list[dict[str, str]], runs: dict[int, dict[str, Path]], cfg: Conf
         ax.set(title=title, xlabel="thousand steps of practice", xlim=(0, cfg.env_steps / 1000))
     axes[0].set_ylim(0, 1.02)
     axes[2].set_ylim(0, 1.02)
-    title = f"seed{'s' * (len(runs) > 1)} {', '.join(map(str, runs))}"
+    title = f"{cfg.seeds} seed{'s' * (cfg.seeds > 1)}"
     fig.legend(
         *axes[0].get_legend_handles_labels(), title=title, loc="outside lower center", ncols=len(COLOURS)
     )
@@ -342,14 +340,13 @@ def main(cfg: Config) -> None:
     runs, out = Path("runs/three-ways"), Path("results")
     if cfg.pilot:
         runs = out = Path("runs/three-ways-pilot")
-        cfg.seeds, cfg.first, cfg.env_steps, cfg.episodes = 1, 0, min(cfg.env_steps, 240), 4
+        cfg.seeds, cfg.env_steps, cfg.episodes = 1, min(cfg.env_steps, 240), 4
         cfg.every = max(1, cfg.env_steps // 4)
     if cfg.env_steps % cfg.every:
         raise UserError(f"--every {cfg.every}: must divide --env-steps {cfg.env_steps}")
-    seeds = range(cfg.first, cfg.first + cfg.seeds)
     rows, of_seed = [], {}
     with short_episodes(cfg.pilot):
-        for seed in seeds if cfg.seed is None else [cfg.seed]:
+        for seed in range(cfg.seeds) if cfg.seed is None else [cfg.seed]:
             told, of_seed[seed] = measurements(cfg, runs, seed)
             rows += told
         if cfg.seed is not None or set(cfg.methods) != set(METHODS):
@@ -361,7 +358,7 @@ def main(cfg: Config) -> None:
             told = once(runs / "scripts.csv", of_script, lambda who=who: script("forward", who, cfg.episodes))
             nothing = dict.fromkeys(("env_steps", "resets", "labels", "seconds"), 0)
             rows.append(as_text(key) | {k: v for k, v in told.items() if k != "who"} | as_text(nothing))
-    of_one_model(runs, seeds)
+    of_one_model(runs, cfg.seeds)
     columns = list(rows[0])
     write_csv(out / "three_ways.csv", [{k: row[k] for k in columns} for row in rows])
     draw(rows, of_seed, cfg).savefig(out / "three_ways.png")

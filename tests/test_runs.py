@@ -163,6 +163,7 @@ def test_a_run_from_before_a_switch_goes_on_with_the_switch_off():
     started().metrics.close()
     with pytest.raises(UserError, match="run: was started with --switch None, this is True"):
         Run(Path("run"), Later(switch=True, resume=True))
+    Run(Path("run"), Later(resume=True))
 
 
 def test_a_run_from_before_a_flag_goes_on_with_what_it_did():
@@ -174,7 +175,6 @@ def test_a_run_from_before_a_flag_goes_on_with_what_it_did():
     Run(Path("run"), Later(resume=True))
     with pytest.raises(UserError, match="run: was started with --reward loss, this is error"):
         Run(Path("run"), Later(reward="error", resume=True))
-    Run(Path("run"), Later(resume=True))
 
 
 def test_the_configuration_says_all_but_out_and_resume():

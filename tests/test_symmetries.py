@@ -174,8 +174,9 @@ def test_each_tuple_has_its_own_element(turned):
     for k in range(48):
         one = {"state": observed(env, o)["state"][k : k + 1]}
         alone = turns(g[k : k + 1], one, action[k : k + 1], [o["instruction"][k]])
-        torch.testing.assert_close(alone[0]["state"][0], obs["state"][k])
-        torch.testing.assert_close(alone[1][0], act[k])
+        # one sine alone may differ from many at once in the last bit
+        torch.testing.assert_close(alone[0]["state"][0], obs["state"][k], rtol=0, atol=1e-6 * turned)
+        torch.testing.assert_close(alone[1][0], act[k], rtol=0, atol=1e-6 * turned)
         assert alone[2][0] == texts[k]
 
 
@@ -235,8 +236,8 @@ def test_where_a_pointmass_is_put():
     turns = env.symmetries.turned()
     o, _ = env.reset(seed=5)
     state, texts, rows = observed(env, o)["state"], list(o["instruction"]), np.arange(n)
-    more = np.random.default_rng(0).integers(1, turns.order // 48, size=n)
-    new, _ = turns.elsewhere(more, state, None, texts)
+    g = np.random.default_rng(0).integers(48, turns.order, size=n)
+    new, _ = turns.elsewhere(g, state, None, texts)
     point, goals = new[:, 0].numpy(), (new[:, :1] + new[:, 2:]).numpy()
     stays = (new == state).flatten(1).all(1).numpy()
     assert 0 < stays.mean() < 0.02 and np.abs(point[~stays]).max() <= 1.1 + 1e-6
@@ -248,16 +249,16 @@ def test_where_a_pointmass_is_put():
     assert np.allclose(others.std(0), 0.9 / 3**0.5, atol=0.03) and (np.abs(others) > 0.9 + 1e-6).any(1).mean() < 0.03
     apart = np.linalg.norm(goals - np.roll(goals, 1, 1), axis=2)[~stays]
     assert (apart < 0.45 - 1e-6).mean() < 0.03
-    # number 0 changes nothing; arrangement 0 leaves the other goals where they are as seen from the point
-    assert torch.equal(turns.elsewhere(np.zeros(n, int), state, None, texts)[0], state)
-    moved, _ = turns.elsewhere(np.full(n, 36 * 100), state, None, texts)
+    # what is exact does nothing here; arrangement 0 leaves the other goals where they are as seen from the point
+    assert torch.equal(turns.elsewhere(g % 48, state, None, texts)[0], state)
+    moved, _ = turns.elsewhere(np.full(n, 48 * 36 * 100), state, None, texts)
     torch.testing.assert_close(moved[:, 1:], state[:, 1:])
     assert ((moved[:, 0] - state[:, 0]).abs().amax(1) > 1e-3).float().mean() > 0.97
     pair = torch.stack([state, state], 1)
-    assert torch.equal(turns(48 * more, {"state": pair}, None, texts)[0]["state"], pair)
+    assert torch.equal(turns(g // 48 * 48, {"state": pair}, None, texts)[0]["state"], pair)
     # a sentence that names no goal, or two, moves nothing
     for text in ("go to the spot", "go from the red goal to the blue spot"):
-        assert torch.equal(turns.elsewhere(more, state, None, [text] * n)[0], state)
+        assert torch.equal(turns.elsewhere(g, state, None, [text] * n)[0], state)
     assert envs.make_vec("pointmass", 1, obs="images").symmetries.turned().order == 48
 
 
@@ -398,7 +399,8 @@ def test_other_blocks_elsewhere(domain):
     off, errors = np.concatenate(off), np.concatenate(errors)
     assert len(off) > 1000
     # what comes near on the way, of eight blocks now and then, the expert goes round after all [m]
-    assert np.quantile(off, 0.9) < 1e-4 and np.quantile(errors, 0.9) < 1e-4
+    share = 0.9 if turns.count == 8 else 0.97
+    assert np.quantile(off, share) < 1e-4 and np.quantile(errors, share) < 1e-4
 
 
 def test_which_blocks_stay_where_they_are():
