@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -448,7 +449,7 @@ def test_practice_leaves_the_judge_alone_and_changes_the_actor(practised, monkey
 
 
 def test_the_judge_learns_from_failures_and_from_final_observations(practised, monkeypatch):
-    """An eighth of each batch are failures, all of them a no; a yes is a demonstration's last observation."""
+    """At least an eighth of each batch are failures, all a no; a yes is a demonstration's last observation."""
     monkeypatch.chdir(practised)
     batches, loss = [], robofume.judge_loss
     monkeypatch.setattr(robofume, "judge_loss", lambda judge, batch: (batches.append(batch), loss(judge, batch))[1])
@@ -462,7 +463,7 @@ def test_the_judge_learns_from_failures_and_from_final_observations(practised, m
     learnt = [b for b in batches if len(b["goals"]) == 8]
     held_out = [b for b in batches if len(b["goals"]) == 2048]
     assert len(learnt) == 3 and len(held_out) == 2
-    assert all(b["done"][-1] == 0 for b in learnt)
+    assert all((b["done"][-2:] == 0).all() for b in learnt)
     data = np.load(next((practised / "data").glob("tabletop,pairs=both*.npz")))
     finals = {data["state"][i].tobytes() for i in data["start"] + data["length"] - 1}
     others = {row.tobytes() for row in data["state"]} - finals
@@ -472,6 +473,18 @@ def test_the_judge_learns_from_failures_and_from_final_observations(practised, m
             assert state.tobytes() in (finals if done else others)
             found[done] += 1
     assert min(found.values()) > 10
+
+
+def test_one_in_eight_that_the_judge_sees_of_demonstrations_is_a_yes():
+    """Steps to go 2 1 0 and 3 2 1 0; acted rows are all but the last of each."""
+    demos = SimpleNamespace(steps=torch.tensor([2, 1, 0, 3, 2, 1, 0]))
+    rng, acted = np.random.default_rng(0), np.array([0, 1, 3, 4, 5])
+    rows = robofume.to_judge(demos, acted, 800, 1, rng)
+    assert len(rows) == 800 and np.isin(rows, (2, 6)).sum() == 100
+    assert set(rows) == set(range(7))  # with the final observations, every row
+    assert set(robofume.to_judge(demos, acted[:2], 80, 1, rng)) == {0, 1, 2}  # of the first demonstration alone
+    rows = robofume.to_judge(demos, acted, 800, 2, rng)[:100]
+    assert set(rows) == {1, 2, 5, 6}  # two of each are a yes
 
 
 def test_half_of_the_demonstrations_are_of_the_task(practised, monkeypatch):
