@@ -112,7 +112,7 @@ class PointmassVectorEnv(Domain):
         "state": {"model": "nano", "episodes": 1000, "updates": 9000, "lr": 3e-3, "policy": "best"},
         "images": {"model": "nano-vision", "episodes": 6000, "updates": 18_000, "policy": "best"},
     }
-    turned_defaults = Domain.turned_defaults | {"updates": 2400}
+    turned_defaults = Domain.turned_defaults | {"updates": 3000}
     stage2_defaults = {
         "state": {"iterations": 50, "lr": 2.5e-4, "gamma": 0.5, "symmetries": True},
         "images": {"iterations": 300},
