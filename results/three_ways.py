@@ -66,6 +66,7 @@ class Stage1Flags:
 @dataclass
 class Config(Stage1Flags):
     seeds: Count = 3  # seeds 0, 1, ...
+    robofume_seeds: Count | None = None  # its first so many alone, an hour and a half each; None: all
     seed: Whole | None = None  # this one alone, and nothing is drawn
     methods: tuple[Literal["resets", "operator", "irevla", "robofume"], ...] = tuple(
         METHODS
@@ -198,6 +199,8 @@ def measurements(cfg: Config, runs: Path, seed: int) -> tuple[list[dict[str, str
     places = [("Stage 1", 0, start, "policy", nothing)]
     folders = {}
     for method in cfg.methods:
+        if method == "robofume" and cfg.robofume_seeds is not None and seed >= cfg.robofume_seeds:
+            continue
         name, folder = METHODS[method], practise(cfg, start, runs / f"{method}-s{seed}", method, seed)
         folders[name] = folder
         if method == "robofume":  # what it has learnt offline, behind the failures that it was shown
@@ -278,11 +281,15 @@ def draw(rows: list[dict[str, str]], runs: dict[int, dict[str, Path]], cfg: Conf
                 of_seed = [r for r in rows if (r["seed"], r["task"]) == (str(seed), "forward")]
                 mine = [r for r in of_seed if r["method"] in ("Stage 1", method)]
                 mine.sort(key=lambda r: int(r["steps"]))
+                if {r["method"] for r in mine} != {"Stage 1", method}:
+                    continue  # not trained with this seed
                 lines.append([float(r[column]) for r in mine])
-                ax.plot([int(r["steps"]) / 1000 for r in mine], lines[-1], color=colour, lw=0.6, alpha=0.6)
-            at = [int(r["steps"]) / 1000 for r in mine]
+                at = [int(r["steps"]) / 1000 for r in mine]
+                ax.plot(at, lines[-1], color=colour, lw=0.6, alpha=0.6)
             ax.plot(at, np.mean(lines, 0), "o-", color=colour, lw=1.8, ms=3, label=method)
         for folders in runs.values():
+            if method not in folders:
+                continue
             told = logged(folders[method])
             if method == "RoboFuME":
                 points = [(r["env_steps"], r["precision"]) for r in told if not math.isnan(r["precision"])]
@@ -319,7 +326,7 @@ def summary(rows: list[dict[str, str]], cfg: Config) -> str:
 
     lines = []
     for method, steps in [("Stage 1", 0), *((m, cfg.env_steps) for m in COLOURS)]:
-        line = [method]
+        line = [method, str(len(values(method, "forward", steps, "success")))]
         line += [
             spread(values(method, "forward", steps, c), d) for c, d in (("success", 2), ("mean_steps", 1))
         ]
@@ -330,8 +337,20 @@ def summary(rows: list[dict[str, str]], cfg: Config) -> str:
         lines.append(line)
     for who in ("expert", "demonstrate"):
         (row,) = [r for r in rows if r["method"] == who]
-        lines.append([who, f"{float(row['success']):.2f}", f"{float(row['mean_steps']):.1f}", *["-"] * 5])
-    head = ["", "success", "steps", "prior tasks", "steps of practice", "resets", "labels", "minutes"]
+        lines.append(
+            [who, "-", f"{float(row['success']):.2f}", f"{float(row['mean_steps']):.1f}", *["-"] * 5]
+        )
+    head = [
+        "",
+        "seeds",
+        "success",
+        "steps",
+        "prior tasks",
+        "steps of practice",
+        "resets",
+        "labels",
+        "minutes",
+    ]
     return table(head, lines)
 
 

@@ -121,6 +121,22 @@ def test_the_pilot_measures_every_method_at_every_point(compared):
     assert (compared / "three_ways.png").stat().st_size > 10_000
 
 
+def test_robofume_may_have_fewer_seeds(compared):
+    """Two seeds, the second of them the first's copy without RoboFuME."""
+    told = rows(compared / "three_ways.csv")
+    second = [r | {"seed": "1"} for r in told if r["method"] not in ("RoboFuME", "expert", "demonstrate")]
+    runs = {name: compared / f"{method}-s0" for method, name in three_ways.METHODS.items()}
+    others = {name: folder for name, folder in runs.items() if name != "RoboFuME"}
+    cfg = three_ways.Config(seeds=2, env_steps=240, every=60, robofume_seeds=1)
+    fig = three_ways.draw(told + second, {0: runs, 1: others}, cfg)
+    lines = [line for line in fig.axes[0].lines if line.get_linewidth() < 1]
+    assert len(lines) == 2 * 4 - 1
+    counted = {
+        line.split("|")[1].strip(): line.split("|")[2].strip() for line in three_ways.summary(told + second, cfg).splitlines()
+    }
+    assert (counted["RoboFuME"], counted["iRe-VLA"], counted["Stage 1"], counted["expert"]) == ("1", "2", "2", "-")
+
+
 def test_costs_are_counted(compared):
     last = {r["method"]: r for r in rows(compared / "three_ways.csv") if (r["task"], r["steps"]) == ("forward", "240")}
     ours, operator, irevla_, robofume_ = (last[method] for method in three_ways.COLOURS)
@@ -181,7 +197,9 @@ def test_stage_1s_settings_are_flags(monkeypatch):
     monkeypatch.setattr(own_tables, "measured", lambda *_: {})
     monkeypatch.setattr(own_tables, "judge_rates", lambda folder: {})
     flags = {"stage1_model": "nano-wide", "stage1_updates": 7, "stage1_lr": 2e-3, "episodes": 1}
-    three_ways.measurements(three_ways.Config(**flags, methods=()), Path("runs/three-ways"), 1)
+    fewer = three_ways.Config(**flags, methods=("robofume",), robofume_seeds=1)
+    rows_of, folders = three_ways.measurements(fewer, Path("runs/three-ways"), 1)
+    assert not folders and {r["method"] for r in rows_of} == {"Stage 1"}
     own_tables.of_robofume(own_tables.Config(**flags), Path("runs/neighbours"), Path("runs/three-ways"), 1)
     first, second = (cfg for cfg in asked if isinstance(cfg, stage1.Config))
     assert first == second and (first.model, first.episodes, first.updates, first.lr) == ("nano-wide", 8000, 7, 2e-3)
