@@ -114,7 +114,7 @@ class PointmassVectorEnv(Domain):
     }
     turned_defaults = Domain.turned_defaults | {"updates": 3000}
     stage2_defaults = {
-        "state": {"iterations": 50, "lr": 2.5e-4, "gamma": 0.5, "symmetries": True},
+        "state": {"iterations": 40, "lr": 2.5e-4, "gamma": 0.5, "symmetries": True},
         "images": {"iterations": 300},
     }
     STATE_FIELDS = ("pos", "vel", "goals", "colour", "waypoints", "waypoint")
