@@ -5,8 +5,8 @@
     python results/three_ways.py --methods irevla       # or some of the methods
     python results/three_ways.py --pilot                # the same in tiny, to see that all of it works
 
-The task: push the red moon to the yellow pentagon. All start from the same Stage 1 policy, which has seen some 20
-demonstrations of it among 2,000. Every step of the simulations counts: iRe-VLA's collection, RoboFuME's failures and
+The task: push the red moon to the yellow pentagon. All start from the same Stage 1 policy, which has seen some 80
+demonstrations of it among 8,000. Every step of the simulations counts: iRe-VLA's collection, RoboFuME's failures and
 its way back. Symmetries are off for all three. Whatever is interrupted goes on when the command is given again. What
 has been measured is kept in each run's own measured.csv and is not measured again. Several processes may work at
 once: where two need the same run, one waits for the other. At the end, the whole command collects what is there.
@@ -58,8 +58,8 @@ class Stage1Flags:
     """Of the Stage 1 runs that all methods start from."""
 
     stage1_model: str | None = None  # None: the domain's
-    stage1_episodes: Count = 2000
-    stage1_updates: Count = 4000
+    stage1_episodes: Count = 8000
+    stage1_updates: Count = 6000
     stage1_lr: Positive | None = None  # None: the domain's
 
 

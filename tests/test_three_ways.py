@@ -202,12 +202,12 @@ def test_stage_1s_settings_are_flags(monkeypatch):
     assert not folders and {r["method"] for r in rows_of} == {"Stage 1"}
     own_tables.of_robofume(own_tables.Config(**flags), Path("runs/neighbours"), Path("runs/three-ways"), 1)
     first, second = (cfg for cfg in asked if isinstance(cfg, stage1.Config))
-    assert first == second and (first.model, first.episodes, first.updates, first.lr) == ("nano-wide", 2000, 7, 2e-3)
+    assert first == second and (first.model, first.episodes, first.updates, first.lr) == ("nano-wide", 8000, 7, 2e-3)
     assert (first.domain, first.seed, first.out) == ("tabletop,pairs=practice", 1, "runs/three-ways/stage1-s1")
     (of_robofume,) = (cfg for cfg in asked if isinstance(cfg, robofume.Config))  # ablations are of seed 0 alone
     assert of_robofume.stage1 == first.out
     three_ways.taught(three_ways.Config(), Path("runs/x"), "prior", 0)
-    assert (asked[-1].model, asked[-1].updates, asked[-1].lr) == (None, 4000, None)
+    assert (asked[-1].model, asked[-1].updates, asked[-1].lr) == (None, 6000, None)
 
 
 def test_the_second_process_waits(tmp_path):
