@@ -66,7 +66,9 @@ class Stage1Flags:
 @dataclass
 class Config(Stage1Flags):
     seeds: Count = 3  # seeds 0, 1, ...
-    robofume_seeds: Count | None = None  # its first so many alone, an hour and a half each; None: all
+    robofume_seeds: tuple[Whole, ...] | None = (
+        None  # RoboFuME with these alone, an hour and a half each; None: all
+    )
     seed: Whole | None = None  # this one alone, and nothing is drawn
     methods: tuple[Literal["resets", "operator", "irevla", "robofume"], ...] = tuple(
         METHODS
@@ -199,7 +201,7 @@ def measurements(cfg: Config, runs: Path, seed: int) -> tuple[list[dict[str, str
     places = [("Stage 1", 0, start, "policy", nothing)]
     folders = {}
     for method in cfg.methods:
-        if method == "robofume" and cfg.robofume_seeds is not None and seed >= cfg.robofume_seeds:
+        if method == "robofume" and cfg.robofume_seeds is not None and seed not in cfg.robofume_seeds:
             continue
         name, folder = METHODS[method], practise(cfg, start, runs / f"{method}-s{seed}", method, seed)
         folders[name] = folder
@@ -363,6 +365,8 @@ def main(cfg: Config) -> None:
         cfg.every = max(1, cfg.env_steps // 4)
     if cfg.env_steps % cfg.every:
         raise UserError(f"--every {cfg.every}: must divide --env-steps {cfg.env_steps}")
+    if cfg.robofume_seeds is not None and not set(cfg.robofume_seeds) & set(range(cfg.seeds)):
+        raise UserError(f"--robofume-seeds: name at least one of the seeds below --seeds {cfg.seeds}")
     rows, of_seed = [], {}
     with short_episodes(cfg.pilot):
         for seed in range(cfg.seeds) if cfg.seed is None else [cfg.seed]:

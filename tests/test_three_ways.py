@@ -127,7 +127,7 @@ def test_robofume_may_have_fewer_seeds(compared):
     second = [r | {"seed": "1"} for r in told if r["method"] not in ("RoboFuME", "expert", "demonstrate")]
     runs = {name: compared / f"{method}-s0" for method, name in three_ways.METHODS.items()}
     others = {name: folder for name, folder in runs.items() if name != "RoboFuME"}
-    cfg = three_ways.Config(seeds=2, env_steps=240, every=60, robofume_seeds=1)
+    cfg = three_ways.Config(seeds=2, env_steps=240, every=60, robofume_seeds=(0,))
     fig = three_ways.draw(told + second, {0: runs, 1: others}, cfg)
     lines = [line for line in fig.axes[0].lines if line.get_linewidth() < 1]
     assert len(lines) == 2 * 4 - 1
@@ -197,7 +197,7 @@ def test_stage_1s_settings_are_flags(monkeypatch):
     monkeypatch.setattr(own_tables, "measured", lambda *_: {})
     monkeypatch.setattr(own_tables, "judge_rates", lambda folder: {})
     flags = {"stage1_model": "nano-wide", "stage1_updates": 7, "stage1_lr": 2e-3, "episodes": 1}
-    fewer = three_ways.Config(**flags, methods=("robofume",), robofume_seeds=1)
+    fewer = three_ways.Config(**flags, methods=("robofume",), robofume_seeds=(0,))
     rows_of, folders = three_ways.measurements(fewer, Path("runs/three-ways"), 1)
     assert not folders and {r["method"] for r in rows_of} == {"Stage 1"}
     own_tables.of_robofume(own_tables.Config(**flags), Path("runs/neighbours"), Path("runs/three-ways"), 1)
@@ -280,9 +280,12 @@ def test_variants_and_ablations_are_flags():
     assert names == set(own_tables.ABLATIONS)
 
 
-def test_a_budget_that_is_not_cut_evenly_is_refused(workplace):
+def test_a_budget_that_is_not_cut_evenly_and_no_seed_of_robofume_are_refused(workplace):
     with pytest.raises(UserError, match="--every 30000: must divide --env-steps 100000"):
         three_ways.main(three_ways.Config(every=30_000))
+    for nothing in ((), (3, -1)):
+        with pytest.raises(UserError, match="--robofume-seeds: name at least one of the seeds below --seeds 3"):
+            three_ways.main(three_ways.Config(robofume_seeds=nothing))
     assert not (workplace / "runs/three-ways").exists()
 
 
