@@ -20,7 +20,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from baselines.plumbing import Batch, Counts, Store, act, join, step  # noqa: E4
 from common import UserError, counting, ranks, setup  # noqa: E402
 from common.cli import cli  # noqa: E402
 from common.demos import Demonstrations  # noqa: E402
-from common.options import Count, Positive, ScaleFlags, Share, Size, Whole  # noqa: E402
+from common.options import Count, Positive, ScaleFlags, Share, Size, Whole, Within  # noqa: E402
 from common.weights import load_model  # noqa: E402
 from envs.operator import Operator  # noqa: E402
 from envs.tabletop import PAIRS, TabletopVectorEnv  # noqa: E402
@@ -67,7 +67,7 @@ class Config(ScaleFlags):
     reset_most: Positive = 100.0  # ... and at most: 1,000 steps
     warmup: Whole = 2000  # steps of practice before its first update
     steps_per_update: Count = 16
-    batch: Count = 128  # half of it demonstrations, half practice
+    batch: Annotated[int, Within(8)] = 128  # half of it demonstrations, half practice
     gamma: Share = 0.99
     alpha: Size = 0.1  # weight of the conservative term
     eta: Size = 1.0  # weight of the actor's climb on Q
@@ -172,9 +172,9 @@ def observed(demos: Demonstrations, rows: np.ndarray, positives: int) -> Batch:
 
 
 def to_judge(demos: Demonstrations, acted: np.ndarray, n: int, positives: int, rng) -> np.ndarray:
-    """Rows int (n,), one in eight drawn from the yeses: of all, one in forty is, and the judge would always say no."""
+    """Rows int (n,); one in eight is drawn from the yeses: of all rows one in forty is a yes, so few teach only no."""
     yes = acted[demos.steps.numpy()[acted] <= positives] + 1  # the observation behind each of the last actions
-    return np.concatenate([rng.choice(yes, n // 8), rng.choice(acted, n - n // 8)])
+    return np.concatenate([rng.choice(yes, max(1, n // 8)), rng.choice(acted, n - max(1, n // 8))])
 
 
 def demonstrated(demos: Demonstrations, rows: np.ndarray, actions, gamma: float) -> Batch:

@@ -3,6 +3,7 @@
     python results/three_ways.py                        # hours: trains what is not in runs/ yet, measures, draws
     python results/three_ways.py --seed 1               # one seed of it, without the figure: for one of two processes
     python results/three_ways.py --methods irevla       # or some of the methods
+    python results/three_ways.py --robofume-seeds 1     # all, but RoboFuME with this seed alone
     python results/three_ways.py --pilot                # the same in tiny, to see that all of it works
 
 The task: push the red moon to the yellow pentagon. All start from the same Stage 1 policy, which has seen some 80
@@ -288,7 +289,8 @@ def draw(rows: list[dict[str, str]], runs: dict[int, dict[str, Path]], cfg: Conf
                 lines.append([float(r[column]) for r in mine])
                 at = [int(r["steps"]) / 1000 for r in mine]
                 ax.plot(at, lines[-1], color=colour, lw=0.6, alpha=0.6)
-            ax.plot(at, np.mean(lines, 0), "o-", color=colour, lw=1.8, ms=3, label=method)
+            label = method if len(lines) == cfg.seeds else f"{method} ({len(lines)})"
+            ax.plot(at, np.mean(lines, 0), "o-", color=colour, lw=1.8, ms=3, label=label)
         for folders in runs.values():
             if method not in folders:
                 continue
@@ -365,15 +367,17 @@ def main(cfg: Config) -> None:
         cfg.every = max(1, cfg.env_steps // 4)
     if cfg.env_steps % cfg.every:
         raise UserError(f"--every {cfg.every}: must divide --env-steps {cfg.env_steps}")
-    if cfg.robofume_seeds is not None and not set(cfg.robofume_seeds) & set(range(cfg.seeds)):
-        raise UserError(f"--robofume-seeds: name at least one of the seeds below --seeds {cfg.seeds}")
+    seeds = range(cfg.seeds) if cfg.seed is None else [cfg.seed]
+    chosen = set(seeds if cfg.robofume_seeds is None else cfg.robofume_seeds)
+    if not chosen or not chosen <= set(seeds):
+        raise UserError(f"--robofume-seeds {sorted(chosen)}: name one or more of the seeds {list(seeds)}")
     rows, of_seed = [], {}
     with short_episodes(cfg.pilot):
-        for seed in range(cfg.seeds) if cfg.seed is None else [cfg.seed]:
+        for seed in seeds:
             told, of_seed[seed] = measurements(cfg, runs, seed)
             rows += told
         if cfg.seed is not None or set(cfg.methods) != set(METHODS):
-            print("a part of it: the command without --seed and --methods collects all, and draws")
+            print("a part of it: the command without --seed and --methods trains and collects all, and draws")
             return
         for who in ("expert", "demonstrate"):
             key = {"method": who, "seed": 0, "task": "forward", "steps": 0}

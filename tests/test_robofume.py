@@ -449,7 +449,7 @@ def test_practice_leaves_the_judge_alone_and_changes_the_actor(practised, monkey
 
 
 def test_the_judge_learns_from_failures_and_from_final_observations(practised, monkeypatch):
-    """At least an eighth of each batch are failures, all a no; a yes is a demonstration's last observation."""
+    """An eighth of each batch are failures, all a no; of the rest an eighth is a yes, a demonstration's last observation."""
     monkeypatch.chdir(practised)
     batches, loss = [], robofume.judge_loss
     monkeypatch.setattr(robofume, "judge_loss", lambda judge, batch: (batches.append(batch), loss(judge, batch))[1])
@@ -459,16 +459,16 @@ def test_the_judge_learns_from_failures_and_from_final_observations(practised, m
 
     monkeypatch.setattr(robofume, "load_model", stop)  # the judge is ready
     with pytest.raises(KeyboardInterrupt):
-        robofume.main(robofume.Config(**SETTINGS, out="runs/judged"))
-    learnt = [b for b in batches if len(b["goals"]) == 8]
+        robofume.main(robofume.Config(**SETTINGS | {"batch": 128}, out="runs/judged"))
+    learnt = [b for b in batches if len(b["goals"]) == 128]
     held_out = [b for b in batches if len(b["goals"]) == 2048]
     assert len(learnt) == 3 and len(held_out) == 2
-    assert all((b["done"][-2:] == 0).all() for b in learnt)
+    assert all((b["done"][-16:] == 0).all() and b["done"].sum() == 14 for b in learnt)
     data = np.load(next((practised / "data").glob("tabletop,pairs=both*.npz")))
     finals = {data["state"][i].tobytes() for i in data["start"] + data["length"] - 1}
     others = {row.tobytes() for row in data["state"]} - finals
     found = {0: 0, 1: 0}
-    for b in held_out:
+    for b in [*({k: v[:112] for k, v in b.items()} for b in learnt), *held_out]:
         for state, done in zip(b["state"].numpy(), b["done"].tolist(), strict=True):
             assert state.tobytes() in (finals if done else others)
             found[done] += 1
@@ -485,20 +485,25 @@ def test_one_in_eight_that_the_judge_sees_of_demonstrations_is_a_yes():
     assert set(robofume.to_judge(demos, acted[:2], 80, 1, rng)) == {0, 1, 2}  # of the first demonstration alone
     rows = robofume.to_judge(demos, acted, 800, 2, rng)[:100]
     assert set(rows) == {1, 2, 5, 6}  # two of each are a yes
+    assert robofume.to_judge(demos, acted, 3, 1, rng)[0] in (2, 6)  # one at least
 
 
 def test_half_of_the_demonstrations_are_of_the_task(practised, monkeypatch):
     """D_f and D_b are found again in the data by their texts; without prior data they are all."""
     monkeypatch.chdir(practised)
     task = {text for a, b in ((0, 3), (0, 2)) for text in texts(Meaning("block2block", a, b), 4)}
-    asked, made = [], robofume.demonstrated
+    asked, judged = [], []
 
-    def watched(demos, rows, *args):
-        batch = made(demos, rows, *args)
-        asked.append([goal in task for goal in batch["goals"]])
-        return batch
+    def watched(made, told):
+        def watch(demos, rows, *args):
+            batch = made(demos, rows, *args)
+            told.append([goal in task for goal in batch["goals"]])
+            return batch
 
-    monkeypatch.setattr(robofume, "demonstrated", watched)
+        return watch
+
+    monkeypatch.setattr(robofume, "demonstrated", watched(robofume.demonstrated, asked))
+    monkeypatch.setattr(robofume, "observed", watched(robofume.observed, judged))
     both = robofume.setup.baseline
 
     def mixed(*args):
@@ -511,9 +516,13 @@ def test_half_of_the_demonstrations_are_of_the_task(practised, monkeypatch):
     monkeypatch.setattr(robofume.setup, "baseline", mixed)
     robofume.main(robofume.Config(**SETTINGS | {"env_steps": 1}, out="runs/mixed"))
     assert len(asked) == 3 and all(all(goals[4:]) for goals in asked) and not all(all(goals) for goals in asked)
+    _, *judged_ = judged  # the first are held out
+    assert len(judged_) == 3 and all(all(goals[3:]) for goals in judged_) and not all(all(goals) for goals in judged_)
     asked.clear()
+    judged.clear()
     robofume.main(robofume.Config(**SETTINGS | {"env_steps": 1}, prior_data=False, out="runs/alone"))
     assert len(asked) == 3 and all(all(goals) for goals in asked)
+    assert len(judged) == 4 and all(all(goals) for goals in judged[1:])
 
 
 def test_true_reward_is_an_option_and_not_the_default(practised, monkeypatch):
@@ -581,6 +590,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(practised, monkeypatch, n):
         ({"compile": True}, "--compile"),
         ({"checkpointing": True}, "--checkpointing"),
         ({"failures": 0}, "--failures"),
+        ({"batch": 7}, "--batch 7: must be at least 8"),
         ({"target_rate": 1.1}, "--target-rate"),
     ],
 )

@@ -283,9 +283,11 @@ def test_variants_and_ablations_are_flags():
 def test_a_budget_that_is_not_cut_evenly_and_no_seed_of_robofume_are_refused(workplace):
     with pytest.raises(UserError, match="--every 30000: must divide --env-steps 100000"):
         three_ways.main(three_ways.Config(every=30_000))
-    for nothing in ((), (3, -1)):
-        with pytest.raises(UserError, match="--robofume-seeds: name at least one of the seeds below --seeds 3"):
-            three_ways.main(three_ways.Config(robofume_seeds=nothing))
+    for given, told in (((), r"\[\]"), ((0, -1), r"\[-1, 0\]"), ((0, 7), r"\[0, 7\]")):
+        with pytest.raises(UserError, match=rf"--robofume-seeds {told}: name one or more of the seeds \[0, 1, 2\]"):
+            three_ways.main(three_ways.Config(robofume_seeds=given))
+    with pytest.raises(UserError, match=r"seeds \[5\]"):
+        three_ways.main(three_ways.Config(seed=5, robofume_seeds=(1,)))
     assert not (workplace / "runs/three-ways").exists()
 
 
