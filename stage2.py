@@ -15,7 +15,7 @@ With V = -d, minus the demonstrator's steps to go, Equation 3 (Appendix E) says 
 
 The paper leaves out the middle term of R_t: 0 where an episode ends in its goal, and not where time runs out.
 
-    python stage2.py                                    # from the newest Stage 1 run, 1.5 minutes of one core
+    python stage2.py                                    # from the newest Stage 1 run, 1 minute of one core
     python stage2.py --stage1 runs/pointmass-stage1-s1  # a given one
     python stage2.py --success ground-truth --gamma 0   # an ablation
     python stage2.py --domain tabletop,look=real        # practice where the demonstrations were not

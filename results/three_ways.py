@@ -30,7 +30,7 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import measuring  # noqa: E402
-from measuring import alone, as_text, finish, logged, once, spread, table, write_csv  # noqa: E402
+from measuring import alone, as_text, finish, logged, once, spread, table, with_interval, write_csv  # noqa: E402
 
 import envs  # noqa: E402 - the repository's root is not installed
 import stage1  # noqa: E402
@@ -344,18 +344,23 @@ def summary(rows: list[dict[str, str]], cfg: Config) -> str:
         lines.append(
             [who, "-", f"{float(row['success']):.2f}", f"{float(row['mean_steps']):.1f}", *["-"] * 5]
         )
-    head = [
-        "",
-        "seeds",
-        "success",
-        "steps",
-        "prior tasks",
-        "steps of practice",
-        "resets",
-        "labels",
-        "minutes",
-    ]
-    return table(head, lines)
+    of_success = ["seeds", "success", "steps", "prior tasks"]
+    of_cost = ["steps of practice", "resets", "labels", "minutes"]
+    return table(["", *of_success, *of_cost], lines)
+
+
+def by_seed(rows: list[dict[str, str]], cfg: Config) -> str:
+    """Success and its interval, then steps, of each method and seed at the end of the budget."""
+    lines = []
+    for method, steps in [("Stage 1", 0), *((m, cfg.env_steps) for m in COLOURS)]:
+        line = [method]
+        for seed in range(cfg.seeds):
+            key = {"method": method, "seed": str(seed), "task": "forward", "steps": str(steps)}
+            mine = [r for r in rows if key.items() <= r.items()]
+            told = f"{with_interval(mine, 'success', 2)}, {float(mine[0]['mean_steps']):.1f}" if mine else "-"
+            line.append(told)
+        lines.append(line)
+    return table(["", *(f"seed {seed}" for seed in range(cfg.seeds))], lines)
 
 
 def main(cfg: Config) -> None:
@@ -394,6 +399,7 @@ def main(cfg: Config) -> None:
     print(told)
     if not cfg.pilot:
         put("three ways", told)
+        put("three ways, by seed", by_seed(rows, cfg))
 
 
 if __name__ == "__main__":

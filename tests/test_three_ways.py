@@ -135,6 +135,12 @@ def test_robofume_may_have_fewer_seeds(compared):
         line.split("|")[1].strip(): line.split("|")[2].strip() for line in three_ways.summary(told + second, cfg).splitlines()
     }
     assert (counted["RoboFuME"], counted["iRe-VLA"], counted["Stage 1"], counted["expert"]) == ("1", "2", "2", "-")
+    cells = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in three_ways.by_seed(told + second, cfg).splitlines()}
+    first, other = cells["Stage 1"]
+    (start,) = [r for r in told if (r["method"], r["task"]) == ("Stage 1", "forward")]
+    low, high, steps = (float(start[k]) for k in ("success_low", "success_high", "mean_steps"))
+    assert first == other and first.endswith(f" ({low:.2f}-{high:.2f}), {steps:.1f} ")
+    assert cells["RoboFuME"][1].strip() == "-" != cells["RoboFuME"][0].strip()
 
 
 def test_costs_are_counted(compared):
