@@ -156,16 +156,18 @@ def main(cfg: Config) -> None:
     def losses(model: EFM, data: demos.Demonstrations, bc: np.ndarray, to_go: np.ndarray, asked: np.ndarray):
         """Of rows for cloning and steps to go, of episodes for instructions: this rank's share of each."""
         each = {}
-        rows, weight = ranks.local_rows(bc)
-        obs, action, goals, _ = data.batch(rows, device)
-        tokens = actions.encode(action).to(device)
-        each["bc"] = weight * bc_loss(model, obs, goals, tokens, actions.ranges)
-        rows, weight = ranks.local_rows(to_go)
-        obs, _, goals, left = data.batch(rows, device)
-        tokens = steps.encode(left).to(device)
-        each["steps_to_go"] = weight * steps_to_go_loss(model, obs, goals, tokens, steps.ranges)
-        if not torch.is_grad_enabled():  # of what is held out
-            each["error"] = weight * demos.relative_error(model, obs, goals, left, steps)
+        if len(bc):
+            rows, weight = ranks.local_rows(bc)
+            obs, action, goals, _ = data.batch(rows, device)
+            tokens = actions.encode(action).to(device)
+            each["bc"] = weight * bc_loss(model, obs, goals, tokens, actions.ranges)
+        if len(to_go):
+            rows, weight = ranks.local_rows(to_go)
+            obs, _, goals, left = data.batch(rows, device)
+            tokens = steps.encode(left).to(device)
+            each["steps_to_go"] = weight * steps_to_go_loss(model, obs, goals, tokens, steps.ranges)
+            if not torch.is_grad_enabled():  # of what is held out
+                each["error"] = weight * demos.relative_error(model, obs, goals, left, steps)
         if len(asked):
             episodes, weight = ranks.local_rows(asked)
             each["instruction"] = weight * instruction_loss(model, *data.first_and_last(episodes, device))
@@ -182,12 +184,10 @@ def main(cfg: Config) -> None:
         bc = train.draw(rng.choice(train.acted, half), rng)
         to_go = train.draw(rng.integers(len(train.index), size=cfg.batch - third - half), rng)
         asked = train.draw(rng.integers(len(train.ends), size=third), rng)
-        with ranks.autocast(cfg.bf16):
-            loss = wrapped(losses, train, bc, to_go, asked)
         for group in optimizer.param_groups:
             group["lr"] = setup.learning_rate(update, cfg.updates, cfg.lr)
         optimizer.zero_grad()
-        sum(loss.values()).backward()
+        loss = ranks.backward(wrapped, losses, train, [bc, to_go, asked], cfg.bf16)
         optimizer.step()
         average.update()
         if (update + 1) % cfg.eval_every and update + 1 < cfg.updates:

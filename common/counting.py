@@ -147,5 +147,8 @@ def evaluate(folder: Path, episodes: int, seed: int, s: float, policy: str = "po
     how = {"temperature": env.temperature} | how
     seed = 5 * 10**8 + seed * 10**6  # not those of demonstrations or of practice
     summary = {"temperature": how["temperature"], "success_threshold": s}
-    summary |= true_success(actor, env, episodes, seed, judge, s, **how)
-    return summary | detector_confusion(actor, judge, env, episodes, seed + 5 * 10**5, s, **how)
+    success, detector = ranks.side_by_side(
+        lambda: true_success(actor, env, episodes, seed, judge, s, **how),
+        lambda: detector_confusion(actor, judge, env, episodes, seed + 5 * 10**5, s, **how),
+    )
+    return summary | success | detector

@@ -37,7 +37,7 @@ class DeviceFlags:
     """Where it is computed: the same in all stages."""
 
     device: Literal["cpu", "cuda", "mps"] | None = None  # None: a CUDA GPU where there is one, else the CPU
-    threads: Count | None = None  # of the CPU; None: one for a small model, PyTorch's choice for others
+    threads: Count | None = None  # of the CPU; None: two for a small model, PyTorch's choice for others
 
 
 @dataclass

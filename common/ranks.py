@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -16,14 +17,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError
-from common.options import ScaleFlags, flag
+from common.options import DeviceFlags, ScaleFlags, flag
 from common.weights import economise
 from model import EFM
 
-# weights; a second thread hardly helps such a model, and beside a busy process it costs much
+# weights; a second thread in each operation hardly helps such a model, and beside a busy process it costs much
 SMALL = 5 * 10**6
+CORES = torch.get_num_threads()  # as PyTorch sees them or OMP_NUM_THREADS says, before any choice
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 chosen: torch.device | None = None  # by --device
+sides = 1  # threads that work at different things: `side_by_side`
+helper = ThreadPoolExecutor(1)  # the second of them; to start a new one each time takes longer
 
 
 # --- devices ------------------------------------------------------------------------------------------------
@@ -41,11 +45,36 @@ def choose_device(name: str | None) -> None:
     chosen = torch.device(name) if name else None
 
 
-def choose_threads(cfg: ScaleFlags, weights: int) -> None:
-    """Set the CPU's threads, and remember them in the configuration: another number gives other roundings."""
+def choose_threads(cfg: DeviceFlags, weights: int) -> None:
+    """Set the CPU's threads, and remember them in the configuration: another number gives other roundings.
+
+    A small model gets two, which work at different things; of a large one all threads work at each operation.
+    """
+    global sides
+    small = weights < SMALL
+    # compiled blocks, and weights once cast to bfloat16, are shared by all threads
+    shares = getattr(cfg, "compile", False) or getattr(cfg, "bf16", False)
+    apart = small and world() == 1 and device().type == "cpu" and not shares
     if cfg.threads is None:
-        cfg.threads = 1 if weights < SMALL else torch.get_num_threads()
-    torch.set_num_threads(cfg.threads)
+        most = 2 if apart else 1
+        cfg.threads = min(most, CORES) if small else CORES
+    sides = 2 if apart and cfg.threads > 1 else 1
+    torch.set_num_threads(cfg.threads // sides)
+
+
+def side_by_side(one: Callable[[], Any], other: Callable[[], Any]) -> tuple[Any, Any]:
+    """What both return: one works in a thread of its own if `choose_threads` has said so, else they take turns."""
+    if sides == 1:
+        return one(), other()
+    threads = torch.get_num_threads()
+
+    def beside() -> Any:
+        torch.set_num_threads(threads)  # the number is each thread's own
+        return one()
+
+    first = helper.submit(beside)
+    second = other()
+    return first.result(), second
 
 
 def autocast(bf16: bool) -> torch.autocast:
@@ -174,6 +203,30 @@ def distribute(model: EFM, shard: bool) -> nn.Module:
         for block in getattr(model, tower).layers:
             fully_shard(block)
     return fully_shard(model)
+
+
+def backward(wrapped: nn.Module, losses: Callable, data: Any, rows: list[np.ndarray], bf16: bool) -> dict[str, Tensor]:
+    """losses(model, data, *rows) by name; the gradient of their sum is added to the weights' `.grad`.
+
+    rows: of each objective; without rows it has no loss. On two sides the last one that has rows learns beside the others:
+    it is the greater part where it is the instruction. The two gradients are added up, and a + b is b + a: so it does not
+    matter which comes first.
+    """
+
+    def learn(*rows: np.ndarray) -> dict[str, Tensor]:
+        with autocast(bf16):
+            loss = wrapped(losses, data, *rows)
+        sum(loss.values()).backward()
+        return loss
+
+    if sides == 1:
+        return learn(*rows)
+    last = max(i for i, chosen in enumerate(rows) if len(chosen))
+    nothing = rows[0][:0]
+    before = [chosen if i < last else nothing for i, chosen in enumerate(rows)]
+    alone = [chosen if i == last else nothing for i, chosen in enumerate(rows)]
+    one, other = side_by_side(lambda: learn(*before), lambda: learn(*alone))
+    return one | other
 
 
 @contextlib.contextmanager

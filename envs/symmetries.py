@@ -150,6 +150,7 @@ class PointmassSymmetries(SceneSymmetries):
         self.colours, self.turnable = colours, turnable
         # row k: what stands in place of colour j afterwards was colour sources[k, j]
         self.sources = np.array(list(itertools.permutations(range(len(colours)))))  # (6, 3)
+        self.renamed: dict[tuple[int, str], str] = {}  # the same few sentences are asked for again and again
         super().__init__(8 * len(self.sources), turns, places, arrangements, len(colours), 2)
 
     def turned(self) -> Symmetries:
@@ -251,9 +252,12 @@ class PointmassSymmetries(SceneSymmetries):
         return self.vectors(g, action)
 
     def words(self, k: int, text: str) -> str:
-        source = self.sources[k % len(self.sources)].tolist()
-        becomes = {self.colours[old]: self.colours[new] for new, old in enumerate(source)}
-        return " ".join(becomes.get(word, word) for word in text.split(" "))
+        key = (k % len(self.sources), text)
+        if key not in self.renamed:
+            source = self.sources[key[0]].tolist()
+            becomes = {self.colours[old]: self.colours[new] for new, old in enumerate(source)}
+            self.renamed[key] = " ".join(becomes.get(word, word) for word in text.split(" "))
+        return self.renamed[key]
 
 
 BEHIND = 0.5  # [dm] from a block's middle to where the tool begins to push it: envs/tabletop.py's `reach`

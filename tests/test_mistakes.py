@@ -28,10 +28,10 @@ def here(references, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def as_before():
-    threads, chosen = torch.get_num_threads(), ranks.chosen
+    threads, chosen, sides = torch.get_num_threads(), ranks.chosen, ranks.sides
     yield
     torch.set_num_threads(threads)
-    ranks.chosen = chosen
+    ranks.chosen, ranks.sides = chosen, sides
 
 
 def refused(stage: str, args: str, capsys) -> str:

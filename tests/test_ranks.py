@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
 import torch
 
 from common import UserError, ranks
-from common.options import DeviceFlags
+from common.options import DeviceFlags, ScaleFlags
 
 
 @pytest.fixture(autouse=True)
 def as_before():
-    threads, chosen = torch.get_num_threads(), ranks.chosen
+    threads, chosen, sides = torch.get_num_threads(), ranks.chosen, ranks.sides
     yield
     torch.set_num_threads(threads)
-    ranks.chosen = chosen
+    ranks.chosen, ranks.sides = chosen, sides
 
 
 def test_a_device_that_is_not_there_is_named(monkeypatch):
@@ -39,12 +40,84 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
     assert ranks.device() == torch.device("cpu")  # a flag goes before what is there
 
 
-def test_threads_are_the_flags_else_one_for_a_small_model_and_are_remembered():
-    torch.set_num_threads(2)
-    for flag, weights, expected in ((None, 10**5, 1), (3, 10**5, 3), (2, 10**9, 2), (None, 10**9, 2)):
-        cfg = DeviceFlags(threads=flag)
-        ranks.choose_threads(cfg, weights)
-        assert cfg.threads == torch.get_num_threads() == expected
+@pytest.mark.parametrize(("cores", "flag", "weights", "threads", "of_each", "sides"), [
+    (4, None, 10**5, 2, 1, 2), (1, None, 10**5, 1, 1, 1), (4, 1, 10**5, 1, 1, 1), (4, 2, 10**5, 2, 1, 2),
+    (1, 2, 10**5, 2, 1, 2), (4, 5, 10**5, 5, 2, 2), (4, None, 10**9, 4, 4, 1), (4, 2, 10**9, 2, 2, 1)])  # fmt: skip
+def test_a_small_model_gets_two_sides_and_the_threads_are_remembered(
+    cores, flag, weights, threads, of_each, sides, monkeypatch
+):
+    monkeypatch.setattr(ranks, "CORES", cores)
+    cfg = DeviceFlags(threads=flag)
+    ranks.choose_threads(cfg, weights)
+    assert (cfg.threads, torch.get_num_threads(), ranks.sides) == (threads, of_each, sides)
+
+
+def test_where_a_small_model_has_one_side(monkeypatch):
+    monkeypatch.setattr(ranks, "CORES", 4)
+    for flag in ("compile", "bf16"):
+        cfg = ScaleFlags(**{flag: True})
+        ranks.choose_threads(cfg, 10**5)
+        assert (cfg.threads, ranks.sides) == (1, 1)
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    one_of_two = ScaleFlags()
+    ranks.choose_threads(one_of_two, 10**5)
+    assert (one_of_two.threads, ranks.sides) == (1, 1)
+    monkeypatch.setattr(ranks, "world", lambda: 1)
+    ranks.chosen = torch.device("cuda")
+    on_gpu = ScaleFlags()
+    ranks.choose_threads(on_gpu, 10**5)
+    assert (on_gpu.threads, ranks.sides) == (1, 1)
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_two_calls_side_by_side(sides):
+    ranks.sides = sides
+    torch.set_num_threads(3)
+
+    def told(name: str) -> tuple:
+        return name, threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()
+
+    (one, first, *how), (other, second, *same) = ranks.side_by_side(lambda: told("one"), lambda: told("other"))
+    assert (one, other) == ("one", "other") and how == same == [3, True]
+    assert second == threading.get_ident() and (first == second) == (sides == 1)
+    with pytest.raises(ZeroDivisionError):
+        ranks.side_by_side(lambda: 1 / 0, lambda: told("other"))
+    with pytest.raises(ZeroDivisionError):
+        ranks.side_by_side(lambda: told("one"), lambda: 1 / 0)
+
+
+def test_two_sides_have_one_sides_gradient():
+    """Of three objectives that share their weights, in double precision; the same bytes each time."""
+
+    class Model(torch.nn.Linear):
+        def forward(self, f, *args):
+            return f(self, *args)
+
+    torch.manual_seed(0)
+    model, data = Model(3, 3).double(), torch.randn(30, 3, dtype=torch.float64)
+
+    def losses(model, data, *rows):
+        each = {}
+        for power, (name, chosen) in enumerate(zip("abc", rows, strict=True), 1):
+            if len(chosen):
+                y = torch.nn.functional.linear(data[chosen], model.weight, model.bias)
+                each[name] = (y**power).mean() + torch.nn.functional.linear(y, model.weight).mean()
+        return each
+
+    rows, found = [np.arange(10), np.arange(10, 15), np.arange(15, 30)], []
+    for sides in (1, 2, 2, 2):
+        ranks.sides = sides
+        model.zero_grad()
+        loss = ranks.backward(model, losses, data, rows, False)
+        assert list(loss) == ["a", "b", "c"]
+        found.append((loss, model.weight.grad.clone(), model.bias.grad.clone()))
+    for loss, *gradients in found[1:]:
+        assert loss == found[0][0]
+        for gradient, one, first in zip(gradients, found[0][1:], found[1][1:], strict=True):
+            torch.testing.assert_close(gradient, one, rtol=1e-12, atol=1e-12)
+            assert torch.equal(gradient, first)
+    whole = sum(losses(model, data, *rows).values())
+    torch.testing.assert_close(list(found[0][1:]), list(torch.autograd.grad(whole, [model.weight, model.bias])))
 
 
 def test_one_process_has_all_rows():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import envs.pointmass
-from common import counting
+from common import counting, ranks
 from common.counting import confirmed_detections, confusion, evaluate, metrics
 from common.runs import wilson
 from rollout import Buffer, Episodes, encode_observation, rollout
@@ -324,6 +324,12 @@ def test_evaluate_is_repeatable_and_seeded(run, short, monkeypatch):
     a, b, c = (evaluate(run, 4, seed=seed, s=69.0) for seed in (0, 0, 3))
     assert a == b
     assert a != c
+
+
+def test_evaluate_is_the_same_on_two_sides(run, short, monkeypatch):
+    one = evaluate(run, 4, seed=0, s=69.0)
+    monkeypatch.setattr(ranks, "sides", 2)
+    assert evaluate(run, 4, seed=0, s=69.0) == one
 
 
 def test_next_to_no_temperature_is_greedy(run, watched, short):

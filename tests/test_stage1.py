@@ -14,7 +14,7 @@ import torch
 
 import envs
 import stage1
-from common import UserError, demos, setup
+from common import UserError, demos, ranks, setup
 from common.demos import Demonstrations, load_demonstrations, split
 from common.runs import Run, load_state
 from common.weights import load_model
@@ -178,6 +178,39 @@ def test_the_third_objective_ends_when_the_held_out_answers_get_worse(quick, mon
     again = np.genfromtxt("cut/metrics.csv", delimiter=",", names=True)
     for name in rows.dtype.names[:-1]:  # all but the seconds
         np.testing.assert_array_equal(rows[name], again[name])
+
+
+def test_a_run_on_two_sides_learns_what_one_does_and_resumes_exactly(quick, monkeypatch):
+    monkeypatch.setattr(PointmassVectorEnv, "predicts_instruction", True)
+    monkeypatch.setitem(PRESETS, "nano", dataclasses.replace(PRESETS["nano"], width=32, depth=1, mlp_dim=32))
+    monkeypatch.setattr(ranks, "sides", 1)  # put back at the end
+    cfg = stage1.Config(episodes=20, updates=9, eval_every=3, eval_episodes=4, lr=1e-3)
+    threads = torch.get_num_threads()
+    for name, n in (("one", 1), ("two", 2), ("cut", 2)):
+        run = dataclasses.replace(cfg, threads=n, out=name)
+        if name == "cut":
+            checkpoint = Run.checkpoint
+
+            def killed(self):
+                checkpoint(self)
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+                patched.setattr(Run, "checkpoint", killed)
+                stage1.main(run)
+            run.resume = True
+        stage1.main(run)
+        assert ranks.sides == n and torch.get_num_threads() == 1
+    torch.set_num_threads(threads)
+    one, two, cut = (load_model(Path(name) / "policy.safetensors").state_dict() for name in ("one", "two", "cut"))
+    for key, weight in one.items():
+        torch.testing.assert_close(two[key], weight, rtol=1e-5, atol=1e-5)
+        assert torch.equal(cut[key], two[key]), key
+    without_seconds = [
+        [line.rsplit(",", 1)[0] for line in (Path(name) / "metrics.csv").read_text().splitlines()]
+        for name in ("two", "cut")
+    ]
+    assert without_seconds[0] == without_seconds[1] and len(without_seconds[0]) == 4
 
 
 def test_a_fraction_without_episodes_to_hold_out_is_refused(quick, monkeypatch):
