@@ -185,22 +185,20 @@ def test_a_run_on_two_sides_learns_what_one_does_and_resumes_exactly(quick, monk
     monkeypatch.setitem(PRESETS, "nano", dataclasses.replace(PRESETS["nano"], width=32, depth=1, mlp_dim=32))
     monkeypatch.setattr(ranks, "sides", 1)  # put back at the end
     cfg = stage1.Config(episodes=20, updates=9, eval_every=3, eval_episodes=4, lr=1e-3)
-    threads = torch.get_num_threads()
-    for name, n in (("one", 1), ("two", 2), ("cut", 2)):
-        run = dataclasses.replace(cfg, threads=n, out=name)
-        if name == "cut":
-            checkpoint = Run.checkpoint
+    threads, checkpoint = torch.get_num_threads(), Run.checkpoint
 
-            def killed(self):
-                checkpoint(self)
-                raise KeyboardInterrupt
+    def killed(run: Run) -> None:
+        checkpoint(run)
+        raise KeyboardInterrupt
 
-            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-                patched.setattr(Run, "checkpoint", killed)
-                stage1.main(run)
-            run.resume = True
-        stage1.main(run)
-        assert ranks.sides == n and torch.get_num_threads() == 1
+    stage1.main(dataclasses.replace(cfg, threads=1, out="one"))
+    assert ranks.sides == 1
+    stage1.main(dataclasses.replace(cfg, threads=2, out="two"))
+    assert ranks.sides == 2 and torch.get_num_threads() == 1
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Run, "checkpoint", killed)
+        stage1.main(dataclasses.replace(cfg, threads=2, out="cut"))
+    stage1.main(dataclasses.replace(cfg, threads=2, out="cut", resume=True))
     torch.set_num_threads(threads)
     one, two, cut = (load_model(Path(name) / "policy.safetensors").state_dict() for name in ("one", "two", "cut"))
     for key, weight in one.items():
