@@ -74,9 +74,12 @@ def check_scale(cfg: ScaleFlags) -> None:
         raise UserError("--compile: needs a C++ compiler, and none is here; install g++ or leave it out")
 
 
-def open_run(cfg: Any, env: VectorEnv, stage: str, **more: Any) -> Run:
-    """The run of a stage's configuration, in `cfg.out` or its usual folder."""
+def open_run(cfg: Any, env: VectorEnv, stage: str, weights: int, **more: Any) -> Run:
+    """The run of a stage's configuration, in `cfg.out` or its usual folder; threads for so many weights are chosen."""
     folder = Path(cfg.out) if cfg.out else run_folder(env.name, env.obs, env.default_obs, stage, cfg.seed)
+    if cfg.resume and cfg.threads is None and (folder / "config.json").exists():  # perhaps of another machine
+        cfg.threads = read_json(folder / "config.json").get("threads")
+    ranks.choose_threads(cfg, weights)
     return Run(folder, cfg, **more)
 
 
@@ -141,9 +144,9 @@ def stage0(cfg: Any) -> tuple[list[VectorEnv], Run, EFM | None]:
         ])  # fmt: skip
     domains = [env, *also]
     must([(cfg.batch >= len(domains), f"--batch {cfg.batch}: must be at least {len(domains)}, a scene of each domain")])
-    ranks.choose_threads(cfg, 0 if is_nano(cfg.model) else ranks.SMALL)
     # a name that Stage 1 does not take for the newest Stage 0 run
-    run = open_run(cfg, env, "unimodal-stage0" if cfg.unimodal else "stage0", obs="images")
+    name = "unimodal-stage0" if cfg.unimodal else "stage0"
+    run = open_run(cfg, env, name, 0 if is_nano(cfg.model) else ranks.SMALL, obs="images")
     if run.done:
         return domains, run, None
     torch.manual_seed(cfg.seed)
@@ -208,8 +211,7 @@ def stage1(cfg: Any) -> tuple[VectorEnv, Run, EFM | None]:
     whole = not cfg.vit and (cfg.weights or init)
     needs = f"--lora-rank {cfg.lora_rank}: needs a model pre-trained as a whole; name --weights or --init alone"
     must([(whole or not cfg.lora_rank, needs)])
-    ranks.choose_threads(cfg, 0 if is_nano(cfg.model) else ranks.SMALL)
-    run = open_run(cfg, env, "stage1")
+    run = open_run(cfg, env, "stage1", 0 if is_nano(cfg.model) else ranks.SMALL)
     if run.done:
         return env, run, None
     torch.manual_seed(cfg.seed)
@@ -326,8 +328,8 @@ def stage2(cfg: Any) -> tuple[VectorEnv, Run, EFM | None, EFM | None, torch.opti
         (not (new_adapters and cfg.keep_optimizer), of_weights),
     ])  # fmt: skip
     cfg.lora_rank = cfg.lora_rank or policy.lora_rank
-    ranks.choose_threads(cfg, sum(p.numel() for p in policy.parameters()))
-    run = open_run(cfg, env, "stage2", obs=obs, model=settings.get("model"))
+    weights = sum(p.numel() for p in policy.parameters())
+    run = open_run(cfg, env, "stage2", weights, obs=obs, model=settings.get("model"))
     if run.done:
         return env, run, None, None, None, None
     if cfg.learns == "blocks":  # the others' gradient is hardly more than noise, and AdamW steps as far along noise
@@ -377,8 +379,8 @@ def baseline(cfg: Any, domains: tuple[str, ...], name: str) -> tuple[list, Run, 
         require_alike(env, taught, f"--stage1 {stage1}: is of {taught.name}, the task of {env.name}; name another")
     policy = load_checkpoint(stage1 / "policy.safetensors", taught)
     must([(not policy.lora_rank, f"--stage1 {stage1}: has LoRA adapters, which no baseline trains; name another")])
-    ranks.choose_threads(cfg, sum(p.numel() for p in policy.parameters()))
-    run = open_run(cfg, made[0], name, obs=settings["obs"], domain=domains[0])
+    weights = sum(p.numel() for p in policy.parameters())
+    run = open_run(cfg, made[0], name, weights, obs=settings["obs"], domain=domains[0])
     if run.done:
         return made, run, None, None, (None, None)
     reward_model = load_checkpoint(stage1 / "reward.safetensors", taught).requires_grad_(False)

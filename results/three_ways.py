@@ -11,6 +11,7 @@ demonstrations of it among 8,000. Every step of the simulations counts: iRe-VLA'
 its way back. Symmetries are off for all three. Whatever is interrupted goes on when the command is given again. What
 has been measured is kept in each run's own measured.csv and is not measured again. Several processes may work at
 once: where two need the same run, one waits for the other. At the end, the whole command collects what is there.
+A run that is not in runs/ any more keeps its rows of results/three_ways.csv; --anew trains it again.
 
 Writes results/three_ways.csv, three_ways.png, and the table of docs/baselines.md.
 """
@@ -52,6 +53,7 @@ METHODS = {
 }
 COLOURS = dict(zip(METHODS.values(), (BLUE, "#56B4E9", ORANGE, GREEN), strict=True))
 PAGE = Path("docs/baselines.md")
+COSTS = ("env_steps", "resets", "labels", "seconds")
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Config(Stage1Flags):
     env_steps: Count = 100_000  # of practice, for each
     every: Count = 25_000  # steps between two measurements
     episodes: Count = 500  # fresh ones of a measurement
+    anew: bool = False  # train what runs/ has not, even if results/three_ways.csv has it
     pilot: bool = False  # everything tiny, in runs/three-ways-pilot/
 
 
@@ -195,46 +198,76 @@ def practise(cfg: Config, taught: Path, folder: Path, method: str, seed: int) ->
         return finish(robofume.main, robofume.Config(**robofumes))
 
 
-def measurements(cfg: Config, runs: Path, seed: int) -> tuple[list[dict[str, str]], dict[str, Path]]:
-    """The rows of one seed, and the runs by method; what is not there is trained and measured."""
-    start = taught(cfg, runs / f"stage1-s{seed}", "practice", seed)
-    nothing = dict.fromkeys(("env_steps", "resets", "labels", "seconds"), 0)
-    places = [("Stage 1", 0, start, "policy", nothing)]
-    folders = {}
+def published(cfg: Config, path: Path) -> dict[tuple[str, int], list[dict[str, str]]]:
+    """The CSV's rows of earlier runs, by method and seed; none if they were made with other flags, or --anew."""
+    defaults, rows = Config(), {}
+    flags = (*vars(Stage1Flags()), "env_steps", "every", "episodes", "anew", "pilot")
+    if not path.exists() or any(getattr(cfg, flag) != getattr(defaults, flag) for flag in flags):
+        return {}
+    for row in measuring.read_csv(path):
+        rows.setdefault((row["method"], int(row["seed"])), []).append(row)
+    return rows
+
+
+def measurements(cfg: Config, runs: Path, seed: int, before: dict) -> list[dict[str, str]]:
+    """The rows of one seed; what is neither in runs/ nor in `published`'s rows is trained and measured."""
+    rows = []
     for method in cfg.methods:
+        name, folder = METHODS[method], runs / f"{method}-s{seed}"
         if method == "robofume" and cfg.robofume_seeds is not None and seed not in cfg.robofume_seeds:
             continue
-        name, folder = METHODS[method], practise(cfg, start, runs / f"{method}-s{seed}", method, seed)
-        folders[name] = folder
+        if (name, seed) in before and not folder.exists():
+            rows += before[name, seed]
+            continue
+        start = taught(cfg, runs / f"stage1-s{seed}", "practice", seed)
+        practise(cfg, start, folder, method, seed)
         if method == "robofume":  # what it has learnt offline, behind the failures that it was shown
             told = logged(folder)
             steps = int(told[0]["env_steps"])
             shown = [row for row in told if row["env_steps"] == steps][-1]
-            taken = cost(name, folder, steps) | {"seconds": shown["seconds"]}
-            places.append((name, steps, folder, "offline", taken))
+            taken = cost(name, folder, steps) | {"seconds": shown["seconds"], "precision": math.nan}
+            rows += measured_rows(cfg, name, seed, steps, folder, "offline", taken)
         for steps in range(cfg.every, cfg.env_steps + 1, cfg.every):
             # iRe-VLA's last one lies behind the supervised stage, which takes no steps
             at_end = method == "irevla" and steps == cfg.env_steps
             checkpoint = "policy" if at_end else f"steps{steps}"
-            places.append((name, steps, folder, checkpoint, cost(name, folder, steps)))
+            taken = cost(name, folder, steps) | {
+                "precision": precision(name, folder, steps - cfg.every, steps)
+            }
+            rows += measured_rows(cfg, name, seed, steps, folder, checkpoint, taken)
+    start = runs / f"stage1-s{seed}"
+    if ("Stage 1", seed) in before and not start.exists():
+        return before["Stage 1", seed] + rows
+    taught(cfg, start, "practice", seed)
+    nothing = dict.fromkeys(COSTS, 0) | {"precision": math.nan}
+    return measured_rows(cfg, "Stage 1", seed, 0, start, "policy", nothing) + rows
+
+
+def measured_rows(
+    cfg: Config, name: str, seed: int, steps: int, folder: Path, checkpoint: str, taken: dict[str, float]
+) -> list[dict[str, str]]:
+    """A checkpoint's rows: at the task and, before and after practice, at the prior tasks."""
     rows = []
-    for name, steps, folder, checkpoint, taken in places:
-        for task in ("forward", "prior") if steps in (0, cfg.env_steps) else ("forward",):
-            key = {"method": name, "seed": seed, "task": task, "steps": steps}
-            told = measured(folder, checkpoint, task, cfg.episodes)
-            told = {k: v for k, v in told.items() if k not in ("checkpoint", "task")}
-            rows.append(as_text(key) | told | as_text(taken))
-    return rows, folders
+    for task in ("forward", "prior") if steps in (0, cfg.env_steps) else ("forward",):
+        key = {"method": name, "seed": seed, "task": task, "steps": steps}
+        told = measured(folder, checkpoint, task, cfg.episodes)
+        told = {k: v for k, v in told.items() if k not in ("checkpoint", "task")}
+        rows.append(as_text(key) | told | as_text(taken))
+    return rows
 
 
 def of_one_model(runs: Path, seeds: int) -> None:
     """Raise UserError if the seeds' Stage 1 models have different sizes: a preset may have changed between them."""
-    env = make_env("tabletop,pairs=practice", 1, obs="state")
-    models = [load_checkpoint(runs / f"stage1-s{seed}/policy.safetensors", env).cfg for seed in range(seeds)]
-    for seed, sizes in enumerate(models):
-        if sizes != models[0]:
+    env, first = make_env("tabletop,pairs=practice", 1, obs="state"), None
+    for seed in range(seeds):
+        path = runs / f"stage1-s{seed}/policy.safetensors"
+        if not path.exists():  # its rows are `published`'s
+            continue
+        sizes = load_checkpoint(path, env).cfg
+        first = first or (seed, sizes)
+        if sizes != first[1]:
             raise UserError(
-                f"{runs}: Stage 1 of seed {seed} has other sizes than seed 0's; move one of them away"
+                f"{runs}: Stage 1 of seed {seed} has other sizes than seed {first[0]}'s; move one of them away"
             )
 
 
@@ -259,6 +292,25 @@ def cost(method: str, folder: Path, steps: int) -> dict[str, float]:
     }
 
 
+def precision(method: str, folder: Path, after: int, until: int) -> float:
+    """Of what the judge called done between two numbers of steps, the share that was; nan if it called nothing done.
+
+    RoboFuME's judge is asked of each state, ours says when an episode ends; iRe-VLA is told the truth.
+    """
+    if method == "iRe-VLA":
+        return math.nan
+    shares = []
+    for row in logged(folder):
+        if not after < row["env_steps"] <= until:
+            continue
+        if method == "RoboFuME":
+            shares.append(row["precision"])
+        elif row["detected"]:
+            shares.append(1 - row["false_positives"] / row["detected"])
+    shares = [share for share in shares if not math.isnan(share)]
+    return float(np.mean(shares)) if shares else math.nan
+
+
 def script(task: str, who: str, episodes: int) -> dict[str, float]:
     """A scripted player's success and steps; failures count with their full length."""
     env = make_env(f"tabletop,pairs={task}", episodes, obs="state")
@@ -274,37 +326,30 @@ def script(task: str, who: str, episodes: int) -> dict[str, float]:
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
-def draw(rows: list[dict[str, str]], runs: dict[int, dict[str, Path]], cfg: Config) -> plt.Figure:
+def draw(rows: list[dict[str, str]], cfg: Config) -> plt.Figure:
     """Success, steps and the judges' precision over the steps of practice: a thin line a seed, their mean thick."""
     fig, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.3), layout="constrained")
     for method, colour in COLOURS.items():
-        for ax, column in zip(axes, ("success", "mean_steps"), strict=False):
-            lines = []
+        for ax, column in zip(axes, ("success", "mean_steps", "precision"), strict=True):
+            seeds, at = 0, {}  # number of seeds; thousands of steps -> each seed's value
             for seed in range(cfg.seeds):
                 of_seed = [r for r in rows if (r["seed"], r["task"]) == (str(seed), "forward")]
                 mine = [r for r in of_seed if r["method"] in ("Stage 1", method)]
-                mine.sort(key=lambda r: int(r["steps"]))
                 if {r["method"] for r in mine} != {"Stage 1", method}:
                     continue  # not trained with this seed
-                lines.append([float(r[column]) for r in mine])
-                at = [int(r["steps"]) / 1000 for r in mine]
-                ax.plot(at, lines[-1], color=colour, lw=0.6, alpha=0.6)
-            label = method if len(lines) == cfg.seeds else f"{method} ({len(lines)})"
-            ax.plot(at, np.mean(lines, 0), "o-", color=colour, lw=1.8, ms=3, label=label)
-        for folders in runs.values():
-            if method not in folders:
-                continue
-            told = logged(folders[method])
-            if method == "RoboFuME":
-                points = [(r["env_steps"], r["precision"]) for r in told if not math.isnan(r["precision"])]
-            elif method == "iRe-VLA":
-                continue  # it is told the truth
-            else:
-                points = [
-                    (r["env_steps"], 1 - r["false_positives"] / r["detected"]) for r in told if r["detected"]
-                ]
-            if points:
-                axes[2].plot(np.array(points)[:, 0] / 1000, np.array(points)[:, 1], color=colour, lw=0.8)
+                points = sorted(
+                    (int(r["steps"]) / 1000, float(r[column])) for r in mine if r[column] != "nan"
+                )
+                if not points:
+                    continue  # iRe-VLA has no judge
+                seeds += 1
+                for x, y in points:
+                    at.setdefault(x, []).append(y)
+                ax.plot(*zip(*points, strict=True), color=colour, lw=0.6, alpha=0.6)
+            if at:
+                label = method if seeds == cfg.seeds else f"{method} ({seeds})"
+                mean = sorted((x, np.mean(values)) for x, values in at.items())
+                ax.plot(*zip(*mean, strict=True), "o-", color=colour, lw=1.8, ms=3, label=label)
     for who, style in (("expert", "--"), ("demonstrate", ":")):
         (line,) = [r for r in rows if r["method"] == who]
         axes[1].axhline(float(line["mean_steps"]), color="black", ls=style, lw=0.8)
@@ -335,7 +380,7 @@ def summary(rows: list[dict[str, str]], cfg: Config) -> str:
             spread(values(method, "forward", steps, c), d) for c, d in (("success", 2), ("mean_steps", 1))
         ]
         line.append(spread(values(method, "prior", steps, "success"), 2))
-        for column in ("env_steps", "resets", "labels", "seconds"):
+        for column in COSTS:
             taken = np.mean(values(method, "forward", steps, column))
             line.append(f"{taken / 60:.0f}" if column == "seconds" else f"{taken:,.0f}")
         lines.append(line)
@@ -376,11 +421,10 @@ def main(cfg: Config) -> None:
     chosen = set(seeds if cfg.robofume_seeds is None else cfg.robofume_seeds)
     if not chosen or not chosen <= set(seeds):
         raise UserError(f"--robofume-seeds {sorted(chosen)}: name one or more of the seeds {list(seeds)}")
-    rows, of_seed = [], {}
+    rows, before = [], published(cfg, out / "three_ways.csv")
     with short_episodes(cfg.pilot):
         for seed in seeds:
-            told, of_seed[seed] = measurements(cfg, runs, seed)
-            rows += told
+            rows += measurements(cfg, runs, seed, before)
         if cfg.seed is not None or set(cfg.methods) != set(METHODS):
             print("a part of it: the command without --seed and --methods trains and collects all, and draws")
             return
@@ -388,12 +432,12 @@ def main(cfg: Config) -> None:
             key = {"method": who, "seed": 0, "task": "forward", "steps": 0}
             of_script = {"who": who, "eval_episodes": cfg.episodes}
             told = once(runs / "scripts.csv", of_script, lambda who=who: script("forward", who, cfg.episodes))
-            nothing = dict.fromkeys(("env_steps", "resets", "labels", "seconds"), 0)
+            nothing = dict.fromkeys(COSTS, 0) | {"precision": math.nan}
             rows.append(as_text(key) | {k: v for k, v in told.items() if k != "who"} | as_text(nothing))
     of_one_model(runs, cfg.seeds)
     columns = list(rows[0])
     write_csv(out / "three_ways.csv", [{k: row[k] for k in columns} for row in rows])
-    draw(rows, of_seed, cfg).savefig(out / "three_ways.png")
+    draw(rows, cfg).savefig(out / "three_ways.png")
     plt.close("all")
     told = summary(rows, cfg)
     print(told)

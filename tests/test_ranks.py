@@ -43,9 +43,7 @@ def test_a_device_that_is_not_there_is_named(monkeypatch):
 @pytest.mark.parametrize(("cores", "flag", "weights", "threads", "of_each", "sides"), [
     (4, None, 10**5, 2, 1, 2), (1, None, 10**5, 1, 1, 1), (4, 1, 10**5, 1, 1, 1), (4, 2, 10**5, 2, 1, 2),
     (1, 2, 10**5, 2, 1, 2), (4, 5, 10**5, 5, 2, 2), (4, None, 10**9, 4, 4, 1), (4, 2, 10**9, 2, 2, 1)])  # fmt: skip
-def test_a_small_model_gets_two_sides_and_the_threads_are_remembered(
-    cores, flag, weights, threads, of_each, sides, monkeypatch
-):
+def test_a_small_model_gets_two_sides_and_the_threads_are_remembered(cores, flag, weights, threads, of_each, sides, monkeypatch):
     monkeypatch.setattr(ranks, "CORES", cores)
     cfg = DeviceFlags(threads=flag)
     ranks.choose_threads(cfg, weights)

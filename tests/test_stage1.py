@@ -205,8 +205,7 @@ def test_a_run_on_two_sides_learns_what_one_does_and_resumes_exactly(quick, monk
         torch.testing.assert_close(two[key], weight, rtol=1e-5, atol=1e-5)
         assert torch.equal(cut[key], two[key]), key
     without_seconds = [
-        [line.rsplit(",", 1)[0] for line in (Path(name) / "metrics.csv").read_text().splitlines()]
-        for name in ("two", "cut")
+        [line.rsplit(",", 1)[0] for line in (Path(name) / "metrics.csv").read_text().splitlines()] for name in ("two", "cut")
     ]
     assert without_seconds[0] == without_seconds[1] and len(without_seconds[0]) == 4
 

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import math
 import re
 import shlex
 import sys
@@ -125,10 +126,8 @@ def test_robofume_may_have_fewer_seeds(compared):
     """Two seeds, the second of them the first's copy without RoboFuME."""
     told = rows(compared / "three_ways.csv")
     second = [r | {"seed": "1"} for r in told if r["method"] not in ("RoboFuME", "expert", "demonstrate")]
-    runs = {name: compared / f"{method}-s0" for method, name in three_ways.METHODS.items()}
-    others = {name: folder for name, folder in runs.items() if name != "RoboFuME"}
     cfg = three_ways.Config(seeds=2, env_steps=240, every=60, robofume_seeds=(0,))
-    fig = three_ways.draw(told + second, {0: runs, 1: others}, cfg)
+    fig = three_ways.draw(told + second, cfg)
     lines = [line for line in fig.axes[0].lines if line.get_linewidth() < 1]
     assert len(lines) == 2 * 4 - 1
     counted = {
@@ -161,6 +160,51 @@ def test_copies_are_the_policy_of_their_time(compared):
     assert last == policy != first
 
 
+def test_what_is_published_and_not_in_runs_any_more_is_kept(compared, monkeypatch, tmp_path):
+    """Other flags, and --anew, keep nothing; a run that is there goes before its rows."""
+    path = compared / "three_ways.csv"
+    before = three_ways.published(three_ways.Config(), path)
+    assert {method for method, _ in before} == {*three_ways.COLOURS, "Stage 1", "expert", "demonstrate"}
+    for flags in ({"anew": True}, {"pilot": True}, {"stage1_updates": 7}, {"episodes": 4}, {"every": 50_000}):
+        assert three_ways.published(three_ways.Config(**flags), path) == {}
+    assert three_ways.published(three_ways.Config(), tmp_path / "three_ways.csv") == {}
+    trained = []
+    monkeypatch.setattr(three_ways, "taught", lambda cfg, folder, *_: folder)
+    monkeypatch.setattr(three_ways, "practise", lambda *args: trained.append(args[3]))
+    monkeypatch.setattr(three_ways, "measured_rows", lambda cfg, name, *_: [{"method": name, "new": "yes"}])
+    monkeypatch.setattr(three_ways, "cost", lambda *_: {})
+    monkeypatch.setattr(three_ways, "precision", lambda *_: 1.0)
+    (tmp_path / "irevla-s0").mkdir()
+    told = three_ways.measurements(three_ways.Config(), tmp_path, 0, before)
+    assert trained == ["irevla"] and {r["method"] for r in told if "new" in r} == {"iRe-VLA"}
+    kept = [r for r in rows(path) if r["method"] not in ("iRe-VLA", "expert", "demonstrate")]
+    assert sorted(map(str, kept)) == sorted(str(r) for r in told if "new" not in r)
+
+
+def test_a_judges_precision_by_hand(monkeypatch):
+    log = [
+        {"env_steps": 10, "detected": 0.5, "false_positives": 0.5, "precision": 0.2},
+        {"env_steps": 20, "detected": 0.5, "false_positives": 0.1, "precision": math.nan},
+        {"env_steps": 30, "detected": 0.8, "false_positives": 0.2, "precision": 0.4},
+        {"env_steps": 40, "detected": 0.0, "false_positives": 0.0, "precision": math.nan},
+    ]
+    monkeypatch.setattr(three_ways, "logged", lambda folder: log)
+    told = {
+        (method, after, until): three_ways.precision(method, Path(), after, until)
+        for method in ("nanoEFM, resets", "RoboFuME", "iRe-VLA")
+        for after, until in ((10, 30), (0, 30), (30, 40))
+    }
+    assert told["nanoEFM, resets", 10, 30] == pytest.approx((0.8 + 0.75) / 2)
+    assert told["nanoEFM, resets", 0, 30] == pytest.approx((0 + 0.8 + 0.75) / 3)
+    assert told["RoboFuME", 0, 30] == pytest.approx(0.3)
+    undefined = [key for key, share in told.items() if math.isnan(share)]
+    assert undefined == [
+        ("nanoEFM, resets", 30, 40),
+        ("RoboFuME", 30, 40),
+        *(("iRe-VLA", *k) for k in ((10, 30), (0, 30), (30, 40))),
+    ]
+
+
 def test_what_is_there_is_not_trained_or_measured_again(compared, monkeypatch):
     before = (compared / "three_ways.csv").read_bytes()
 
@@ -182,10 +226,15 @@ def test_a_run_of_other_settings_is_not_taken_for_the_wanted_one(compared):
 def test_seeds_of_different_sizes_are_not_averaged(monkeypatch, tmp_path):
     """A preset that changed keeps its name: the checkpoints' sizes tell."""
     widths = {tmp_path / f"stage1-s{seed}/policy.safetensors": width for seed, width in enumerate((64, 64, 128))}
+    for path in widths:
+        path.parent.mkdir()
+        path.touch()
     monkeypatch.setattr(three_ways, "load_checkpoint", lambda path, env: SimpleNamespace(cfg=EFMConfig(width=widths[path])))
     three_ways.of_one_model(tmp_path, 2)
     with pytest.raises(UserError, match="Stage 1 of seed 2 has other sizes than seed 0's"):
         three_ways.of_one_model(tmp_path, 3)
+    (tmp_path / "stage1-s2/policy.safetensors").unlink()  # its rows were published
+    three_ways.of_one_model(tmp_path, 3)
 
 
 def test_ours_stops_where_the_budget_is_spent(compared):
@@ -204,8 +253,8 @@ def test_stage_1s_settings_are_flags(monkeypatch):
     monkeypatch.setattr(own_tables, "judge_rates", lambda folder: {})
     flags = {"stage1_model": "nano-wide", "stage1_updates": 7, "stage1_lr": 2e-3, "episodes": 1}
     fewer = three_ways.Config(**flags, methods=("robofume",), robofume_seeds=(0,))
-    rows_of, folders = three_ways.measurements(fewer, Path("runs/three-ways"), 1)
-    assert not folders and {r["method"] for r in rows_of} == {"Stage 1"}
+    rows_of = three_ways.measurements(fewer, Path("runs/three-ways"), 1, {})
+    assert {r["method"] for r in rows_of} == {"Stage 1"}
     own_tables.of_robofume(own_tables.Config(**flags), Path("runs/neighbours"), Path("runs/three-ways"), 1)
     first, second = (cfg for cfg in asked if isinstance(cfg, stage1.Config))
     assert first == second and (first.model, first.episodes, first.updates, first.lr) == ("nano-wide", 8000, 7, 2e-3)
