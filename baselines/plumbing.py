@@ -123,6 +123,12 @@ def rows_of_pairs(demos: Demonstrations, pairs: list[tuple[int, int]]) -> np.nda
     return demos.acted[np.isin(demos.instruction[demos.episode[demos.acted]], said)]
 
 
+def to_judge(demos: Demonstrations, acted: np.ndarray, n: int, positives: int, rng: np.random.Generator) -> np.ndarray:
+    """Rows int (n,); one in eight is drawn from the yeses: of all rows one in forty is a yes, so few teach only no."""
+    yes = acted[demos.steps.numpy()[acted] <= positives] + 1  # the observation behind each of the last actions
+    return np.concatenate([rng.choice(yes, max(1, n // 8)), rng.choice(acted, n - max(1, n // 8))])
+
+
 # --- what is told -----------------------------------------------------------------------------------------------------
 def per_state(r: Episodes, s: float) -> dict[str, float]:
     """d <= s against true success, over every observation of the episodes (RoboFuME's Table II)."""

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baselines import plumbing  # noqa: E402
-from baselines.plumbing import Batch, Counts, Store, act, join, step  # noqa: E402
+from baselines.plumbing import Batch, Counts, Store, act, join, step, to_judge  # noqa: E402
 from common import UserError, counting, ranks, setup  # noqa: E402
 from common.cli import cli  # noqa: E402
 from common.demos import Demonstrations  # noqa: E402
@@ -171,12 +171,6 @@ def observed(demos: Demonstrations, rows: np.ndarray, positives: int) -> Batch:
     return {"state": obs["state"], "goals": goals, "done": (left < positives).long()}
 
 
-def to_judge(demos: Demonstrations, acted: np.ndarray, n: int, positives: int, rng) -> np.ndarray:
-    """Rows int (n,); one in eight is drawn from the yeses: of all rows one in forty is a yes, so few teach only no."""
-    yes = acted[demos.steps.numpy()[acted] <= positives] + 1  # the observation behind each of the last actions
-    return np.concatenate([rng.choice(yes, max(1, n // 8)), rng.choice(acted, n - max(1, n // 8))])
-
-
 def demonstrated(demos: Demonstrations, rows: np.ndarray, actions, gamma: float) -> Batch:
     """Tuples of demonstrations: r = 1 where the next observation is the final one."""
     obs, action, goals, left = demos.batch(rows, torch.device("cpu"))
@@ -225,20 +219,26 @@ class Learner(nn.Module):
         state, after, tokens, reward, v_mu = (batch[k].to(ranks.device()) for k in NUMBERS)
         obs, obs_next, first = {"state": state}, {"state": after}, tokens[:, :1]  # what it is does not matter
         prompts = [QUESTION_ACTION.format(g) for g in batch["goals"]]
-        log_pi = self.log_policy(obs, prompts, tokens)
-        pi = log_pi.exp()
-        with torch.no_grad():
-            pi_next = self.log_policy(obs_next, prompts, first).exp()[:, 0]
+
+        def of_actor() -> tuple[Tensor, Tensor]:
+            return self.log_policy(obs, prompts, tokens), self.log_policy(obs_next, prompts, first)[:, 0].detach()
+
+        def of_critics() -> tuple[Tensor, Tensor, Tensor]:
             q_next = self.target(obs_next, prompts, first)[:, 0]
-            y = targets(self.target(obs, prompts, tokens), pi, q_next, pi_next, reward, cfg.gamma)
-        q = self.critic(obs, prompts, tokens)
+            return self.critic(obs, prompts, tokens), self.target(obs, prompts, tokens), q_next
+
+        (log_pi, log_pi_next), (q, q_slow, q_next) = ranks.side_by_side(of_actor, of_critics)  # a core each
+        pi = log_pi.exp()
+        y = targets(q_slow, pi.detach(), q_next, log_pi_next.exp(), reward, cfg.gamma)
         floor = v_mu if cfg.calibrate else torch.full_like(v_mu, -torch.inf)
         bellman, conservative = critic_loss(q, tokens, y, pi.detach(), floor, cfg.alpha)
-        step(self.critic_optimizer, bellman + conservative, self.critic)
         nll = -log_pi[:cloned].gather(2, tokens[:cloned, :, None]).sum((1, 2)).mean()
         terms = cfg.eta * actor_climb(pi, q), cfg.bc_weight * nll
         norms = [plumbing.grad_norm(term, self.actor) if measure else math.nan for term in terms]
-        step(self.actor_optimizer, sum(terms), self.actor)
+        ranks.side_by_side(
+            lambda: step(self.critic_optimizer, bellman + conservative, self.critic),
+            lambda: step(self.actor_optimizer, sum(terms), self.actor),
+        )
         for slow, fast in zip(self.target.parameters(), self.critic.parameters(), strict=True):
             slow.lerp_(fast.detach(), cfg.target_rate)
         least = q.detach().amin(2)  # (B, L, K)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import itertools
@@ -15,7 +16,7 @@ import torch
 
 import stage1
 from baselines import plumbing, robofume
-from common import UserError
+from common import UserError, ranks
 from common.demos import Demonstrations
 from common.runs import Run, read_json
 from common.setup import load_run
@@ -176,6 +177,20 @@ def test_what_an_update_reports(learner):
     assert told["grad_climb"] > 0 and told["grad_cloning"] > 0
     again = learner.update(some_batch(), 3, measure=False)
     assert math.isnan(again["grad_climb"]) and math.isnan(again["grad_cloning"])
+
+
+def test_an_update_on_two_cores_ends_in_the_same_bytes(learner, monkeypatch):
+    other = copy.deepcopy(learner)
+    other.critic_optimizer = torch.optim.AdamW(other.critic.parameters(), lr=3e-4, weight_decay=0)
+    other.actor_optimizer = torch.optim.AdamW(other.actor.parameters(), lr=1e-4, weight_decay=0)
+    before = copy.deepcopy(learner.state_dict())
+    told = [learner.update(some_batch(seed=seed), 3, measure=True) for seed in range(3)]
+    monkeypatch.setattr(ranks, "sides", 2)
+    assert [other.update(some_batch(seed=seed), 3, measure=True) for seed in range(3)] == told
+    for name, weight in learner.state_dict().items():
+        assert torch.equal(other.state_dict()[name], weight), name
+    for model in ("actor", "critic", "target"):
+        assert any(not torch.equal(before[k], v) for k, v in learner.state_dict().items() if k.startswith(model)), model
 
 
 def test_gradient_norms_are_those_of_the_two_terms(learner):
@@ -479,13 +494,13 @@ def test_one_in_eight_that_the_judge_sees_of_demonstrations_is_a_yes():
     """Steps to go 2 1 0 and 3 2 1 0; acted rows are all but the last of each."""
     demos = SimpleNamespace(steps=torch.tensor([2, 1, 0, 3, 2, 1, 0]))
     rng, acted = np.random.default_rng(0), np.array([0, 1, 3, 4, 5])
-    rows = robofume.to_judge(demos, acted, 800, 1, rng)
+    rows = plumbing.to_judge(demos, acted, 800, 1, rng)
     assert len(rows) == 800 and np.isin(rows, (2, 6)).sum() == 100
     assert set(rows) == set(range(7))  # with the final observations, every row
-    assert set(robofume.to_judge(demos, acted[:2], 80, 1, rng)) == {0, 1, 2}  # of the first demonstration alone
-    rows = robofume.to_judge(demos, acted, 800, 2, rng)[:100]
+    assert set(plumbing.to_judge(demos, acted[:2], 80, 1, rng)) == {0, 1, 2}  # of the first demonstration alone
+    rows = plumbing.to_judge(demos, acted, 800, 2, rng)[:100]
     assert set(rows) == {1, 2, 5, 6}  # two of each are a yes
-    assert robofume.to_judge(demos, acted, 3, 1, rng)[0] in (2, 6)  # one at least
+    assert plumbing.to_judge(demos, acted, 3, 1, rng)[0] in (2, 6)  # one at least
 
 
 def test_half_of_the_demonstrations_are_of_the_task(practised, monkeypatch):
