@@ -4,21 +4,29 @@
     python -m tests.benchmark training   # a step of the nano model and transformers' PaliGemma, two minutes
     python -m tests.benchmark slice      # for four layers of the 3B model: 12 GB of memory, eight minutes
     python -m tests.benchmark rollout    # Stage 2's loop with and without features and keys kept, minutes
+    python -m tests.benchmark cores      # an update of Stage 1 with one thread and with two, five minutes
+    python -m tests.benchmark commands   # the README's two commands, alone and beside a busy process, seven minutes
 
-What is compared runs in turns on one thread, and its clock is that thread's CPU time (medians), so that other
+The last two are read off the clock on the wall, and want two cores that nothing else uses. In the others
+what is compared runs in turns on one thread, and its clock is that thread's CPU time (medians), so that other
 processes on the machine weigh on both sides, and little. A line ends in the ratio by the clock on the wall.
 The slice keeps what memory it has freed (`keep_memory`), for both sides: else the kernel's handing it out
 anew takes half of the CPU time.
 """
 
+import contextlib
 import ctypes
+import io
 import itertools
 import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import gymnasium as gym
@@ -30,8 +38,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import envs
 import rollout as rollouts
+import stage1
+from common.average import Average
 from common.demos import record
-from common.weights import rename
+from common.runs import read_json
+from common.weights import without_wrappers
 from envs.pointmass import draw
 from model import EFM, PRESETS, EFMConfig
 from tests.conftest import declare_torchvision_ops
@@ -114,7 +125,7 @@ def paligemma(cfg: EFMConfig, tokenizer: Tokenizer) -> tuple[EFM, nn.Module]:
     with torch.device("meta"):
         ours = EFM(cfg, tokenizer)
     for key, p in theirs.named_parameters():
-        owner, _, leaf = rename(key).rpartition(".")
+        owner, _, leaf = without_wrappers(key).rpartition(".")
         setattr(ours.get_submodule(owner), leaf, p)
     assert not any(p.is_meta for p in ours.parameters())
     return ours, theirs
@@ -246,6 +257,58 @@ def rollout(domain: str, obs: str, steps: int, rounds: int, n: int = 16) -> None
     print(f"    nothing kept: {acted / again:,.0f} steps/s, ours {ratio:.2f} times (wall {on_the_wall:.2f})")
 
 
+class Enough(Exception):
+    """Raised to end a training that has been timed."""
+
+
+def update_seconds(domain: str, obs: str, threads: int, updates: int) -> float:
+    """Of an update of Stage 1: the mean of `updates`, after five more."""
+    ends, update = [], Average.update
+
+    def timed(average: Average) -> None:
+        update(average)
+        ends.append(time.perf_counter())
+        if len(ends) == updates + 6:
+            raise Enough
+
+    cfg = stage1.Config(domain=domain, obs=obs, threads=threads, episodes=60, init="none", out=f"{obs}-{threads}-{time.time()}")
+    with mock.patch.object(Average, "update", timed), contextlib.suppress(Enough):
+        stage1.main(cfg)
+    return (ends[-1] - ends[5]) / updates
+
+
+def cores(rounds: int = 3) -> None:
+    for domain, obs, updates in (("pointmass", "state", 100), ("pointmass", "images", 40), ("tabletop", "state", 25)):
+        took = {1: [], 2: []}
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            for _ in range(rounds):
+                for threads, seconds in took.items():
+                    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                        seconds.append(update_seconds(domain, obs, threads, updates))
+        one, two = (1000 * statistics.median(seconds) for seconds in took.values())
+        print(f"stage 1, {domain}, obs={obs}: {one:.0f} ms an update with one thread, {two:.0f} with two: {one / two:.2f} times")
+
+
+def commands() -> None:
+    root = Path(__file__).resolve().parents[1]
+    for load in ("alone", "beside a busy process"):
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if load != "alone" else None
+        took = []
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                for script in ("stage1.py", "stage2.py"):
+                    start = time.perf_counter()
+                    subprocess.run([sys.executable, root / script], cwd=folder, check=True, capture_output=True)
+                    took.append(time.perf_counter() - start)
+            finally:
+                if busy:
+                    busy.kill()
+            (summary,) = Path(folder).glob("runs/*stage2*/summary.json")
+            told = read_json(summary)
+        print(f"stage1.py and stage2.py {load}: {took[0]:.0f} s + {took[1]:.0f} s = {sum(took):.0f} s; "
+              f"success {told['success']}, {told['mean_steps']:.1f} steps")  # fmt: skip
+
+
 def domains() -> None:
     rng, n = np.random.default_rng(0), 256
     pos, goals = rng.uniform(-1, 1, (n, 2)), rng.uniform(-0.9, 0.9, (n, 3, 2))
@@ -280,8 +343,9 @@ def domains() -> None:
 
 
 def main(what: str = "domains") -> None:
-    if what == "domains":
-        domains()
+    alone = {"domains": domains, "cores": cores, "commands": commands}
+    if what in alone:
+        alone[what]()
         return
     torch.set_num_threads(1)
     if what == "rollout":
