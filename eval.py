@@ -18,7 +18,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from common import UserError, options, pictures
+from common import UserError, options, pictures, ranks
 from common.cli import cli
 from common.counting import evaluate
 from common.options import Count, Positive, Size, Whole
@@ -79,6 +79,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"{folder}/metrics.csv: missing; name a finished run with --run")
 
     env, policy, reward_model = load_run(folder, SHOWN, cfg.policy)
+    ranks.choose_threads(options.DeviceFlags(), sum(p.numel() for p in policy.parameters()))
     options.fill(cfg, {"success_threshold": measured_threshold(folder, env), "temperature": env.temperature})
     s, how = cfg.success_threshold, {"greedy": cfg.greedy, "temperature": cfg.temperature}
     summary = evaluate(folder, cfg.episodes, cfg.seed, s, policy=cfg.policy, **how)

@@ -47,3 +47,10 @@ def cli(config: type, main: Callable[[Any], Any], several: bool = False) -> None
         else:
             print(f"{name}: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if ranks.sides == 1:
+            raise
+        # Python would wait for the other thread's work to end: of an evaluation that is minutes
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(130)  # what a shell says of a program that Ctrl-C has ended

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -360,6 +361,32 @@ def test_resuming_a_finished_run_changes_nothing(here, capsys):
         call(SCRIPTS[name], [*TINY[name].split(), "--resume"])
         assert f"{folder}: this run is finished" in capsys.readouterr().out
     assert tree(here) == before
+
+
+def test_ctrl_c_does_not_wait_for_the_other_thread():
+    """One side would work for a minute more."""
+    code = """
+import os, signal, sys, time
+sys.path.insert(0, os.environ["ROOT"])
+from dataclasses import dataclass
+from common import ranks
+from common.cli import cli
+
+@dataclass
+class Config:
+    sides: int = 2
+
+def main(cfg):
+    ranks.sides = cfg.sides
+    print("begun")
+    ranks.side_by_side(lambda: time.sleep(60 * (cfg.sides - 1)), lambda: os.kill(os.getpid(), signal.SIGINT))
+
+cli(Config, main)
+"""
+    for sides, code_at_end, told in ((2, 130, "-c: interrupted"), (1, -signal.SIGINT, "KeyboardInterrupt")):
+        command = [sys.executable, "-c", code, "--sides", str(sides)]
+        p = subprocess.run(command, env=os.environ | {"ROOT": str(ROOT)}, capture_output=True, text=True, timeout=50, check=False)
+        assert p.returncode == code_at_end and p.stderr.strip().endswith(told) and p.stdout == "begun\n", p.stderr
 
 
 # --- as a process -----------------------------------------------------------------------------------------
