@@ -49,10 +49,7 @@ def act(policy: EFM, judge: EFM | None, env: VectorEnv, cfg: Any, now: Counts, g
 
 
 def failures(policy: EFM, env: VectorEnv, cfg: Any, now: Counts, generator: torch.Generator) -> Batch:
-    """The observations, each not done, of cfg.failures episodes that fail to the horizon.
-
-    The ground truth is the person who labels them.
-    """
+    """The observations of cfg.failures episodes that fail to the horizon; the ground truth is who labels them."""
     found, failed = 0, Store()
     for _ in range(40):  # rounds at most: a policy that hardly fails would try for ever
         r = act(policy, None, env, cfg, now, generator, lambda d, truth: truth)
