@@ -379,6 +379,7 @@ class Config:
 def main(cfg):
     ranks.sides = cfg.sides
     print("begun")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     ranks.side_by_side(lambda: time.sleep(60 * (cfg.sides - 1)), lambda: os.kill(os.getpid(), signal.SIGINT))
 
 cli(Config, main)
