@@ -13,7 +13,7 @@ and two checkpoints are kept: the best at cloning on held-out episodes becomes S
 steps to go its reward model and detector, often of another moment. On Aloha, as in the paper, and with few
 demonstrations of the tabletop the last one is the policy: its loss rises long before the policy gets worse.
 
-    python stage1.py                          # pointmass from states, 2 minutes of one CPU core
+    python stage1.py                          # pointmass from states, 2 minutes of a CPU
     python stage1.py --obs images --seed 1    # the same from 32 x 32 frames
     python stage1.py --resume                 # continue an interrupted run, exactly
     python stage1.py --model paligemma --weights google/paligemma-3b-pt-224 --batch 8 --lr 1e-5

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -53,4 +54,5 @@ def cli(config: type, main: Callable[[Any], Any], several: bool = False) -> None
         # Python would wait for the other thread's work to end: of an evaluation that is minutes
         print(f"{name}: interrupted", file=sys.stderr)
         sys.stdout.flush()
-        os._exit(130)  # what a shell says of a program that Ctrl-C has ended
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)  # to die of it: a shell's loop ends, too

@@ -1,4 +1,4 @@
-"""Devices, precision, and several processes started by torchrun: DDP for small models, FSDP2 for PaliGemma."""
+"""Devices, threads, precision, and processes started by torchrun: DDP for small models, FSDP2 for PaliGemma."""
 
 from __future__ import annotations
 

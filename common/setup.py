@@ -77,7 +77,8 @@ def check_scale(cfg: ScaleFlags) -> None:
 def open_run(cfg: Any, env: VectorEnv, stage: str, weights: int, **more: Any) -> Run:
     """The run of a stage's configuration, in `cfg.out` or its usual folder; threads for so many weights are chosen."""
     folder = Path(cfg.out) if cfg.out else run_folder(env.name, env.obs, env.default_obs, stage, cfg.seed)
-    if cfg.resume and cfg.threads is None and (folder / "config.json").exists():  # perhaps of another machine
+    alone = ranks.world() == 1  # several processes are not to have so many threads each
+    if alone and cfg.resume and cfg.threads is None and (folder / "config.json").exists():
         cfg.threads = read_json(folder / "config.json").get("threads")
     ranks.choose_threads(cfg, weights)
     return Run(folder, cfg, **more)

@@ -13,7 +13,8 @@ has been measured is kept in each run's own measured.csv and is not measured aga
 once: where two need the same run, one waits for the other. At the end, the whole command collects what is there.
 A run that is not in runs/ any more keeps its rows of results/three_ways.csv; --anew trains it again.
 
-Writes results/three_ways.csv, three_ways.png, and the table of docs/baselines.md.
+Writes results/three_ways.csv, three_ways.png, and the table of docs/baselines.md; with other flags of Stage 1, steps or
+episodes, the first two in runs/three-ways/ alone.
 """
 
 from __future__ import annotations
@@ -198,12 +199,18 @@ def practise(cfg: Config, taught: Path, folder: Path, method: str, seed: int) ->
         return finish(robofume.main, robofume.Config(**robofumes))
 
 
+def as_published(cfg: Config) -> bool:
+    """Whether the flags are those of results/three_ways.csv."""
+    defaults = Config()
+    flags = (*vars(Stage1Flags()), "env_steps", "every", "episodes", "pilot")
+    return all(getattr(cfg, flag) == getattr(defaults, flag) for flag in flags)
+
+
 def published(cfg: Config, path: Path) -> dict[tuple[str, int], list[dict[str, str]]]:
     """The CSV's rows of earlier runs, by method and seed; none if they were made with other flags, or --anew."""
-    defaults, rows = Config(), {}
-    flags = (*vars(Stage1Flags()), "env_steps", "every", "episodes", "anew", "pilot")
-    if not path.exists() or any(getattr(cfg, flag) != getattr(defaults, flag) for flag in flags):
-        return {}
+    rows = {}
+    if cfg.anew or not path.exists() or not as_published(cfg):
+        return rows
     for row in measuring.read_csv(path):
         rows.setdefault((row["method"], int(row["seed"])), []).append(row)
     return rows
@@ -295,20 +302,24 @@ def cost(method: str, folder: Path, steps: int) -> dict[str, float]:
 def precision(method: str, folder: Path, after: int, until: int) -> float:
     """Of what the judge called done between two numbers of steps, the share that was; nan if it called nothing done.
 
-    RoboFuME's judge is asked of each state, ours says when an episode ends; iRe-VLA is told the truth.
+    Ours says when an episode ends: its shares are weighted by an iteration's alarms. RoboFuME's is asked of each state:
+    the mean of its rows. iRe-VLA is told the truth.
     """
     if method == "iRe-VLA":
         return math.nan
-    shares = []
-    for row in logged(folder):
+    alarms, right, told = 0.0, 0.0, logged(folder)
+    for previous, row in zip(told, told[1:], strict=False):
         if not after < row["env_steps"] <= until:
             continue
         if method == "RoboFuME":
-            shares.append(row["precision"])
-        elif row["detected"]:
-            shares.append(1 - row["false_positives"] / row["detected"])
-    shares = [share for share in shares if not math.isnan(share)]
-    return float(np.mean(shares)) if shares else math.nan
+            n = 0 if math.isnan(row["precision"]) else 1
+            right += n and row["precision"]
+        else:
+            episodes = row["episodes"] - previous["episodes"]
+            n = episodes * row["detected"]
+            right += episodes * (row["detected"] - row["false_positives"])
+        alarms += n
+    return right / alarms if alarms else math.nan
 
 
 def script(task: str, who: str, episodes: int) -> dict[str, float]:
@@ -346,10 +357,10 @@ def draw(rows: list[dict[str, str]], cfg: Config) -> plt.Figure:
                 for x, y in points:
                     at.setdefault(x, []).append(y)
                 ax.plot(*zip(*points, strict=True), color=colour, lw=0.6, alpha=0.6)
-            if at:
+            # where all its seeds are: RoboFuME's offline learning ends at another number of steps in each
+            mean = sorted((x, np.mean(values)) for x, values in at.items() if len(values) == seeds)
+            if mean:
                 label = method if seeds == cfg.seeds else f"{method} ({seeds})"
-                # where all its seeds are: RoboFuME's offline learning ends at another number of steps in each
-                mean = sorted((x, np.mean(values)) for x, values in at.items() if len(values) == seeds)
                 ax.plot(*zip(*mean, strict=True), "o-", color=colour, lw=1.8, ms=3, label=label)
     for who, style in (("expert", "--"), ("demonstrate", ":")):
         (line,) = [r for r in rows if r["method"] == who]
@@ -411,7 +422,8 @@ def by_seed(rows: list[dict[str, str]], cfg: Config) -> str:
 
 def main(cfg: Config) -> None:
     check(cfg)
-    runs, out = Path("runs/three-ways"), Path("results")
+    runs = Path("runs/three-ways")
+    out = Path("results") if as_published(cfg) else runs
     if cfg.pilot:
         runs = out = Path("runs/three-ways-pilot")
         cfg.seeds, cfg.env_steps, cfg.episodes = 1, min(cfg.env_steps, 240), 4
@@ -436,13 +448,16 @@ def main(cfg: Config) -> None:
             nothing = dict.fromkeys(COSTS, 0) | {"precision": math.nan}
             rows.append(as_text(key) | {k: v for k, v in told.items() if k != "who"} | as_text(nothing))
     of_one_model(runs, cfg.seeds)
+    made = {(row["method"], int(row["seed"])) for row in rows}
+    for key, kept in before.items():  # of other seeds than the ones asked for
+        rows += [] if key in made else kept
     columns = list(rows[0])
     write_csv(out / "three_ways.csv", [{k: row[k] for k in columns} for row in rows])
     draw(rows, cfg).savefig(out / "three_ways.png")
     plt.close("all")
     told = summary(rows, cfg)
     print(told)
-    if not cfg.pilot:
+    if as_published(cfg):
         put("three ways", told)
         put("three ways, by seed", by_seed(rows, cfg))
 

@@ -183,26 +183,22 @@ def test_what_is_published_and_not_in_runs_any_more_is_kept(compared, monkeypatc
 
 def test_a_judges_precision_by_hand(monkeypatch):
     log = [
-        {"env_steps": 10, "detected": 0.5, "false_positives": 0.5, "precision": 0.2},
-        {"env_steps": 20, "detected": 0.5, "false_positives": 0.1, "precision": math.nan},
-        {"env_steps": 30, "detected": 0.8, "false_positives": 0.2, "precision": 0.4},
-        {"env_steps": 40, "detected": 0.0, "false_positives": 0.0, "precision": math.nan},
+        {"env_steps": 5, "episodes": 7, "detected": 1.0, "false_positives": 1.0, "precision": 0.9},  # before the first
+        {"env_steps": 10, "episodes": 17, "detected": 0.5, "false_positives": 0.5, "precision": 0.2},
+        {"env_steps": 20, "episodes": 27, "detected": 0.5, "false_positives": 0.1, "precision": math.nan},
+        {"env_steps": 30, "episodes": 57, "detected": 0.8, "false_positives": 0.2, "precision": 0.4},
+        {"env_steps": 40, "episodes": 60, "detected": 0.0, "false_positives": 0.0, "precision": math.nan},
     ]
     monkeypatch.setattr(three_ways, "logged", lambda folder: log)
-    told = {
-        (method, after, until): three_ways.precision(method, Path(), after, until)
-        for method in ("nanoEFM, resets", "RoboFuME", "iRe-VLA")
-        for after, until in ((10, 30), (0, 30), (30, 40))
-    }
-    assert told["nanoEFM, resets", 10, 30] == pytest.approx((0.8 + 0.75) / 2)
-    assert told["nanoEFM, resets", 0, 30] == pytest.approx((0 + 0.8 + 0.75) / 3)
-    assert told["RoboFuME", 0, 30] == pytest.approx(0.3)
-    undefined = [key for key, share in told.items() if math.isnan(share)]
-    assert undefined == [
-        ("nanoEFM, resets", 30, 40),
-        ("RoboFuME", 30, 40),
-        *(("iRe-VLA", *k) for k in ((10, 30), (0, 30), (30, 40))),
-    ]
+
+    def told(method: str, after: int, until: int) -> float:
+        return three_ways.precision(method, Path(), after, until)
+
+    assert told("nanoEFM, resets", 10, 30) == pytest.approx((4 + 18) / (5 + 24))
+    assert told("nanoEFM, resets", 0, 30) == pytest.approx((0 + 4 + 18) / (5 + 5 + 24))
+    assert told("RoboFuME", 0, 30) == pytest.approx(0.3)
+    for method, after, until in (("nanoEFM, resets", 30, 40), ("RoboFuME", 30, 40), ("iRe-VLA", 0, 30)):
+        assert math.isnan(told(method, after, until))
 
 
 def test_what_is_there_is_not_trained_or_measured_again(compared, monkeypatch):
