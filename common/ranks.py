@@ -221,10 +221,10 @@ def backward(wrapped: nn.Module, losses: Callable, data: Any, rows: list[np.ndar
 
     if sides == 1:
         return learn(*rows)
-    last = max(i for i, chosen in enumerate(rows) if len(chosen))
+    last = max(i for i, of_one in enumerate(rows) if len(of_one))
     nothing = rows[0][:0]
-    before = [chosen if i < last else nothing for i, chosen in enumerate(rows)]
-    alone = [chosen if i == last else nothing for i, chosen in enumerate(rows)]
+    before = [*rows[:last], *[nothing] * (len(rows) - last)]
+    alone = [*[nothing] * last, *rows[last:]]
     one, other = side_by_side(lambda: learn(*before), lambda: learn(*alone))
     return one | other
 

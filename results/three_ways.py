@@ -312,13 +312,13 @@ def precision(method: str, folder: Path, after: int, until: int) -> float:
         if not after < row["env_steps"] <= until:
             continue
         if method == "RoboFuME":
-            n = 0 if math.isnan(row["precision"]) else 1
-            right += n and row["precision"]
+            if not math.isnan(row["precision"]):
+                alarms += 1
+                right += row["precision"]
         else:
             episodes = row["episodes"] - previous["episodes"]
-            n = episodes * row["detected"]
+            alarms += episodes * row["detected"]
             right += episodes * (row["detected"] - row["false_positives"])
-        alarms += n
     return right / alarms if alarms else math.nan
 
 
@@ -450,7 +450,8 @@ def main(cfg: Config) -> None:
     of_one_model(runs, cfg.seeds)
     made = {(row["method"], int(row["seed"])) for row in rows}
     for key, kept in before.items():  # of other seeds than the ones asked for
-        rows += [] if key in made else kept
+        if key not in made:
+            rows += kept
     columns = list(rows[0])
     write_csv(out / "three_ways.csv", [{k: row[k] for k in columns} for row in rows])
     draw(rows, cfg).savefig(out / "three_ways.png")
