@@ -1,6 +1,6 @@
 """Figure 2 on Aloha: d(o, g) over an episode in which the peg is dropped and grasped again, with some of its frames.
 
-    python results/figure2.py --run runs/aloha-stage1-s1     # writes results/aloha_steps_to_go.png and .csv
+    python results/figure2.py --run runs/aloha-stage1-s0     # writes results/aloha_steps_to_go.png and .csv
 
 The episode is a demonstrator's that the reward model has not been trained on: the first of eight in which both
 objects had left the table before the right arm let the peg go.
