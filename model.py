@@ -73,9 +73,9 @@ GEMMA_2B = dict(width=2048, depth=18, heads=8, kv_heads=1, head_dim=256, mlp_dim
 PRESETS = {
     "nano": EFMConfig(sinusoidal_numbers=0.9, state_sinusoids=7),  # reads states
     "nano-vision": EFMConfig(depth=3),  # reads frames: one block more, to relate what it sees
+    "nano-view": EFMConfig(depth=3, sinusoidal_numbers=0.9),  # reads frames of tables
     "nano-deep": EFMConfig(depth=4, mlp_dim=512, sinusoidal_numbers=0.9, state_sinusoids=5),  # reads tables
-    # two arms: answers of 70 tokens, the first target's 14 joints with the help of an MLP
-    "nano-arms": EFMConfig(depth=4, sinusoidal_numbers=1.0, state_mlp=512, state_bias_tokens=14),
+    "nano-arms": EFMConfig(depth=4, sinusoidal_numbers=1.0, state_mlp=512, state_bias_tokens=14),  # 14 joints
     "nano-wide": EFMConfig(width=128, depth=3, head_dim=32, mlp_dim=512),  # a table, few demonstrations
     "small": EFMConfig(width=512, depth=8, heads=8, kv_heads=2, head_dim=64, mlp_dim=2048, **VIT_SMALL),
     "paligemma-3b": EFMConfig(**GEMMA_2B, **SO400M),

@@ -8,6 +8,7 @@ of a domain, in number tokens, as PaliGemma does for detection:
     from the point where is the red goal    ->  <loc0038> <loc0016>
     where was the point                     ->  <loc0024> <loc0032>      its wake, seen from it: its velocity
     near the tool where is the red moon     ->  <loc0011> <loc0047>      in the second view
+    from the red moon where is the star     ->  <loc0045> <loc0020>      one thing seen from another
 
 Where a domain tells what every patch shows (the tabletop: its blocks are small and many), each thing's name
 has to find its patch as well, in every scene: image and words in one space, as SigLIP has them before PaLI
@@ -51,10 +52,10 @@ class Config(DeviceFlags):
     domain: str = "pointmass"  # one of envs.DOMAINS, with arguments of its own: tabletop,blocks=8
     also: tuple[str, ...] | None = None  # further domains, whose scenes and words it sees as often
     words: tuple[str, ...] | None = None  # domains whose words are in its vocabulary, and no more
-    model: str = "nano-vision"  # a preset of model.PRESETS
+    model: str | None = None  # a preset of model.PRESETS; None: what Stage 1 takes from images
     seed: Whole = 0  # weights and scenes
     updates: Count = 6000  # optimiser steps
-    batch: Count = 128  # fresh scenes per update, one question each
+    batch: Count = 128  # questions per update about fresh scenes: on the tabletop two of each, else one
     lr: Positive = 2e-3  # AdamW: a warm-up of 100 updates, then a cosine down to a tenth
     eval_every: Count = 500  # updates between two looks at 1,024 held-out scenes
     unimodal: bool = False  # the vision tower on pictures alone, the decoder on words alone
@@ -66,8 +67,10 @@ ANSWER = UniformBins(64, 0.0, 1.0, 2)  # x and y as shares of the frame, finer t
 
 
 def answer_loss(model: EFM, features: Tensor, questions: list[str], answers: Tensor) -> Tensor:
-    """-log p(answer | images, question), averaged; features float (B, 2, N, Dv), answers (B, 2) in [0, 1]."""
+    """-log p(answer | images, question), averaged; features float (B, 2, N, Dv), answers (n, 2) in [0, 1]."""
     tokens = ANSWER.encode(answers).to(features.device)  # (B, 2)
+    each = len(questions) // len(features)  # a scene's questions stand together
+    features = features.repeat_interleave(each, 0)
     return -model.log_prob({"features": features}, questions, tokens, ANSWER.ranges).mean()
 
 
@@ -116,13 +119,13 @@ def main(cfg: Config) -> None:
     every_text = setup.all_texts(domains)
 
     def batch(rng: np.random.Generator, n: int) -> list[tuple]:
-        """As many scenes of each domain; where pictures and words do not meet, also as many texts."""
+        """As many questions of each domain; where pictures and words do not meet, also as many texts."""
         parts = []
         for domain in domains:
             share = n // len(domains)
-            scenes, texts = domain.scenes(rng, share), []
+            scenes, texts = domain.scenes(rng, max(1, share // domain.asked)), []
             if cfg.unimodal:
-                texts = [every_text[i] for i in rng.integers(len(every_text), size=share)]
+                texts = [every_text[i] for i in rng.integers(len(every_text), size=len(scenes[1]))]
             parts.append((domain.state_names, *scenes, texts))
         return parts
 
@@ -164,7 +167,8 @@ def main(cfg: Config) -> None:
         errors = []
         for _, images, questions, answers, *_ in held_out:
             # what is answered without a picture is a guess
-            seen = {} if cfg.unimodal else {"images": torch.from_numpy(images).to(device)}
+            every = np.repeat(images, len(questions) // len(images), 0)
+            seen = {} if cfg.unimodal else {"images": torch.from_numpy(every).to(device)}
             tokens, _ = model.sample(seen, questions, ANSWER.ranges, greedy=True)
             errors.append(np.abs(ANSWER.decode(tokens.cpu()).numpy() - answers).mean())
         now.update = update + 1

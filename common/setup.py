@@ -134,9 +134,10 @@ def stage0(cfg: Any) -> tuple[list[VectorEnv], Run, EFM | None]:
     """The domains, the run, and a model from scratch for a Stage 0 configuration; no model if the run is done."""
     options.check(cfg)
     ranks.choose_device(cfg.device)
+    env = with_questions("--domain", cfg.domain)
+    options.fill(cfg, {"model": env.stage1_defaults["images"]["model"]})
     if cfg.model not in PRESETS:
         raise UserError(f"--model {cfg.model}: unknown; choose one of {', '.join(PRESETS)}")
-    env = with_questions("--domain", cfg.domain)
     also = [with_questions("--also", name) for name in cfg.also or ()]
     read_only = [with_questions("--words", name) for name in cfg.words or ()]
     for domain in also:
@@ -144,7 +145,8 @@ def stage0(cfg: Any) -> tuple[list[VectorEnv], Run, EFM | None]:
                f"--also {domain.name}: its pictures are not like those of {env.name}; choose the same size and history"),
         ])  # fmt: skip
     domains = [env, *also]
-    must([(cfg.batch >= len(domains), f"--batch {cfg.batch}: must be at least {len(domains)}, a scene of each domain")])
+    least = len(domains)
+    must([(cfg.batch >= least, f"--batch {cfg.batch}: must be at least {least}, a question of each domain")])
     # a name that Stage 1 does not take for the newest Stage 0 run
     name = "unimodal-stage0" if cfg.unimodal else "stage0"
     run = open_run(cfg, env, name, 0 if is_nano(cfg.model) else ranks.SMALL, obs="images")

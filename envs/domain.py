@@ -53,6 +53,7 @@ class Domain(VectorEnv):
     default_obs = "state"
     temperature = 1.0  # at which the policy's answers are drawn when it is evaluated
     simultaneous = True  # the two images are views of one moment; else the previous frame and the current one
+    asked = 1  # questions of each scene in Stage 0
     predicts_instruction = False  # Stage 1 asks which instruction led from the first observation to the last
     text_length, letters = 200, "abcdefghijklmnopqrstuvwxyz ,"  # the longest instruction; what it is made of
     symmetries = Symmetries()  # what a tuple may be turned into: envs/symmetries.py
@@ -107,7 +108,7 @@ class Domain(VectorEnv):
         raise NotImplementedError(f"{self.name} has no track()")
 
     # Some domains also have
-    #   questions() -> list[str], scenes(rng, n)    Stage 0's questions, and random scenes with the answers
+    #   questions() -> list[str], scenes(rng, n)    Stage 0's questions; random scenes, `asked` of each, the answers
     #   ask(mask), anew, fallen                     where one goes on without a reset: envs/operator.py
 
     # --- the rest is the same for all -----------------------------------------------------------------------

@@ -48,6 +48,7 @@ Version history
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -386,9 +387,10 @@ class TabletopVectorEnv(MujocoDomain):
     )  # a bin is a step: the paper's two cannot tell the last step from the one before
     success_threshold = 3.0
     predicts_instruction = True
+    asked = 2
     stage1_defaults = {
         "state": {"model": "nano-deep", "episodes": 4000, "updates": 6000, "lr": 2e-3, "policy": "best"},
-        "images": {"model": "nano-vision", "episodes": 8000, "updates": 12_000, "policy": "best"},
+        "images": {"model": "nano-view", "episodes": 8000, "updates": 12_000, "lr": 2e-3, "policy": "best"},
     }
     stage2_defaults = {"state": {"iterations": 120}, "images": {"iterations": 300}}
     # [m] between the tool and a thing's middle: at the start, when passing, before a push
@@ -499,9 +501,13 @@ class TabletopVectorEnv(MujocoDomain):
         return language.names(k, len(self.things))
 
     def questions(self) -> list[str]:
-        """What Stage 0 asks of a scene: each thing by each of its names, in three ways; the tool."""
-        names = [name for k in range(len(self.things)) for name in self._names(k)]
-        return [f"{way} the {name}" for way in self._ways() for name in names] + ["where is the tool"]
+        """What Stage 0 asks of a scene: each thing by each of its names, in three ways, and from each other; the tool."""
+        called = [self._names(k) for k in range(len(self.things))]
+        asked = [f"{way} the {name}" for way in self._ways() for names in called for name in names]
+        asked.append("where is the tool")
+        for ours, others in itertools.permutations(called, 2):
+            asked += [f"from the {one} where is the {other}" for one in ours for other in others]
+        return asked
 
     def _ways(self) -> list[str]:
         return ["where is", "from the tool where is"] + ["near the tool where is"] * self.simultaneous
@@ -509,16 +515,12 @@ class TabletopVectorEnv(MujocoDomain):
     def scenes(
         self, rng: np.random.Generator, n: int
     ) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
-        """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), a question each, answers
-        float (n, 2) in [0, 1], and where `state_names`, the tool first, stand in each image, float
-        (n, 2, B + 1, 2), in shares, outside [0, 1) if unseen.
-
-        A place is where a thing stands in the view of the table, "near the tool" in the other one; "from the
-        tool" is half the way from there, plus a half. Answers out of range are clipped: where nothing is near
-        the tool, to a direction.
+        """Random scenes for Stage 0: images uint8 (n, 2, size, size, 3), `asked` questions of each, a scene's
+        together, answers float (asked n, 2) in [0, 1], and where `state_names`, the tool first, stand in each
+        image, float (n, 2, B + 1, 2), in shares, outside [0, 1) if unseen.
         """
         B, images, texts = len(self.things), [], []
-        answers, places = np.zeros((n, 2), np.float32), np.zeros((n, 2, B + 1, 2), np.float32)
+        answers, places = [], np.zeros((n, 2, B + 1, 2), np.float32)
         for i in range(n):
             while True:
                 at = rng.uniform(LOW, HIGH, (B + 1, 2))  # [m]; the tool is the last
@@ -541,18 +543,37 @@ class TabletopVectorEnv(MujocoDomain):
                 views, places[i, 1] = np.stack([then[0], views[0]]), places[i, 0]
                 places[i, 0, 0] = pixels(np.r_[before, 0], camera)
             images.append(views)
-            k = rng.integers(B * len(self._ways()) + 1)
-            if k == B * len(self._ways()):
-                texts.append("where is the tool")
-                answers[i] = seen[-1]
-                continue
-            way, k = divmod(k, B)
-            near = np.flatnonzero(((places[i, 1, 1:] >= 0) & (places[i, 1, 1:] < 1)).all(1))
-            if way == 2 and len(near):
-                k = rng.choice(near)
-            texts.append(f"{self._ways()[way]} the {rng.choice(self._names(k))}")
-            answers[i] = (seen[k], (seen[k] - seen[-1]) / 2 + 0.5, close[k])[way]
-        return np.array(images), texts, np.clip(answers, 0, 1), places
+            in_view = np.flatnonzero(((places[i, 1, 1:] >= 0) & (places[i, 1, 1:] < 1)).all(1))
+            for _ in range(self.asked):
+                text, answer = self._question(rng, seen, close, in_view)
+                texts.append(text)
+                answers.append(answer)
+        answers = np.clip(np.array(answers, np.float32).reshape(-1, 2), 0, 1)
+        return np.array(images), texts, answers, places
+
+    def _question(
+        self, rng: np.random.Generator, seen: np.ndarray, close: np.ndarray, in_view: np.ndarray
+    ) -> tuple[str, np.ndarray]:
+        """One of `questions` and its answer (2,), from where things stand in either view (B + 1, 2), the tool last.
+
+        A place is where a thing stands in the view of the table, "near the tool" in the other one; "from the
+        tool", or from another thing, is half the way from there, plus a half. Answers out of range are clipped
+        later: where nothing is `in_view` near the tool, to a direction.
+        """
+        B, ways = len(self.things), self._ways()
+        kinds = len(ways) + (B > 1)  # the last one is of two things
+        k = rng.integers(B * kinds + 1)
+        if k == B * kinds:
+            return "where is the tool", seen[-1]
+        way, k = divmod(k, B)
+        if way == len(ways):
+            other = (k + rng.integers(1, B)) % B
+            text = f"from the {rng.choice(self._names(other))} where is the {rng.choice(self._names(k))}"
+            return text, (seen[k] - seen[other]) / 2 + 0.5
+        if way == 2 and len(in_view):
+            k = rng.choice(in_view)
+        answer = (seen[k], (seen[k] - seen[-1]) / 2 + 0.5, close[k])[way]
+        return f"{ways[way]} the {rng.choice(self._names(k))}", answer
 
     def set_state(self, state: dict[str, Any]) -> None:
         super().set_state(state)

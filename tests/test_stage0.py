@@ -131,6 +131,11 @@ def test_answer_loss_is_that_of_the_number_tokens(scenes):
     every = np.array([[x[i, tokens[i, 0]].item(), y[i, tokens[i, 1]].item()] for i in range(n)])
     expected = -every.sum(1).mean()
     assert loss.item() == pytest.approx(expected, abs=1e-5)
+    with torch.no_grad():  # two questions of each of four scenes, a scene's together
+        loss = stage0.answer_loss(model, features[:4], questions[:n], torch.from_numpy(answers[:n]))
+        shown = {"images": torch.from_numpy(images[[0, 0, 1, 1, 2, 2, 3, 3]])}
+        expected = -model.log_prob(shown, questions[:n], torch.from_numpy(tokens), [(0, 64)] * 2).mean()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def small(env) -> EFM:
@@ -195,10 +200,11 @@ def test_pointing_loss_by_hand():
 
 @pytest.fixture
 def tiny_vision(monkeypatch) -> None:
-    """`nano-vision` in milliseconds."""
+    """The models that read frames, in milliseconds."""
     cfg = EFMConfig(width=16, depth=1, heads=2, kv_heads=2, head_dim=8, mlp_dim=16,
                     vit_width=8, vit_heads=2, vit_mlp_dim=16)  # fmt: skip
-    monkeypatch.setitem(PRESETS, "nano-vision", cfg)
+    for name in ("nano-vision", "nano-view"):
+        monkeypatch.setitem(PRESETS, name, cfg)
 
 
 def test_the_tabletops_stage0_points_and_starts_its_own_kind_only(tmp_path, monkeypatch, tiny_vision):
@@ -214,6 +220,15 @@ def test_the_tabletops_stage0_points_and_starts_its_own_kind_only(tmp_path, monk
     assert not Path("stage1").exists() and not Path("data").exists()
 
 
+def test_an_odd_batch_of_the_two_towers(tmp_path, monkeypatch, tiny_vision):
+    """Two questions of a scene: five are two scenes, and as many texts as questions."""
+    monkeypatch.chdir(tmp_path)
+    stage0.main(stage0.Config(domain="tabletop", unimodal=True, batch=5, updates=1, out="towers"))
+    with open("towers/metrics.csv") as f:
+        (row,) = csv.DictReader(f)
+    assert float(row["words"]) > 0 and float(row["pictures"]) > 0
+
+
 def test_several_domains_share_a_batch_and_a_vocabulary(tmp_path, monkeypatch, tiny_vision):
     monkeypatch.chdir(tmp_path)
     asked = []
@@ -222,7 +237,7 @@ def test_several_domains_share_a_batch_and_a_vocabulary(tmp_path, monkeypatch, t
     stage0.main(config)
     of_an_update = asked[3:]
     assert [env.name for env, _ in of_an_update] == ["tabletop", "bananatable", "tabletop,look=real"]
-    assert [len(questions) for _, questions in of_an_update] == [2, 2, 2]
+    assert [len(questions) for _, questions in of_an_update] == [2, 2, 2]  # of one scene each
     assert all("banana" in q or "tool" in q for q in of_an_update[1][1])
     words = load_model(Path("web/policy.safetensors")).tokenizer.tokenizer.get_vocab()
     assert {"banana", "moon", "push"} <= words.keys()

@@ -784,9 +784,9 @@ def test_scenes_ask_where_things_are_and_the_frames_show_it():
     images, texts, answers, places = env.scenes(np.random.default_rng(0), 200)
     assert images.shape == (200, 2, 64, 64, 3) and images.dtype == np.uint8 and places.shape == (200, 2, 5, 2)
     assert set(texts) <= set(env.questions()) and answers.min() >= 0 and answers.max() <= 1 and answers.dtype == np.float32
-    assert len(set(texts)) > 25  # of 37
+    assert len(texts) == len(answers) == 400 and len(set(texts)) > 100  # of 145
     seen = {"where is the ": [], "near the tool where is the ": []}
-    for views, text, answer in zip(images, texts, answers, strict=True):
+    for views, text, answer in zip(images.repeat(2, 0), texts, answers, strict=True):
         for view, (way, found) in zip(views, seen.items(), strict=True):
             name = text.removeprefix(way)
             if text.startswith(way) and name.split()[0] in CHANNELS and 0 < min(answer) <= max(answer) < 1:
@@ -878,7 +878,7 @@ def test_scenes_from_the_tool_are_half_the_way_there():
     assert env.questions() == [f"{way} the banana" for way in ways] + ["where is the tool"]
     _, texts, answers, places = env.scenes(np.random.default_rng(1), 60)
     assert set(texts) == set(env.questions())
-    for text, answer, place in zip(texts, answers, places, strict=True):
+    for text, answer, place in zip(texts, answers, places.repeat(2, 0), strict=True):
         tool, banana = place[0]
         expected = {
             "from": (banana - tool) / 2 + 0.5,
@@ -886,6 +886,20 @@ def test_scenes_from_the_tool_are_half_the_way_there():
             "wher": tool if "tool" in text else banana,
         }[text[:4]]
         np.testing.assert_allclose(answer, np.clip(expected, 0, 1), atol=1e-6)
+
+
+def test_scenes_from_one_thing_to_another_are_half_the_way_there():
+    env = envs.make_vec("tabletop", 1, obs="images")
+    _, texts, answers, places = env.scenes(np.random.default_rng(1), 200)
+    thing = {name: k for k in range(4) for name in env._names(k)}
+    found = set()
+    for text, answer, place in zip(texts, answers, places.repeat(2, 0), strict=True):
+        one, _, other = text.removeprefix("from the ").partition(" where is the ")
+        if text.startswith("from") and one != "tool":
+            way = place[0, 1 + thing[other]] - place[0, 1 + thing[one]]
+            np.testing.assert_allclose(answer, way / 2 + 0.5, atol=1e-6)
+            found.add((thing[one], thing[other]))
+    assert len(found) == 12  # every pair, both ways
 
 
 def test_without_anything_to_draw_with_states_work_and_frames_are_one_line(tmp_path):

@@ -28,7 +28,7 @@ SMALL = EFMConfig(**SIZES | LARGER)
 def tiny_presets() -> Iterator[None]:
     """Inside, the models that the domains take are tiny."""
     before = dict(PRESETS)
-    for name in ("nano", "nano-vision", "nano-deep"):
+    for name in ("nano", "nano-vision", "nano-view", "nano-deep"):
         PRESETS[name] = dataclasses.replace(PRESETS[name], **SIZES)
     try:
         yield
