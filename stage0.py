@@ -57,7 +57,7 @@ class Config(DeviceFlags):
     updates: Count = 6000  # optimiser steps
     batch: Count = 128  # questions per update about fresh scenes: on the tabletop two of each, else one
     lr: Positive = 2e-3  # AdamW: a warm-up of 100 updates, then a cosine down to a tenth
-    eval_every: Count = 500  # updates between two looks at 1,024 held-out scenes
+    eval_every: Count = 500  # updates between two looks at 1,024 held-out questions
     unimodal: bool = False  # the vision tower on pictures alone, the decoder on words alone
     out: str | None = None  # the run's folder; None: runs/{domain}-images-[unimodal-]stage0-s{seed}
     resume: bool = False  # continue an interrupted run
